@@ -1,0 +1,39 @@
+# A fresh machine needs Python (3.10 or later) with venv and pip, and make: every target sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint docs bench clean
+
+help:
+	@echo "make demo   solve and train on real data, write pictures and numbers to runs/demo"
+	@echo "make test   run the tests"
+	@echo "make lint   check the style of the code"
+	@echo "make docs   build the documentation into docs/_build/html"
+	@echo "make bench  run the benchmarks"
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): a minute or two, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/contrastive demo --out runs/demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check iotsolve contrastive tests docs
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: $(READY)
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf docs/_build build dist *.egg-info .pytest_cache .ruff_cache

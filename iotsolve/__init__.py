@@ -1,0 +1,41 @@
+"""iotsolve: certified optimal transport and inverse optimal transport.
+
+    from iotsolve import Problem, solve, FIXED, KL
+    solution = solve(Problem(cost, a, b, epsilon=0.05, rows=FIXED, columns=KL(1.0)))
+"""
+
+from iotsolve.costs import Dense
+from iotsolve.exact import Exact
+from iotsolve.gradient import Envelope, Implicit
+from iotsolve.inverse import inverse_loss
+from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, TV, Between
+from iotsolve.problem import Potentials, Problem
+from iotsolve.sinkhorn import Sinkhorn
+from iotsolve.solution import Certificate, Solution, SolveError, certify
+from iotsolve.solve import solve
+from iotsolve.solver import Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AT_MOST",
+    "FIXED",
+    "FREE",
+    "KL",
+    "TV",
+    "Between",
+    "Certificate",
+    "Dense",
+    "Envelope",
+    "Exact",
+    "Implicit",
+    "Potentials",
+    "Problem",
+    "Sinkhorn",
+    "Solution",
+    "SolveError",
+    "Status",
+    "certify",
+    "inverse_loss",
+    "solve",
+]

@@ -1,0 +1,81 @@
+"""Costs: the seam for size. A solver asks a cost for soft-minima and marginals, and never learns how it is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+__all__ = ["Dense"]
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A cost held as a matrix. ``+inf`` entries are forbidden arcs: they carry no mass and no gradient.
+
+    Args:
+        matrix: shape ``(..., n, m)``, finite or ``+inf``, in cost units.
+
+    Example:
+        >>> Dense(torch.tensor([[0.0, 1.0]])).softmin(torch.zeros(2), 1.0, axis=-1)
+        tensor([-0.3133])
+    """
+
+    matrix: Float[Tensor, "*batch n m"]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.matrix.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def dense(self) -> Float[Tensor, "*batch n m"]:
+        """The cost as a matrix, shape ``(..., n, m)``."""
+        return self.matrix
+
+    def with_matrix(self, matrix: Tensor) -> Dense:
+        return Dense(matrix)
+
+    def entries(self, index: tuple[Tensor, ...]) -> Tensor:
+        """``C`` at the given batch, row and column indices, shape ``(k,)``."""
+        return self.matrix[index]
+
+    def range(self) -> Float[Tensor, "*batch"]:
+        """Largest minus smallest allowed entry."""
+        allowed = self.matrix.isfinite()
+        top = torch.where(allowed, self.matrix, -math.inf).amax((-2, -1))
+        return (top - self.matrix.amin((-2, -1))).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
+
+    def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
+        """``-epsilon log sum exp(log_weights - C / epsilon)`` over the given axis, ``+inf`` where nothing is allowed.
+
+        Args:
+            log_weights: for ``axis=-1`` shape ``(..., m)``, for ``axis=-2`` shape ``(..., n)``: ``log b + g / epsilon``.
+            epsilon: positive, in cost units.
+            axis: ``-1`` sums over columns and gives ``(..., n)``; ``-2`` sums over rows and gives ``(..., m)``.
+        """
+        exponent = torch.sub(log_weights.unsqueeze(-2 if axis == -1 else -1), self.matrix / epsilon)
+        return -epsilon * torch.logsumexp(exponent, axis)
+
+    def reduced_min(self, potential: Tensor, weights: Tensor, *, axis: int) -> Tensor:
+        """``min (C - potential)`` over the bins of positive weight along the axis: the c-transform."""
+        other = -2 if axis == -1 else -1
+        shift = torch.where((weights > 0) & potential.isfinite(), potential, -math.inf).unsqueeze(other)
+        return (self.matrix - shift).nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf).amin(axis)
+
+    def slack(self, f: Tensor, g: Tensor) -> tuple[Float[Tensor, "*batch n m"], Bool[Tensor, "*batch n m"]]:
+        """``f + g - C`` with 0 at arcs that can carry nothing, and the mask of the arcs that can."""
+        allowed = self.matrix.isfinite() & f.isfinite().unsqueeze(-1) & g.isfinite().unsqueeze(-2)
+        total = f.unsqueeze(-1) + g.unsqueeze(-2) - torch.where(allowed, self.matrix, 0.0)
+        return torch.where(allowed, total, 0.0), allowed

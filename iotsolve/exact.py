@@ -1,0 +1,166 @@
+"""epsilon = 0: the linear program, its plan and its duals.
+
+FIXED/FIXED goes to POT's network simplex, or to scipy's assignment when the masses are equal; a FREE side needs no program at
+all; every other pair of bounds and TV is one sparse program for HiGHS, whose multipliers are the potentials. Whatever
+solved it, the duals are made feasible by c-transforms, and the certificate does not take anybody's word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment, linprog
+from torch import Tensor
+
+from iotsolve.marginals import Marginal
+from iotsolve.problem import Potentials, Problem
+from iotsolve.solver import Outcome, Status
+
+__all__ = ["Exact"]
+
+_Answer = tuple[np.ndarray, np.ndarray, np.ndarray, float, Status, int]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact transport (``epsilon = 0``) for FIXED, FREE, AT_MOST, Between and TV sides, with or without ``mass``.
+
+    Args:
+        max_steps: pivots of the network simplex.
+
+    Example:
+        >>> from iotsolve import Problem, solve
+        >>> float(solve(Problem(np.array([[0.0, 1.0], [1.0, 0.0]])), Exact()).value)
+        0.0
+    """
+
+    max_steps: int = 10_000_000
+
+    def run(self, problem: Problem) -> Outcome:
+        """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
+        for name, side in (("rows", problem.rows), ("columns", problem.columns)):
+            if _needs_curvature(side):
+                raise ValueError(
+                    f"epsilon = 0 with {name} = {side}: this is no linear program and is not solved yet. "
+                    "Use a small epsilon > 0, or a TV, Between, AT_MOST, FIXED or FREE side."
+                )
+        answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
+        like = problem.cost.dense()
+        plan, f, g = (torch.stack([_tensor(x[k], like) for x in answers]) for k in range(3))
+        lam = torch.tensor([x[3] for x in answers], dtype=torch.float64, device=like.device)
+        double = problem.to(torch.float64)
+        p = _tighten(double, Potentials(f.double(), g.double(), lam))
+        return Outcome(p.to(like.dtype), [x[4] for x in answers], [x[5] for x in answers], plan.to(like.dtype))
+
+    def _one(self, problem: Problem) -> _Answer:
+        cost, a, b = (x.cpu().numpy() for x in (problem.cost.dense(), problem.a, problem.b))
+        rows, columns = problem.rows, problem.columns
+        ordinary = problem.mass is None and rows.bounds == columns.bounds == (1.0, 1.0)
+        if ordinary and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0:
+            return _assignment(cost, a)
+        if ordinary and np.isfinite(cost).all():
+            return _network_simplex(cost, a, b, self.max_steps)
+        if problem.mass is None and columns.is_free and rows.is_fixed:
+            plan, f = _nearest(cost, a * float(rows.bounds[0]), b)
+            return plan, f, np.zeros_like(b), 0.0, Status.CONVERGED, 0
+        if problem.mass is None and rows.is_free and columns.is_fixed:
+            plan, g = _nearest(cost.T, b * float(columns.bounds[0]), a)
+            return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
+        return _linear_program(problem, cost, a, b)
+
+
+def _needs_curvature(side: Marginal) -> bool:
+    """True for a penalty that is neither bounds nor piecewise linear."""
+    return not side.is_hard and math.isinf(side.recession)
+
+
+def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
+    return torch.as_tensor(x, device=like.device)
+
+
+def _tighten(problem: Problem, p: Potentials) -> Potentials:
+    """Dual-feasible potentials no worse than ``p``: each side answers the c-transform of the other, empty bins included."""
+    lam = p.lam.unsqueeze(-1)
+    f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
+    ceiling = problem.cost.reduced_min(f + lam, problem.a, axis=-2)
+    g = problem.columns.aprox(ceiling, 0.0)
+    return Potentials(f, g, p.lam)
+
+
+def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:
+    """Equal masses: a permutation (Birkhoff), its duals by shortest paths in the residual graph."""
+    try:
+        rows, columns = linear_sum_assignment(cost)
+    except ValueError:  # scipy's word for "cost matrix is infeasible"
+        return np.zeros_like(cost), np.zeros_like(a), np.zeros_like(a), 0.0, Status.INFEASIBLE, 0
+    plan = np.zeros_like(cost)
+    plan[rows, columns] = a[0]
+    matched = cost[rows, columns]
+    g = np.zeros_like(a)
+    for _ in range(len(a)):  # Bellman-Ford: no path is longer, and no negative cycle exists at the optimum
+        lower = np.minimum(g, (cost - (matched - g[columns])[:, None]).min(0))
+        if np.array_equal(lower, g):
+            break
+        g = lower
+    return plan, matched - g[columns], g, 0.0, Status.CONVERGED, 0
+
+
+def _network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
+    import ot
+
+    scale = a.sum()  # POT works with any total; unit mass keeps its own tolerances meaningful
+    plan, log = ot.emd(a / scale, b / b.sum(), cost, numItermax=max_steps, log=True, check_marginals=False)
+    status = {1: Status.CONVERGED, 3: Status.MAX_STEPS}.get(log["result_code"], Status.STALLED)
+    return plan * scale, log["u"], log["v"], 0.0, status, 0
+
+
+def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every row sends its mass to its cheapest column of positive weight."""
+    reachable = np.where(b > 0, cost, np.inf)
+    plan = np.zeros_like(cost)
+    plan[np.arange(len(a)), reachable.argmin(1)] = a
+    return plan, reachable.min(1)
+
+
+def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:
+    """``min <C, P> + slack prices`` with ``P 1 = r``, ``P' 1 = c`` and the marginals r, c as bounded columns of their own."""
+    n, m = cost.shape
+    i, j = np.nonzero(np.isfinite(cost) & (a[:, None] > 0) & (b[None, :] > 0))
+    arcs = np.arange(len(i))
+    incidence = sparse.csr_matrix((np.ones(2 * len(i)), (np.r_[i, n + j], np.r_[arcs, arcs])), shape=(n + m, len(i)))
+    sides = [_side_columns(problem.rows, a), _side_columns(problem.columns, b)]
+    blocks = [incidence, sparse.block_diag([matrix for matrix, *_ in sides])]
+    right = np.concatenate([side[1] for side in sides])
+    prices = np.concatenate([cost[i, j], *(side[2] for side in sides)])
+    lower = np.concatenate([np.zeros(len(i)), *(side[3] for side in sides)])
+    upper = np.concatenate([np.full(len(i), np.inf), *(side[4] for side in sides)])
+    matrix = sparse.hstack(blocks).tocsr()
+    if problem.mass is not None:
+        total = sparse.csr_matrix(np.r_[np.ones(len(i)), np.zeros(matrix.shape[1] - len(i))])
+        matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, float(problem.mass)]
+    options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    result = linprog(prices, A_eq=matrix, b_eq=right, bounds=np.c_[lower, upper], method="highs-ds", options=options)
+    plan = np.zeros_like(cost)
+    if result.x is None:
+        status = {1: Status.MAX_STEPS, 2: Status.INFEASIBLE}.get(result.status, Status.STALLED)
+        return plan, np.zeros(n), np.zeros(m), 0.0, status, int(result.nit)
+    plan[i, j] = result.x[arcs].clip(min=0.0)
+    y = result.eqlin.marginals
+    lam = float(y[n + m]) if problem.mass is not None else 0.0
+    return plan, y[:n], y[n : n + m], lam, Status.CONVERGED, int(result.nit)
+
+
+def _side_columns(side: Marginal, weights: np.ndarray) -> tuple[sparse.spmatrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Matrix, right-hand side, prices and bounds of one side's own variables: the marginal, or for TV its excess and lack."""
+    size, identity = len(weights), sparse.identity(len(weights), format="csr")
+    price = side.recession
+    if side.is_hard or price == 0:
+        lo, hi = (float(x) for x in side.bounds)
+        upper = np.full(size, np.inf) if math.isinf(hi) else hi * weights
+        return -identity, np.zeros(size), np.zeros(size), lo * weights, upper
+    split = sparse.hstack([-identity, identity])  # P 1 - excess + lack = a
+    return split, weights, np.full(2 * size, price), np.zeros(2 * size), np.full(2 * size, np.inf)

@@ -1,0 +1,213 @@
+"""How a solution is differentiated: a choice, made at the call, and the library's only autograd functions.
+
+``Envelope`` differentiates the value alone, exactly and for the price of one plan. ``Implicit`` differentiates everything
+the potentials determine, by one linear system. What a choice cannot differentiate raises when asked; it never returns a
+gradient with a part missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from iotsolve.newton import DualSystem
+from iotsolve.problem import Potentials, Problem
+
+__all__ = ["Envelope", "Gradient", "Implicit"]
+
+
+class Gradient(Protocol):
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor: ...
+
+    def potentials(self, problem: Problem, p: Potentials) -> Potentials: ...
+
+    def plan(self, problem: Problem, plan: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Differentiate the value by the envelope theorem: the dual at frozen potentials.
+
+    Exact at convergence in cost, a, b, epsilon, mass and the marginals' parameters. Plan, potentials and marginals carry no
+    gradient: asking for one raises a RuntimeError that says so. Under FIXED/FIXED only directions with equal change of the
+    two totals are meaningful. At epsilon = 0 the result is one subgradient: that of the plan and potentials returned.
+
+    Example:
+        >>> import torch
+        >>> from iotsolve import Problem, solve
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+        >>> solution = solve(Problem(cost, epsilon=0.5))
+        >>> solution.value.backward()
+        >>> bool(torch.allclose(cost.grad, solution.plan.detach()))
+        True
+    """
+
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
+        names, tensors = _inputs(problem)
+        return _EnvelopeValue.apply(problem.detach(), p, plan, names, *tensors)
+
+    def potentials(self, problem: Problem, p: Potentials) -> Potentials:
+        return _refuse(problem, p)
+
+    def plan(self, problem: Problem, plan: Tensor) -> Tensor:
+        return _Refuse.apply(plan, *_inputs(problem)[1]) if _live(problem) else plan
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Differentiate potentials, plan, marginals and mass through the optimality conditions (implicit function theorem).
+
+    Exact at convergence, for epsilon > 0, away from kinks; bins held by a kink (a bound not active, TV at its clamp) do not
+    move. The error is that of the marginals, not its square: solve to a marginal tolerance you would accept in the
+    gradient. Bins of weight 0 keep their potential fixed.
+
+    Example:
+        >>> import torch
+        >>> from iotsolve import Problem, solve
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+        >>> solution = solve(Problem(cost, epsilon=0.5), gradient=Implicit())
+        >>> solution.transport_cost.backward()
+        >>> cost.grad.shape
+        torch.Size([2, 2])
+    """
+
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
+        return Envelope().value(problem, p, plan)
+
+    def potentials(self, problem: Problem, p: Potentials) -> Potentials:
+        if problem.is_exact:
+            return _refuse(problem, p)
+        if not _live(problem):
+            return p
+        names, tensors = _inputs(problem)
+        return problem.gauge(Potentials(*_ImplicitPotentials.apply(problem.detach(), p, names, *tensors)))
+
+    def plan(self, problem: Problem, plan: Tensor) -> Tensor:
+        return Envelope().plan(problem, plan)
+
+
+def _inputs(problem: Problem) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    named = problem.tensors()
+    return tuple(named), tuple(named.values())
+
+
+def _live(problem: Problem) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors().values())
+
+
+def _refuse(problem: Problem, p: Potentials) -> Potentials:
+    if not _live(problem):
+        return p
+    return Potentials(*(_Refuse.apply(x, *_inputs(problem)[1]) for x in (p.f, p.g, p.lam)))
+
+
+def _moved(problem: Problem, p: Potentials) -> Potentials:
+    return Potentials(problem.rows.moved(p.f), problem.columns.moved(p.g), p.lam)
+
+
+def _pull(ctx: Any, scalar, names: tuple[str, ...], tensors: tuple[Tensor, ...], needed: tuple[bool, ...], dtype: torch.dtype):
+    """Gradients of ``scalar(problem)`` in the tensors asked for: the backward pass, evaluated as a formula of its own."""
+    with torch.enable_grad():
+        leaves = {n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)}
+        wanted = [leaves[n] for n, need in zip(names, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(scalar(ctx.problem.with_tensors(leaves)), wanted, allow_unused=True))
+    gradients = (next(found) if need else None for need in needed)
+    return tuple(None if x is None else x.to(t.dtype) for x, t in zip(gradients, tensors, strict=True))
+
+
+class _EnvelopeValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: Problem, p: Potentials, plan: Tensor | None, names: tuple[str, ...], *tensors: Tensor) -> Tensor:
+        ctx.problem, ctx.p, ctx.plan, ctx.names = problem, p, plan, names
+        ctx.save_for_backward(*tensors)
+        return _lagrangian(problem.to(p.f.dtype), p, plan)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor):
+        p, plan = ctx.p, ctx.plan
+
+        def scalar(problem: Problem) -> Tensor:
+            return (_lagrangian(problem, _moved(problem, p), plan) * upstream.to(p.f.dtype)).sum()
+
+        return (None,) * 4 + _pull(ctx, scalar, ctx.names, ctx.saved_tensors, ctx.needs_input_grad[4:], p.f.dtype)
+
+
+def _lagrangian(problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
+    """The dual; at epsilon = 0 with <C - f - g - lam, P> in place of the entropy, which is 0 and whose derivative is not."""
+    if plan is None:
+        return problem.dual_sides(p) + problem.dual_entropy(p)
+    slack, _ = problem.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
+    return problem.dual_sides(p) - (slack * plan).sum((-2, -1))
+
+
+class _ImplicitPotentials(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: Problem, p: Potentials, names: tuple[str, ...], *tensors: Tensor):
+        ctx.problem, ctx.p, ctx.names = problem, p, names
+        ctx.save_for_backward(*tensors)
+        return p.f.clone(), p.g.clone(), p.lam.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, up_f: Tensor, up_g: Tensor, up_lam: Tensor):
+        p = ctx.p.to(torch.float64)
+        u, v, w, held_f, held_g = implicit_adjoint(ctx.problem.to(torch.float64), p, up_f.double(), up_g.double(), up_lam.double())
+
+        def scalar(problem: Problem) -> Tensor:
+            moved = _moved(problem, p)
+            plan = problem.plan(moved)
+            asked = (u * problem.a * problem.rows.response(p.f)).sum(-1) + (v * problem.b * problem.columns.response(p.g)).sum(-1)
+            if problem.mass is not None:
+                asked = asked + w * problem.mass
+            had = (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum((-2, -1))
+            return (asked - had).sum() + (held_f * moved.f).sum() + (held_g * moved.g).sum()
+
+        return (None,) * 3 + _pull(ctx, scalar, ctx.names, ctx.saved_tensors, ctx.needs_input_grad[3:], torch.float64)
+
+
+def implicit_adjoint(problem: Problem, p: Potentials, up_f: Tensor, up_g: Tensor, up_lam: Tensor):
+    """Solve Hessian(dual) (u, v, w) = upstream over the bins that move; also the upstream of the bins that are held.
+
+    Shapes as the potentials', float64; any batch.
+    """
+    flat = problem.flat()
+    f, g, lam = p.f.reshape(flat.a.shape), p.g.reshape(flat.b.shape), p.lam.reshape(-1)
+    plan = flat.plan(Potentials(f, g, lam))
+    r, c = plan.sum(-1), plan.sum(-2)
+    bend_f, bend_g = flat.rows.curvature(f), flat.columns.curvature(g)
+    keep_f, keep_g = (r > 0) & bend_f.isfinite() & f.isfinite(), (c > 0) & bend_g.isfinite() & g.isfinite()
+    if flat.rows.is_free:
+        keep_f = torch.zeros_like(keep_f)
+    if flat.columns.is_free:
+        keep_g = torch.zeros_like(keep_g)
+    eps = flat.epsilon
+    system = DualSystem(
+        plan,
+        r + eps * torch.where(keep_f, flat.a * bend_f, 0.0),
+        c + eps * torch.where(keep_g, flat.b * bend_g, 0.0),
+        keep_f,
+        keep_g,
+        flat.mass is not None,
+    )
+    rhs = up_f.reshape(f.shape), up_g.reshape(g.shape), up_lam.reshape(lam.shape)
+    u, v, w = system.solve(torch.where(keep_f, rhs[0], 0.0), torch.where(keep_g, rhs[1], 0.0), rhs[2])
+    held_f, held_g = torch.where(keep_f, 0.0, rhs[0]), torch.where(keep_g, 0.0, rhs[1])
+    shaped = (eps * u).reshape(p.f.shape), (eps * v).reshape(p.g.shape), (eps * w).reshape(p.lam.shape)
+    return *shaped, held_f.reshape(p.f.shape), held_g.reshape(p.g.shape)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *inputs: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        raise RuntimeError(
+            "gradient=Envelope() differentiates solution.value only; a loss of the plan, the potentials, the marginals or the "
+            "transport cost was sent backward. Solve with gradient=Implicit() (epsilon > 0), or detach that output."
+        )

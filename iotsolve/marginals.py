@@ -1,0 +1,347 @@
+"""Marginal objects: what a side of the plan pays for departing from its weights.
+
+A side with weights ``a`` and marginal ``r = P 1`` pays ``D(r | a) = sum_i a_i psi(r_i / a_i)``. Everything a solver,
+a certificate or a gradient needs of ``psi`` is here, so that a new regime is a new class of this file and nothing else.
+The formulas, with their derivations, stand in ``docs/definitions.md``.
+
+Every method works elementwise on tensors of any shape; potentials are in cost units, conjugates per unit of ``a``.
+A potential of ``+inf`` is meaningful (a bin that nothing may reach) and never turns into NaN here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["AT_MOST", "FIXED", "FREE", "KL", "TV", "Between", "Marginal", "kl_divergence"]
+
+Scalar = float | Tensor
+
+
+def kl_divergence(x: Tensor, y: Tensor) -> Tensor:
+    """Generalised KL divergence ``x log(x/y) - x + y``, elementwise, without cancellation where x is close to y.
+
+    Args:
+        x: non-negative, any shape.
+        y: non-negative, same shape; ``+inf`` is returned where ``x > 0 = y``.
+
+    Example:
+        >>> kl_divergence(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([2.0, 1.0, 0.0]))
+        tensor([2., 0., inf])
+    """
+    usual = (x > 0) & (y > 0)
+    safe_x, safe_y = torch.where(usual, x, 1.0), torch.where(usual, y, 1.0)
+    delta = (safe_y - safe_x) / safe_x
+    near = delta.abs() < 0.5
+    small = torch.where(near, delta, 0.0)
+    close = safe_x * (small - torch.log1p(small))
+    far = safe_x * (safe_x.log() - safe_y.log()) - safe_x + safe_y
+    return torch.where(usual, torch.where(near, close, far), torch.where(x > 0, math.inf, y))
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """One side's penalty. Subclasses give the formulas; nothing else in the library knows which one it has."""
+
+    @property
+    def bounds(self) -> tuple[Scalar, Scalar]:
+        """Smallest and largest allowed ratio of marginal to weight: ``(0, inf)`` for a soft side."""
+        return 0.0, math.inf
+
+    @property
+    def recession(self) -> float:
+        """Price of one more unit of mass when there is already a great deal of it: the slope of ``psi`` at infinity."""
+        return math.inf
+
+    @property
+    def is_free(self) -> bool:
+        """True if the side pays nothing at all, so that its potential is 0 and needs no soft-min."""
+        return False
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if the marginal must equal the weights."""
+        return False
+
+    @property
+    def softness(self) -> Scalar | None:
+        """Rate at which the total mass asked for decays as all potentials rise; None where it is no exponential."""
+        return None
+
+    @property
+    def is_hard(self) -> bool:
+        """True if some non-negative marginals are forbidden: such a side is judged by its violation."""
+        lo, hi = self.bounds
+        return float(lo) > 0 or not math.isinf(float(hi))
+
+    def divergence(self, r: Tensor, a: Tensor) -> Tensor:
+        """``D(r | a)`` per bin. A hard side pays 0 here: feasibility is asked of :meth:`violation`."""
+        raise NotImplementedError
+
+    def conjugate(self, f: Tensor) -> Tensor:
+        """``phi(f) = -psi*(-f) = min_t psi(t) + f t``, the dual objective per unit of weight."""
+        raise NotImplementedError
+
+    def response(self, f: Tensor) -> Tensor:
+        """``phi'(f)``: the marginal, per unit of weight, that the potential asks for."""
+        raise NotImplementedError
+
+    def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
+        """The potential that maximises ``phi(f) - epsilon exp((f - s) / epsilon)``, ``s`` the soft-min."""
+        raise NotImplementedError
+
+    def curvature(self, f: Tensor) -> Tensor:
+        """``-phi''(f)``; ``+inf`` where the potential is held by a kink and does not move."""
+        raise NotImplementedError
+
+    def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        """``D(r | a) + D*(-f) + <f, r>`` per bin, in a form whose terms are non-negative when ``r`` is allowed."""
+        raise NotImplementedError
+
+    def project(self, f: Tensor) -> Tensor:
+        """The nearest potential at which the conjugate is finite."""
+        return f
+
+    def moved(self, f: Tensor) -> Tensor:
+        """The potential as a function of the penalty's own parameter, where a kink ties the two together."""
+        return f
+
+    def violation(self, r: Tensor, a: Tensor) -> Tensor:
+        """Distance of each ``r_i`` from its allowed interval; 0 on a soft side."""
+        return (r - self.allowed(r, a)).abs()
+
+    def residual(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        """Distance of each ``r_i`` from the marginals for which ``f_i`` is optimal: the optimality condition of the side."""
+        return (r - a * self.response(f)).abs()
+
+    def allowed(self, r: Tensor, a: Tensor) -> Tensor:
+        """``r`` clipped to the allowed interval ``[lo a, hi a]``."""
+        lo, hi = self.bounds
+        r = torch.maximum(r, lo * a)
+        return r if math.isinf(float(hi)) else torch.minimum(r, hi * a)
+
+    def target(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        """The allowed marginal that a feasible rounding of a plan with marginal ``r`` should have."""
+        return self.allowed(r, a)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters given as tensors, by name: the ones a gradient can flow to."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+
+@dataclass(frozen=True)
+class Between(Marginal):
+    """Hard bounds ``lo * a <= P 1 <= hi * a``.
+
+    ``FIXED = Between(1, 1)`` is a balanced side, ``FREE = Between(0, inf)`` a semi-relaxed one and
+    ``AT_MOST = Between(0, 1)`` a partial one.
+
+    Args:
+        lo: smallest ratio of marginal to weight, ``0 <= lo <= hi``.
+        hi: largest ratio, ``0 < hi <= inf``.
+
+    Raises:
+        ValueError: if the bounds are negative, NaN, crossed, or leave only zero mass.
+
+    Example:
+        >>> Between(0.5, 2.0).aprox(torch.tensor([-1.0, 0.1, 1.0]), 0.1)
+        tensor([-0.9307,  0.0307,  0.9307])
+    """
+
+    lo: Scalar
+    hi: Scalar
+
+    def __post_init__(self) -> None:
+        lo, hi = float(self.lo), float(self.hi)
+        if not (0 <= lo <= hi and hi > 0 and not math.isinf(lo)):
+            raise ValueError(
+                f"Between(lo={lo}, hi={hi}): needs 0 <= lo <= hi, lo finite and hi > 0. The two are ratios to the "
+                "weights, not masses; did you swap them? Between(0, 1) allows at most the weights."
+            )
+
+    @property
+    def bounds(self) -> tuple[Scalar, Scalar]:
+        return self.lo, self.hi
+
+    @property
+    def recession(self) -> float:
+        return 0.0 if math.isinf(float(self.hi)) else math.inf
+
+    @property
+    def is_free(self) -> bool:
+        return float(self.lo) == 0 and math.isinf(float(self.hi))
+
+    @property
+    def is_fixed(self) -> bool:
+        return float(self.lo) == float(self.hi)
+
+    @property
+    def softness(self) -> Scalar | None:
+        return 0.0 if self.is_fixed else None
+
+    def divergence(self, r: Tensor, a: Tensor) -> Tensor:
+        return torch.zeros_like(r)
+
+    def conjugate(self, f: Tensor) -> Tensor:
+        lower = self.lo * torch.where(f > 0, f, 0.0) if float(self.lo) > 0 else torch.zeros_like(f)
+        if math.isinf(float(self.hi)):
+            return torch.where(f < 0, -math.inf, lower)
+        return lower + self.hi * torch.where(f < 0, f, 0.0)
+
+    def response(self, f: Tensor) -> Tensor:
+        lo, hi = (torch.as_tensor(x, dtype=f.dtype, device=f.device) for x in self.bounds)
+        return torch.where(f >= 0, lo, hi)
+
+    def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
+        if self.is_free:
+            return torch.zeros_like(s)
+        if math.isinf(float(self.hi)):
+            upper = torch.zeros_like(s)
+        else:
+            upper = s + epsilon * _log(self.hi)
+            upper = upper if self.is_fixed else upper.clamp(max=0.0)
+        return upper if self.is_fixed or float(self.lo) == 0 else torch.maximum(upper, s + epsilon * _log(self.lo))
+
+    def curvature(self, f: Tensor) -> Tensor:
+        return torch.zeros_like(f) if self.is_fixed else torch.where(f == 0, math.inf, 0.0).to(f)
+
+    def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        above, below = r - self.lo * a, r - (a if math.isinf(float(self.hi)) else self.hi * a)
+        down = -math.inf if math.isinf(float(self.hi)) else f * below
+        slope = torch.where(f > 0, f * above, torch.where(f < 0, down, 0.0))
+        return torch.where(f.isinf() & (above == 0), 0.0, slope)
+
+    def residual(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        return (r - self.target(r, f, a)).abs()
+
+    def project(self, f: Tensor) -> Tensor:
+        return f.clamp(min=0.0) if math.isinf(float(self.hi)) else f
+
+    def target(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        pinned = self.lo * a
+        if not math.isinf(float(self.hi)):
+            pinned = torch.where(f < 0, self.hi * a, pinned)
+        return torch.where(f == 0, self.allowed(r, a), pinned)
+
+
+FIXED = Between(1.0, 1.0)
+FREE = Between(0.0, math.inf)
+AT_MOST = Between(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class KL(Marginal):
+    """Soft side paying ``rho * KL(P 1 | a)``: unbalanced transport (Chizat et al., Math. Comp. 2018).
+
+    Args:
+        rho: strength in cost units, positive and finite; ``rho -> inf`` is FIXED, ``rho -> 0`` is FREE.
+
+    Raises:
+        ValueError: if rho is not positive and finite.
+
+    Example:
+        >>> KL(1.0).aprox(torch.tensor(0.5), 0.25)
+        tensor(0.4000)
+    """
+
+    rho: Scalar
+
+    def __post_init__(self) -> None:
+        _check_rho("KL", self.rho)
+
+    @property
+    def softness(self) -> Scalar | None:
+        return 1.0 / self.rho
+
+    def divergence(self, r: Tensor, a: Tensor) -> Tensor:
+        return self.rho * kl_divergence(r, a)
+
+    def conjugate(self, f: Tensor) -> Tensor:
+        return -self.rho * torch.expm1(-f / self.rho)
+
+    def response(self, f: Tensor) -> Tensor:
+        return torch.exp(-f / self.rho)
+
+    def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
+        return s * (self.rho / (self.rho + epsilon))
+
+    def curvature(self, f: Tensor) -> Tensor:
+        return torch.exp(-f / self.rho) / self.rho
+
+    def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        return self.rho * kl_divergence(r, a * torch.exp(-f / self.rho))
+
+
+@dataclass(frozen=True)
+class TV(Marginal):
+    """Soft side paying ``rho * sum |P 1 - a|``: mass may be dropped or made at the price ``rho`` (total variation).
+
+    Args:
+        rho: price per unit of mass, in cost units, positive and finite.
+
+    Raises:
+        ValueError: if rho is not positive and finite.
+
+    Example:
+        >>> TV(1.0).aprox(torch.tensor([-3.0, 0.5, 2.0]), 0.1)
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+
+    rho: Scalar
+
+    def __post_init__(self) -> None:
+        _check_rho("TV", self.rho)
+
+    @property
+    def recession(self) -> float:
+        return float(self.rho)
+
+    def divergence(self, r: Tensor, a: Tensor) -> Tensor:
+        return self.rho * (r - a).abs()
+
+    def conjugate(self, f: Tensor) -> Tensor:
+        return torch.where(f < -self.rho, -math.inf, torch.where(f > self.rho, self.rho, f))
+
+    def response(self, f: Tensor) -> Tensor:
+        return torch.where(f >= self.rho, 0.0, 1.0).to(f)
+
+    def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
+        return self.project(s)
+
+    def curvature(self, f: Tensor) -> Tensor:
+        return torch.where(f.abs() >= self.rho, math.inf, 0.0).to(f)
+
+    def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        f = self.project(f)
+        return torch.where(r > a, (self.rho + f) * (r - a), (self.rho - f) * (a - r))
+
+    def residual(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        lack, excess = (a - r).clamp(min=0.0), (r - a).clamp(min=0.0)
+        return torch.where(f < self.rho, lack, 0.0) + torch.where(f > -self.rho, excess, 0.0)
+
+    def project(self, f: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(f, -_like(self.rho, f)), _like(self.rho, f))
+
+    def moved(self, f: Tensor) -> Tensor:
+        if not isinstance(self.rho, Tensor):
+            return f
+        return torch.where(f.abs() >= self.rho.detach(), f / self.rho.detach() * self.rho, f)
+
+
+def _check_rho(name: str, rho: Scalar) -> None:
+    if not (float(rho) > 0 and math.isfinite(float(rho))):
+        raise ValueError(
+            f"{name}(rho={float(rho)}): rho must be positive and finite, in the units of the cost. "
+            "For a side that must match its weights use FIXED, for one that pays nothing use FREE."
+        )
+
+
+def _like(x: Scalar, other: Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=other.dtype, device=other.device)
+
+
+def _log(x: Scalar) -> Scalar:
+    return x.log() if isinstance(x, Tensor) else math.log(x)

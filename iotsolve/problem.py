@@ -1,0 +1,362 @@
+"""The one problem.
+
+    P* = argmin_{P >= 0}  <C, P> + eps KL(P | a x b) + D_rows(P 1 | a) + D_cols(P' 1 | b)      [ subject to sum P = mass ]
+
+Notation, used everywhere in the library and defined only here:
+
+    C        cost, shape (..., n, m); +inf is a forbidden arc
+    a, b     weights of the rows (..., n) and columns (..., m), non-negative
+    eps      strength of the entropy, in cost units; 0 is the linear program
+    P        plan, shape (..., n, m);  r = P 1 and c = P' 1 its marginals
+    f, g     potentials of the rows and columns, in cost units
+    lam      multiplier of ``mass``, in cost units; 0 without it
+    phi      -D*(-f) per unit of weight, see marginals.py
+
+    P_ij = a_i b_j exp((f_i + g_j + lam - C_ij) / eps)
+    dual = sum_i a_i phi_rows(f_i) + sum_j b_j phi_cols(g_j) + lam mass - eps (sum P - sum a sum b)
+
+Gauge: FIXED/FIXED has <f, a> = <g, b>; a FIXED side beside ``mass`` has a potential of weighted mean 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iotsolve.costs import Dense, Scalar
+from iotsolve.marginals import FIXED, Marginal, kl_divergence
+from iotsolve.validation import as_cost, as_weights, check_problem, rounding
+
+__all__ = ["Potentials", "Problem"]
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """Dual variables of a problem: rows ``f (..., n)``, columns ``g (..., m)`` and the multiplier of ``mass`` ``lam (...)``."""
+
+    f: Float[Tensor, "*batch n"]
+    g: Float[Tensor, "*batch m"]
+    lam: Float[Tensor, "*batch"]
+
+    def to(self, dtype: torch.dtype) -> Potentials:
+        return Potentials(self.f.to(dtype), self.g.to(dtype), self.lam.to(dtype))
+
+    def detach(self) -> Potentials:
+        return Potentials(self.f.detach(), self.g.detach(), self.lam.detach())
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Problem:
+    """An optimal-transport problem: frozen data, validated once.
+
+    Args:
+        cost: shape ``(..., n, m)``, NumPy or torch; finite, or ``+inf`` for a forbidden arc.
+        a: weights of the rows, shape ``(n,)`` or ``(..., n)``, non-negative; uniform ``1/n`` by default.
+        b: weights of the columns, shape ``(m,)`` or ``(..., m)``; uniform ``1/m`` by default.
+        epsilon: strength of the entropy in cost units, ``>= 0``; 0 (default) is exact transport.
+        rows: marginal object of the rows: ``FIXED``, ``FREE``, ``AT_MOST``, ``Between(lo, hi)``, ``KL(rho)``, ``TV(rho)``.
+        columns: marginal object of the columns.
+        mass: total mass of the plan, or None to leave it to the marginals.
+
+    Raises:
+        ValueError: on NaN, negative weights, unequal totals under FIXED/FIXED, bounds that cannot meet, problems with
+            no answer (unbounded, or a plan of zero mass), and shapes that do not fit. The message tells value, rule,
+            cause and fix.
+
+    Example:
+        >>> import numpy as np
+        >>> problem = Problem(np.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
+        >>> problem.shape
+        (2, 2)
+    """
+
+    cost: Dense
+    a: Float[Tensor, "*batch n"]
+    b: Float[Tensor, "*batch m"]
+    epsilon: Scalar
+    rows: Marginal
+    columns: Marginal
+    mass: Scalar | None
+    as_numpy: bool
+
+    def __init__(
+        self,
+        cost: Any,
+        a: Any = None,
+        b: Any = None,
+        *,
+        epsilon: Scalar = 0.0,
+        rows: Marginal = FIXED,
+        columns: Marginal = FIXED,
+        mass: Scalar | None = None,
+    ) -> None:
+        dense, as_numpy = as_cost(cost)
+        n, m = dense.shape[-2:]
+        a, b = as_weights("a", a, n, dense), as_weights("b", b, m, dense)
+        batch = torch.broadcast_shapes(dense.shape[:-2], a.shape[:-1], b.shape[:-1])
+        self._set(dense.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
+        object.__setattr__(self, "as_numpy", as_numpy)
+        check_problem(self)
+
+    def _set(
+        self, matrix: Tensor, a: Tensor, b: Tensor, epsilon: Scalar, rows: Marginal, columns: Marginal, mass: Scalar | None
+    ) -> None:
+        values = dict(cost=Dense(matrix), a=a, b=b, epsilon=epsilon, rows=rows, columns=columns, mass=mass, as_numpy=False)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def unchecked(
+        cls,
+        matrix: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        epsilon: Scalar,
+        rows: Marginal = FIXED,
+        columns: Marginal = FIXED,
+        mass: Scalar | None = None,
+    ) -> Problem:
+        """The same object without validation and without a look at the data: for training steps that build thousands."""
+        problem = object.__new__(cls)
+        problem._set(matrix, a, b, epsilon, rows, columns, mass)
+        return problem
+
+    # -- shape and place ---------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., n, m)``."""
+        return tuple(self.cost.shape)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading dimensions: one independent problem each."""
+        return self.shape[:-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cost.dtype
+
+    @property
+    def is_exact(self) -> bool:
+        """True for ``epsilon = 0``."""
+        return not isinstance(self.epsilon, Tensor) and self.epsilon == 0
+
+    # -- derived problems --------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the problem by name: the inputs a gradient can flow to."""
+        named = {"cost": self.cost.dense(), "a": self.a, "b": self.b, "epsilon": self.epsilon, "mass": self.mass}
+        named |= {f"rows.{k}": v for k, v in self.rows.tensors().items()}
+        named |= {f"columns.{k}": v for k, v in self.columns.tensors().items()}
+        return {k: v for k, v in named.items() if isinstance(v, Tensor)}
+
+    def with_tensors(self, named: dict[str, Tensor]) -> Problem:
+        """The same problem with some of :meth:`tensors` replaced, unvalidated."""
+        sides = {
+            side: replace(getattr(self, side), **{k.split(".")[1]: v for k, v in named.items() if k.startswith(side)})
+            for side in ("rows", "columns")
+        }
+        problem = Problem.unchecked(
+            named.get("cost", self.cost.dense()),
+            named.get("a", self.a),
+            named.get("b", self.b),
+            epsilon=named.get("epsilon", self.epsilon),
+            mass=named.get("mass", self.mass),
+            **sides,
+        )
+        object.__setattr__(problem, "as_numpy", self.as_numpy)
+        return problem
+
+    def detach(self) -> Problem:
+        return self.with_tensors({k: v.detach() for k, v in self.tensors().items()})
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return self.with_tensors({k: v.to(dtype) for k, v in self.tensors().items()})
+
+    def working(self) -> Problem:
+        """The detached problem in the arithmetic it is solved in: half precision is solved in float32."""
+        return self.detach().to(torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype)
+
+    def flat(self) -> Problem:
+        """The same problems with exactly one batch dimension."""
+        n, m = self.shape[-2:]
+        return self.with_tensors(
+            {"cost": self.cost.dense().reshape(-1, n, m), "a": self.a.reshape(-1, n), "b": self.b.reshape(-1, m)}
+        )
+
+    def select(self, index: Tensor | int) -> Problem:
+        """The problems at ``index`` along the first batch dimension."""
+        return self.with_tensors({"cost": self.cost.dense()[index], "a": self.a[index], "b": self.b[index]})
+
+    # -- the mathematics ---------------------------------------------------------------------------------------------
+
+    def plan(self, p: Potentials) -> Float[Tensor, "*batch n m"]:
+        """``P_ij = a_i b_j exp((f_i + g_j + lam - C_ij) / eps)``."""
+        return self.a.unsqueeze(-1) * self._density(p) * self.b.unsqueeze(-2)
+
+    def log_plan(self, p: Potentials) -> Float[Tensor, "*batch n m"]:
+        """``log P``, ``-inf`` at arcs that carry nothing."""
+        slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
+        log_weights = self.a.log().unsqueeze(-1) + self.b.log().unsqueeze(-2)
+        return torch.where(allowed, slack / self.epsilon + log_weights, -math.inf)
+
+    def _density(self, p: Potentials) -> Tensor:
+        slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
+        carries = allowed & ((self.a > 0).unsqueeze(-1) | (self.b > 0).unsqueeze(-2))
+        return torch.where(carries, torch.exp(torch.where(carries, slack, 0.0) / self.epsilon), 0.0)
+
+    def primal(self, plan: Any, *, tolerance: float | None = None) -> Any:
+        """Full objective of any plan: transport, entropy and penalties; ``+inf`` if the plan is not allowed.
+
+        Args:
+            plan: non-negative, shape ``(..., n, m)``, NumPy or torch; without batch dimensions also sparse COO.
+            tolerance: violation of hard sides and of ``mass`` still counted as rounding, relative to the larger total
+                weight; ``1e-9`` in float64, ``1e-5`` in float32 by default.
+        """
+        plan = self._enter(plan)
+        r, c = _sum(plan, -1), _sum(plan, -2)
+        index, values = _entries(plan)
+        cost = self.cost.entries(index) if index else self.cost.dense()
+        carrying = values > 0
+        transport = torch.where(carrying, torch.where(carrying, cost, 0.0) * values, 0.0)
+        value = _total(transport, index)
+        if not self.is_exact:
+            value = value + self.epsilon * self._entropy(index, values)
+        value = value + self.rows.divergence(r, self.a).sum(-1) + self.columns.divergence(c, self.b).sum(-1)
+        violation = self.violations(r, c)
+        scale = torch.maximum(self.a.sum(-1), self.b.sum(-1))
+        allowed = sum(violation) <= (tolerance or rounding(plan.dtype)) * scale
+        if self.is_exact:
+            allowed = allowed & (_total(values * (self._reference(index) == 0), index) == 0)
+        return self.leave(torch.where(allowed & _nonnegative(values), value, math.inf))
+
+    def _reference(self, index: tuple[Tensor, ...]) -> Tensor:
+        if index:
+            return self.a[index[0]] * self.b[index[1]]
+        return self.a.unsqueeze(-1) * self.b.unsqueeze(-2)
+
+    def _entropy(self, index: tuple[Tensor, ...], values: Tensor) -> Tensor:
+        reference = self._reference(index)
+        kl = _total(kl_divergence(values, reference), index)
+        return kl + self.a.sum(-1) * self.b.sum(-1) - reference.sum() if index else kl
+
+    def dual(self, f: Any, g: Any, lam: Any = 0.0) -> Any:
+        """Dual objective: a lower bound of the optimal value for every ``f, g, lam``; ``-inf`` outside the dual's domain.
+
+        Args:
+            f: shape ``(..., n)``, cost units.
+            g: shape ``(..., m)``, cost units.
+            lam: multiplier of ``mass``, shape ``(...)``.
+        """
+        return self.leave(self.dual_at(Potentials(self._enter(f), self._enter(g), self._enter(lam).expand(tuple(self.batch_shape)))))
+
+    def dual_at(self, p: Potentials) -> Tensor:
+        """:meth:`dual` on tensors."""
+        value = self.dual_sides(p)
+        if not self.is_exact:
+            return value + self.dual_entropy(p)
+        slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
+        excess = torch.where(allowed & (self._reference(()) > 0), slack, -math.inf).amax((-2, -1))
+        rounding = 64 * torch.finfo(p.f.dtype).eps * (p.f.abs().amax(-1) + p.g.abs().amax(-1) + p.lam.abs())
+        return torch.where(excess <= rounding, value, -math.inf)
+
+    def dual_sides(self, p: Potentials) -> Tensor:
+        """``sum a phi_rows(f) + sum b phi_cols(g) + lam mass``."""
+        value = _weighted(self.a, self.rows.conjugate(p.f)) + _weighted(self.b, self.columns.conjugate(p.g))
+        return value if self.mass is None else value + p.lam * self.mass
+
+    def dual_entropy(self, p: Potentials) -> Tensor:
+        """``-eps (sum P - sum a sum b)``, differentiable at empty bins too."""
+        total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
+        return -self.epsilon * (total - self.a.sum(-1) * self.b.sum(-1))
+
+    def duality_gap(self, plan: Tensor, p: Potentials) -> Tensor:
+        """``primal(plan) - dual(p)`` as a sum of non-negative terms, for a plan that satisfies the hard sides.
+
+        eps KL(Q | P_fg) + FY_rows(Q 1, f) + FY_cols(Q' 1, g); at eps = 0 the first term is <C - f - g - lam, Q>.
+        """
+        if self.is_exact:
+            slack, _ = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
+            first = torch.where(plan > 0, -slack * plan, 0.0).sum((-2, -1))
+        else:
+            first = self.epsilon * kl_divergence(plan, self.plan(p)).sum((-2, -1))
+        return first + self.side_gaps(plan.sum(-1), plan.sum(-2), p)
+
+    def side_gaps(self, r: Tensor, c: Tensor, p: Potentials) -> Tensor:
+        """Fenchel-Young terms of both sides at marginals ``r`` and ``c``."""
+        rows = self.rows.fenchel_young(r, p.f, self.a)
+        columns = self.columns.fenchel_young(c, p.g, self.b)
+        return rows.sum(-1) + columns.sum(-1)
+
+    def violations(self, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L1 distance of the marginals from the hard sides, and of the total from ``mass``."""
+        rows = self.rows.violation(r, self.a).sum(-1)
+        columns = self.columns.violation(c, self.b).sum(-1)
+        mass = torch.zeros_like(rows) if self.mass is None else (r.sum(-1) - self.mass).abs()
+        return rows, columns, mass
+
+    def dual_scale(self, p: Potentials) -> Tensor:
+        """Sum of the absolute values of the dual's terms on the sides and ``mass``: with the entropy's, what a gap is judged by."""
+        sides = _weighted(self.a, self.rows.conjugate(p.f).abs()) + _weighted(self.b, self.columns.conjugate(p.g).abs())
+        return sides if self.mass is None else sides + (p.lam * self.mass).abs()
+
+    def gauge(self, p: Potentials) -> Potentials:
+        """The equivalent potentials in the gauge named at the top of this file; the plan does not change."""
+        if self.mass is None:
+            if not (self.rows.is_fixed and self.columns.is_fixed):
+                return p
+            shift = (_weighted(self.a, p.f) - _weighted(self.b, p.g)) / (self.a.sum(-1) + self.b.sum(-1))
+            return Potentials(p.f - shift.unsqueeze(-1), p.g + shift.unsqueeze(-1), p.lam)
+        f, g, lam = p.f, p.g, p.lam
+        if self.rows.is_fixed:
+            shift = _weighted(self.a, f) / self.a.sum(-1)
+            f, lam = f - shift.unsqueeze(-1), lam + shift
+        if self.columns.is_fixed:
+            shift = _weighted(self.b, g) / self.b.sum(-1)
+            g, lam = g - shift.unsqueeze(-1), lam + shift
+        return Potentials(f, g, lam)
+
+    # -- the border to NumPy -----------------------------------------------------------------------------------------
+
+    def _enter(self, x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return x
+        return torch.as_tensor(np.asarray(x), dtype=self.dtype, device=self.cost.device)
+
+    def leave(self, x: Tensor) -> Any:
+        """``x`` as the caller gave the cost: NumPy (a scalar where it has no shape), or torch in the cost's dtype."""
+        return x.detach().numpy()[()] if self.as_numpy else x.to(self.dtype)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """``sum weights * values`` in which a bin of weight 0 counts 0 even at an infinite value, with its derivative kept."""
+    reached = torch.where((weights > 0) | values.isfinite(), values, 0.0)
+    return (weights * reached).sum(-1)
+
+
+def _entries(plan: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Index and values of a sparse plan; an empty index and all values of a dense one."""
+    if not plan.is_sparse:
+        return (), plan
+    plan = plan.coalesce()
+    return tuple(plan.indices()), plan.values()
+
+
+def _sum(plan: Tensor, axis: int) -> Tensor:
+    return plan.sum(axis).to_dense() if plan.is_sparse else plan.sum(axis)
+
+
+def _total(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    return values.sum() if index else values.sum((-2, -1))
+
+
+def _nonnegative(values: Tensor) -> Tensor:
+    return (values >= 0).all() if values.dim() < 2 else (values >= 0).flatten(-2).all(-1)

@@ -1,0 +1,330 @@
+"""What a solve returns, and how right it is.
+
+The certificate is computed in float64 from the problem and the potentials alone, by code no solver uses: weak duality puts
+the optimal value between ``dual`` and ``primal``, whoever found the potentials and however.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iotsolve.newton import DualSystem
+from iotsolve.problem import Potentials, Problem
+from iotsolve.solver import Status, default_tolerance
+from iotsolve.validation import rounding
+
+if TYPE_CHECKING:
+    from iotsolve.gradient import Gradient
+
+__all__ = ["Certificate", "Solution", "SolveError", "certify"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds of the optimal value and the errors of the plan; float64, NumPy arrays where the problem has a batch.
+
+    Attributes:
+        primal: objective of a feasible plan (the plan, rounded onto its constraints); ``inf`` if none was found.
+        dual: objective of the potentials, repaired into the dual's domain; ``dual <= optimal value <= primal``.
+        gap: ``primal - dual``, summed from non-negative terms without cancellation.
+        scale: sum of the absolute terms of the dual: what the gap is large or small against.
+        row_violation: L1 distance of the unrounded row marginal from what a hard side allows; 0 on a soft side.
+        column_violation: the same for the columns.
+        mass_violation: distance of the total from ``mass``; 0 without it.
+        mass: total mass of the plan.
+        tolerance: relative error that counts as certified.
+    """
+
+    primal: Any
+    dual: Any
+    gap: Any
+    scale: Any
+    row_violation: Any
+    column_violation: Any
+    mass_violation: Any
+    mass: Any
+    tolerance: float
+
+    @property
+    def relative_gap(self) -> Any:
+        """``gap / scale``; 0 where the gap is 0."""
+        gap, scale = np.asarray(self.gap), np.asarray(self.scale)
+        return np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)[()]
+
+    @property
+    def relative_violation(self) -> Any:
+        """Sum of the violations over the mass of the plan."""
+        total = self.row_violation + self.column_violation + self.mass_violation
+        return np.divide(total, self.mass, out=np.where(np.asarray(total) > 0, np.inf, 0.0), where=np.asarray(self.mass) > 0)[()]
+
+    @property
+    def holds(self) -> Any:
+        """True where gap and violations are both within tolerance."""
+        return (self.relative_gap <= self.tolerance) & (self.relative_violation <= self.tolerance)
+
+    def __str__(self) -> str:
+        if np.ndim(self.gap):
+            return f"{int(np.sum(self.holds))} of {np.size(self.holds)} certified, worst relative gap {np.max(self.relative_gap):.1e}"
+        verdict = "certified" if self.holds else "NOT certified"
+        return (
+            f"{verdict}: {self.dual:.12g} <= optimal value <= {self.primal:.12g} (gap {self.gap:.1e}), "
+            f"violations rows {self.row_violation:.1e}, columns {self.column_violation:.1e}, mass {self.mass_violation:.1e}"
+        )
+
+
+class SolveError(RuntimeError):
+    """A solve that did not converge, with everything known about it.
+
+    Attributes:
+        status: the :class:`Status` (of the first failed problem in a batch).
+        solution: the unconverged :class:`Solution`, with its certificate.
+    """
+
+    def __init__(self, status: Status, solution: Solution) -> None:
+        self.status, self.solution = status, solution
+        super().__init__(f"{status.value}\n{solution.certificate}\nPass throw=False to get this solution with its status instead.")
+
+    @property
+    def certificate(self) -> Certificate:
+        return self.solution.certificate
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The result of :func:`iotsolve.solve`. Everything but the potentials is computed when first looked at.
+
+    NumPy came in, NumPy goes out; a torch cost gives tensors on its device and in its dtype, and what may be differentiated
+    is decided by ``gradient``.
+    """
+
+    problem: Problem
+    potentials: Potentials
+    status: Any
+    steps: Any
+    gradient: Gradient
+    exact_plan: Tensor | None = None
+    tolerance: float | None = None
+
+    @property
+    def converged(self) -> Any:
+        """Whether each problem ended in ``Status.CONVERGED``."""
+        if isinstance(self.status, Status):
+            return self.status is Status.CONVERGED
+        return np.vectorize(lambda s: s is Status.CONVERGED, otypes=[bool])(self.status)
+
+    @cached_property
+    def value(self) -> Any:
+        """Optimal objective, entropy and penalties included, shape ``(...)``."""
+        return self.problem.leave(self.gradient.value(self.problem, self.potentials, self.exact_plan))
+
+    @cached_property
+    def _live(self) -> Potentials:
+        return self.gradient.potentials(self.problem, self.potentials)
+
+    @property
+    def f(self) -> Any:
+        """Potentials of the rows, shape ``(..., n)``, cost units."""
+        return self.problem.leave(self._live.f)
+
+    @property
+    def g(self) -> Any:
+        """Potentials of the columns, shape ``(..., m)``, cost units."""
+        return self.problem.leave(self._live.g)
+
+    @property
+    def mass_multiplier(self) -> Any:
+        """Multiplier ``lam`` of ``mass``, shape ``(...)``; 0 without it."""
+        return self.problem.leave(self._live.lam)
+
+    @cached_property
+    def _plan(self) -> Tensor:
+        if self.exact_plan is not None:
+            return self.gradient.plan(self.problem, self.exact_plan)
+        working = self.problem if self.problem.dtype == self._live.f.dtype else self.problem.to(self._live.f.dtype)
+        return working.plan(self._live)
+
+    @property
+    def plan(self) -> Any:
+        """Optimal plan, shape ``(..., n, m)``."""
+        return self.problem.leave(self._plan)
+
+    @property
+    def row_marginal(self) -> Any:
+        """``P 1``, shape ``(..., n)``."""
+        return self.problem.leave(self._plan.sum(-1))
+
+    @property
+    def column_marginal(self) -> Any:
+        """``P' 1``, shape ``(..., m)``."""
+        return self.problem.leave(self._plan.sum(-2))
+
+    @property
+    def mass(self) -> Any:
+        """Total mass of the plan, shape ``(...)``."""
+        return self.problem.leave(self._plan.sum((-2, -1)))
+
+    @property
+    def transport_cost(self) -> Any:
+        """``<C, P>``: the part of the value that is transport, shape ``(...)``."""
+        cost = self.problem.cost.dense()
+        return self.problem.leave(torch.where(cost.isfinite(), cost * self._plan, 0.0).sum((-2, -1)))
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """Bounds and errors, float64, from the problem and the potentials alone."""
+        p = self.potentials
+        return certify(self.problem, p.f, p.g, p.lam, plan=self.exact_plan, tolerance=self.tolerance)
+
+    def __repr__(self) -> str:
+        n, m = self.problem.shape[-2:]
+        if not isinstance(self.status, Status):
+            return f"Solution({np.size(self.status)} problems of {n} x {m}: {int(np.sum(self.converged))} converged)"
+        return f"Solution({n} x {m}, value {float(self.value):.6g}, {self.status.name} in {self.steps} steps)"
+
+
+def certify(
+    problem: Problem, f: Any, g: Any, lam: Any = 0.0, *, plan: Any = None, tolerance: float | None = None
+) -> Certificate:
+    """Certificate of anybody's potentials: ours, another library's, a guess.
+
+    Args:
+        problem: the problem they are meant to solve.
+        f: potentials of the rows, shape ``(..., n)``, cost units. Projected into the dual's domain first.
+        g: potentials of the columns, shape ``(..., m)``.
+        lam: multiplier of ``mass``, shape ``(...)``.
+        plan: needed at ``epsilon = 0`` only, where potentials do not determine a plan.
+        tolerance: relative error that counts as certified; by default what the problem's dtype allows.
+
+    Example:
+        >>> import numpy as np
+        >>> from iotsolve import Problem, certify
+        >>> problem = Problem(np.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.5)
+        >>> bool(certify(problem, np.zeros(2), np.zeros(2)).gap > 0)
+        True
+    """
+    double = problem.detach().to(torch.float64).flat()
+    n, m = problem.shape[-2:]
+
+    def enter(x: Any, *shape: int) -> Tensor:
+        return problem._enter(x).detach().double().expand((*problem.batch_shape, *shape)).reshape(-1, *shape)
+
+    p = Potentials(double.rows.project(enter(f, n)), double.columns.project(enter(g, m)), enter(lam))
+    if problem.is_exact:
+        p = _repair(double, p)
+        plan = double.a.new_zeros(double.shape) if plan is None else enter(plan, n, m)
+    else:
+        plan = double.plan(p)
+    r, c = plan.sum(-1), plan.sum(-2)
+    rows, columns, mass = double.violations(r, c)
+    rounded, feasible = _round(double, plan, p)
+    dual = double.dual_at(p)
+    if problem.is_exact:
+        gap = double.duality_gap(rounded, p)
+    else:
+        change = torch.where(plan > 0, rounded / torch.where(plan > 0, plan, 1.0) - 1.0, 0.0)
+        gap = double.epsilon * (plan * _change_cost(change)).sum((-2, -1)) + double.side_gaps(rounded.sum(-1), rounded.sum(-2), p)
+    gap = torch.where(feasible & gap.isfinite(), gap.clamp(min=0.0), math.inf)
+    entropy = torch.zeros_like(dual) if problem.is_exact else double.dual_entropy(p)
+    numbers = (dual + gap, dual, gap, double.dual_scale(p) + entropy.abs(), rows, columns, mass, r.sum(-1))
+    as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
+    return Certificate(*as_arrays, tolerance=default_tolerance(problem.dtype) if tolerance is None else tolerance)
+
+
+def _change_cost(x: Tensor) -> Tensor:
+    """``(1 + x) log(1 + x) - x``: what a relative change of an entry costs in KL; no cancellation near 0."""
+    return torch.where(x > -1, (1 + x) * torch.log1p(torch.where(x > -1, x, 0.0)), 0.0) - x
+
+
+def _repair(problem: Problem, p: Potentials) -> Potentials:
+    """Dual-feasible potentials at epsilon = 0, never worse than those given: lower f to its c-transform where it is too high."""
+    ceiling = problem.cost.reduced_min(p.g + p.lam.unsqueeze(-1), problem.b, axis=-1)
+    f = torch.where(problem.a > 0, torch.minimum(p.f, ceiling), p.f)
+    low = f < problem.rows.project(f)  # where the domain forbids so low a potential, the columns give way
+    f = problem.rows.project(f)
+    ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
+    g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(p.g, ceiling), p.g)
+    return Potentials(f, g, p.lam)
+
+
+def _round(problem: Problem, plan: Tensor, p: Potentials) -> tuple[Tensor, Tensor]:
+    """A feasible plan near ``plan`` on the same support, and whether it was found.
+
+    First ``P o (1 + u + v)`` with the marginals the potentials ask for, whose cost is second order in the violation; then
+    alternating scalings onto the hard sides for what is left; and the rank-one fill of Altschuler, Weed, Rigollet (NeurIPS
+    2017) where the sides are fixed and those did not get there.
+    """
+    hard_rows, hard_columns = problem.rows.is_hard, problem.columns.is_hard
+    if not hard_rows and not hard_columns and problem.mass is None:
+        return plan, torch.ones_like(p.lam, dtype=torch.bool)
+    exactly = _off(problem, plan) <= _TINY * torch.maximum(problem.a.sum(-1), problem.b.sum(-1))
+    if exactly.all():
+        return plan, exactly
+    if hard_rows and hard_columns:
+        plan = _linear_correction(problem, plan, p)
+    rounded = _scale_onto(problem, plan)
+    if problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None:
+        rounded = _fill(problem, rounded)
+    violation = _off(problem, rounded)
+    rows, columns = problem.a.sum(-1), problem.b.sum(-1)
+    unmeetable = (rows - columns).abs() if hard_rows and hard_columns else 0.0  # accepted as rounding at construction
+    return rounded, violation <= 1e-12 * torch.maximum(rows, columns) + 2 * unmeetable * (unmeetable <= rounding(torch.float32) * rows)
+
+
+_TINY = 1e-14  # relative violation of a plan that is as feasible as float64 sums can say
+
+
+def _off(problem: Problem, plan: Tensor) -> Tensor:
+    return sum(problem.violations(plan.sum(-1), plan.sum(-2)))
+
+
+def _linear_correction(problem: Problem, plan: Tensor, p: Potentials) -> Tensor:
+    r, c = plan.sum(-1), plan.sum(-2)
+    pinned_rows = (r > 0) & ((p.f != 0) | problem.rows.is_fixed | (problem.rows.violation(r, problem.a) > 0))
+    pinned_columns = (c > 0) & ((p.g != 0) | problem.columns.is_fixed | (problem.columns.violation(c, problem.b) > 0))
+    system = DualSystem(plan, r, c, pinned_rows, pinned_columns, problem.mass is not None)
+    missing = problem.rows.target(r, p.f, problem.a) - r, problem.columns.target(c, p.g, problem.b) - c
+    lacking = torch.zeros_like(p.lam) if problem.mass is None else problem.mass - r.sum(-1)
+    u, v, w = system.solve(*missing, lacking)
+    factor = 1 + u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None]
+    sound = (factor.isfinite() & ((factor > 0) | (plan == 0))).flatten(-2).all(-1)
+    return torch.where(sound[..., None, None], plan * factor, plan)
+
+
+def _scale_onto(problem: Problem, plan: Tensor, *, max_steps: int = 100) -> Tensor:
+    """Alternate the KL projections onto the rows', the columns' and the mass's constraint until all hold."""
+    scale = torch.maximum(problem.a.sum(-1), problem.b.sum(-1))
+    for _ in range(max_steps):
+        if (_off(problem, plan) <= _TINY * scale).all():
+            break
+        for side, weights, axis in ((problem.rows, problem.a, -1), (problem.columns, problem.b, -2)):
+            if side.is_hard:
+                have = plan.sum(axis)
+                plan = plan * _ratio(side.allowed(have, weights), have).unsqueeze(axis)
+        if problem.mass is not None:
+            plan = plan * _ratio(torch.full_like(scale, float(problem.mass)), plan.sum((-2, -1)))[..., None, None]
+    return plan
+
+
+def _fill(problem: Problem, plan: Tensor) -> Tensor:
+    """Scale down to at most the marginals, then add the missing rank-one piece if it meets no forbidden arc."""
+    target_r = problem.rows.allowed(plan.sum(-1), problem.a)
+    target_c = problem.columns.allowed(plan.sum(-2), problem.b)
+    smaller = plan * _ratio(target_r, plan.sum(-1)).clamp(max=1.0).unsqueeze(-1)
+    smaller = smaller * _ratio(target_c, smaller.sum(-2)).clamp(max=1.0).unsqueeze(-2)
+    lack_r, lack_c = (target_r - smaller.sum(-1)).clamp(min=0), (target_c - smaller.sum(-2)).clamp(min=0)
+    total = lack_r.sum(-1)
+    piece = lack_r.unsqueeze(-1) * lack_c.unsqueeze(-2) / torch.where(total > 0, total, 1.0)[..., None, None]
+    forbidden = ((piece > 0) & ~problem.cost.dense().isfinite()).flatten(-2).any(-1)
+    small = _off(problem, plan) <= 1e-13 * problem.a.sum(-1)
+    return torch.where((forbidden | small)[..., None, None], plan, smaller + piece)
+
+
+def _ratio(want: Tensor, have: Tensor) -> Tensor:
+    return torch.where(have > 0, want / torch.where(have > 0, have, 1.0), 1.0)

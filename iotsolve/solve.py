@@ -1,0 +1,115 @@
+"""The front door: pick a solver, run it, hand over the solution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from iotsolve.exact import Exact
+from iotsolve.gradient import Envelope, Gradient, Implicit
+from iotsolve.problem import Potentials, Problem
+from iotsolve.sinkhorn import Sinkhorn
+from iotsolve.solution import Solution, SolveError
+from iotsolve.solver import Outcome, Status, iterate
+from iotsolve.support import carrying_arcs
+
+__all__ = ["run", "solve"]
+
+Solver = Sinkhorn | Exact
+
+
+def solve(
+    problem: Problem,
+    solver: Solver | None = None,
+    *,
+    gradient: Gradient | None = None,
+    init: Solution | Potentials | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Solve an optimal-transport problem.
+
+    Args:
+        problem: what to solve; a batch is solved problem by problem, each with its own status and step count.
+        solver: ``Sinkhorn(...)`` for ``epsilon > 0``, ``Exact()`` for ``epsilon = 0``; chosen by itself if not given.
+        gradient: how torch outputs are differentiated: ``Envelope()`` (default: the value, exactly) or ``Implicit()``.
+        init: a solution or potentials of a similar problem to start from (``epsilon > 0``).
+        throw: raise if a problem does not converge (default); False returns the solution with its status.
+
+    Returns:
+        A :class:`Solution`; NumPy in, NumPy out, torch in, torch out.
+
+    Raises:
+        SolveError: if ``throw`` and some problem did not converge; carries status, solution and certificate.
+        ValueError: if the solver does not fit the problem.
+
+    Example:
+        >>> solution = solve(Problem(np.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1))
+        >>> solution.status.name, bool(solution.certificate.holds)
+        ('CONVERGED', True)
+    """
+    solver = _pick(problem) if solver is None else solver
+    if isinstance(solver, Exact) != problem.is_exact:
+        raise ValueError(
+            f"solver = {solver} with epsilon = {float(problem.epsilon):g}: Exact() solves epsilon = 0 and Sinkhorn() epsilon > 0. "
+            "Change the one or the other, or leave the solver out."
+        )
+    if isinstance(gradient, Implicit) and isinstance(solver, Sinkhorn):
+        solver = replace(solver, stationary=True)
+    with torch.no_grad():
+        working = problem.working()
+        start = None if init is None else _start(working, init)
+        outcome = run(_attainable(working.flat()), solver, start)
+    batch = problem.batch_shape
+    p = Potentials(outcome.potentials.f.reshape(*batch, -1), outcome.potentials.g.reshape(*batch, -1), outcome.potentials.lam.reshape(batch))
+    status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
+    plan = None if outcome.plan is None else outcome.plan.reshape(problem.shape)
+    tolerance = solver.tolerance if isinstance(solver, Sinkhorn) else None
+    solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
+    if throw and not np.all(solution.converged):
+        raise SolveError(next(s for s in outcome.status if s is not Status.CONVERGED), solution)
+    return solution
+
+
+def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Outcome:
+    """The solver's bare result for a detached flat batch: what a training step uses, without anything around it."""
+    return solver.run(problem) if isinstance(solver, Exact) else iterate(problem, solver, start)
+
+
+def _pick(problem: Problem) -> Solver:
+    return Exact() if problem.is_exact else Sinkhorn()
+
+
+def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
+    p = init.potentials if isinstance(init, Solution) else init
+    n, m = problem.shape[-2:]
+    if p.f.shape[-1] != n or p.g.shape[-1] != m:
+        raise ValueError(
+            f"init has potentials of {p.f.shape[-1]} rows and {p.g.shape[-1]} columns, the problem is {n} x {m}: "
+            "a warm start must come from a problem of the same size."
+        )
+    p, flat = p.detach().to(problem.dtype), problem.flat()
+    shape = problem.batch_shape
+    f, g = p.f.expand(*shape, n).reshape(flat.a.shape), p.g.expand(*shape, m).reshape(flat.b.shape)
+    return Potentials(f.clone(), g.clone(), p.lam.expand(shape).reshape(-1).clone())
+
+
+def _attainable(problem: Problem) -> Problem:
+    """Drop the arcs that are 0 in every balanced plan: with them the dual has no maximiser and scaling never arrives."""
+    matrix = problem.cost.dense()
+    if problem.is_exact or not (problem.rows.is_fixed and problem.columns.is_fixed) or matrix.isfinite().all():
+        return problem
+    allowed = (matrix.isfinite() & (problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2)).cpu().numpy()
+    a, b = problem.a.double().cpu().numpy(), problem.b.double().cpu().numpy()
+    kept = np.stack([carrying_arcs(*arcs) for arcs in zip(allowed, a, b, strict=True)])
+    empty = ~((problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2))
+    keep = torch.as_tensor(kept, device=matrix.device) | empty
+    return problem.with_tensors({"cost": torch.where(keep, matrix, torch.inf)})
+
+
+def _shaped(values: list[Any], batch: tuple[int, ...], dtype: Any) -> Any:
+    array = np.empty(len(values), dtype=dtype)
+    array[:] = values
+    return values[0] if not batch else array.reshape(batch)

@@ -1,0 +1,170 @@
+"""The one iterative loop: init, step, stop. A method is data; a batch stops problem by problem.
+
+A method supplies ``init(problem, start) -> state``, ``step(problem, state, epsilon) -> state`` and ``schedule(problem)``;
+a state supplies ``potentials``, ``marginals`` and ``select``. The loop judges the state by quantities the step has computed
+anyway, and never by the size of the step: a small step says nothing about the distance to the solution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from iotsolve.marginals import Scalar
+from iotsolve.problem import Potentials, Problem
+
+__all__ = ["Outcome", "Status", "default_tolerance", "iterate", "judge"]
+
+
+class Status(Enum):
+    """How a solve ended. The members are the messages."""
+
+    CONVERGED = "converged: the marginal errors and the duality gap are within tolerance."
+    MAX_STEPS = (
+        "not converged: max_steps was reached first. First-order steps slow down as epsilon falls below about .02 of the cost "
+        "range. (a) raise max_steps, (b) raise epsilon or the tolerance, (c) use epsilon=0 for the exact plan."
+    )
+    STALLED = (
+        "not converged: the error no longer falls. (a) the precision of the dtype is exhausted: pass float64; "
+        "(b) the tolerance is below what rounding allows: raise it; (c) no plan satisfies the marginals exactly."
+    )
+    NOT_FINITE = (
+        "not converged: exponents left the range of the dtype. (a) epsilon is tiny against the costs: raise it, rescale the "
+        "costs, or use epsilon=0; (b) pass float64; (c) forbidden arcs leave a bin with too little mass."
+    )
+    INFEASIBLE = (
+        "infeasible: no plan satisfies the marginals on the allowed arcs. (a) too many arcs are forbidden (cost inf); "
+        "(b) relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
+    )
+
+
+class State(Protocol):
+    potentials: Potentials
+
+    def marginals(self, problem: Problem) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def select(self, index: Tensor) -> State: ...
+
+
+class Method(Protocol):
+    max_steps: int
+    stationary: bool
+
+    def threshold(self, problem: Problem) -> float: ...
+
+    def schedule(self, problem: Problem, start: Potentials | None) -> list[Scalar]: ...
+
+    def init(self, problem: Problem, start: Potentials | None) -> Any: ...
+
+    def step(self, problem: Problem, state: Any, epsilon: Scalar) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver returns for a flat batch: potentials, a status and a step count per problem, at epsilon = 0 also the plan."""
+
+    potentials: Potentials
+    status: list[Status]
+    steps: list[int]
+    plan: Tensor | None = None
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative marginal error and gap that count as converged: 1e-8 in float64, 1e-5 in float32 (and half precision)."""
+    return 1e-8 if dtype == torch.float64 else 1e-5
+
+
+def judge(
+    problem: Problem, p: Potentials, r: Tensor | None, c: Tensor | None, *, stationary: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Error, dual objective and its scale, from potentials and marginals alone; each of shape ``(B,)``.
+
+    The error is the larger of the relative violation (hard sides, mass) and the relative gap (all sides). A gap is of second
+    order in the plan's error; ``stationary`` adds the first-order distance of every marginal from what its potential asks for.
+    ``r`` or ``c`` is None for a free side, which is satisfied by any marginal.
+    """
+    gap = violation = moved = torch.zeros_like(p.lam)
+    for side, weights, marginal, potential in ((problem.rows, problem.a, r, p.f), (problem.columns, problem.b, c, p.g)):
+        if marginal is None:
+            continue
+        moved = marginal.sum(-1)
+        off = side.residual(marginal, potential, weights) if stationary else side.violation(marginal, weights)
+        violation = violation + torch.where(weights > 0, off, 0.0).sum(-1)
+        terms = side.fenchel_young(side.allowed(marginal, weights), potential, weights)
+        gap = gap + torch.where(weights > 0, terms, 0.0).sum(-1)
+    if problem.mass is not None:
+        violation = violation + (moved - problem.mass).abs()
+    entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
+    scale = problem.dual_scale(p) + entropy.abs()
+    error = torch.maximum(torch.where(violation > 0, violation / moved, 0.0), torch.where(gap > 0, gap / scale, 0.0))
+    return error, problem.dual_sides(p) - entropy, scale
+
+
+def iterate(problem: Problem, method: Method, start: Potentials | None = None) -> Outcome:
+    """Run ``method`` on a flat batch until every problem has converged, stalled or used up its steps.
+
+    Finished problems leave the work set, so that a hard one does not make the easy ones pay. The loop stops at half the
+    tolerance, which leaves the certificate room for the rounding of its own arithmetic. A problem has stalled when for many
+    checks neither its error has fallen nor its dual risen: with bounds the error may rest while the potentials still travel.
+    """
+    size = problem.batch_shape[0]
+    schedule, tolerance = method.schedule(problem, start), method.threshold(problem)
+    state = method.init(problem, start)
+    active = torch.arange(size, device=problem.cost.device)
+    final = Potentials(state.potentials.f.clone(), state.potentials.g.clone(), state.potentials.lam.clone())
+    status, steps = [Status.MAX_STEPS] * size, [method.max_steps] * size
+    best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
+    highest = torch.full_like(final.lam, -torch.inf)
+
+    for k in range(1, method.max_steps + 1):
+        annealing = k <= len(schedule)
+        state = method.step(problem, state, schedule[k - 1] if annealing else problem.epsilon)
+        if annealing or not _due(k - len(schedule)) and k < method.max_steps:
+            continue
+        error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
+        progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
+        patience = torch.where(progress, 0.0, patience + 1)
+        best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
+        broken = ~_usable(problem, state.potentials) | error.isnan()
+        done = (error <= tolerance / 2) | broken | (patience >= _PATIENCE)
+        if not done.any():
+            continue
+        for i in done.nonzero().flatten().tolist():
+            verdict = Status.NOT_FINITE if broken[i] else Status.CONVERGED if error[i] <= tolerance / 2 else Status.STALLED
+            status[int(active[i])], steps[int(active[i])] = verdict, k
+        _store(final, state.potentials, active)
+        left = (~done).nonzero().flatten()
+        if not len(left):
+            return Outcome(final, status, steps)
+        if len(left) < size:
+            problem, state = problem.select(left), state.select(left)
+            active, best, highest, patience = active[left], best[left], highest[left], patience[left]
+            size = len(left)
+    _store(final, state.potentials, active)
+    return Outcome(final, status, steps)
+
+
+_PATIENCE = 30  # checks without progress
+
+
+def _due(k: int) -> bool:
+    return k in (1, 2, 4) or k % 8 == 0
+
+
+def _usable(problem: Problem, p: Potentials) -> Tensor:
+    """No NaN, no -inf, and no +inf where a hard side must place mass."""
+    usable = p.lam.isfinite()
+    for side, weights, x in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
+        bad = x.isnan() | (x == -torch.inf)
+        if side.is_hard and float(side.bounds[0]) > 0:
+            bad = bad | (x.isinf() & (weights > 0))
+        usable = usable & ~bad.any(-1)
+    return usable
+
+
+def _store(final: Potentials, p: Potentials, index: Tensor) -> None:
+    final.f[index], final.g[index], final.lam[index] = p.f, p.g, p.lam

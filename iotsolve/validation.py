@@ -1,0 +1,224 @@
+"""What a problem must satisfy before anybody tries to solve it: value, rule, likely cause and fix in every message."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iotsolve.costs import Dense
+from iotsolve.marginals import Marginal
+from iotsolve.support import largest_mass
+
+if TYPE_CHECKING:
+    from iotsolve.problem import Problem
+
+__all__ = ["as_cost", "as_weights", "check_problem", "rounding"]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative error of a sum of masses that is still rounding in this precision."""
+    return {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 1e-2)
+
+
+def as_cost(cost: Any) -> tuple[Tensor, bool]:
+    """The cost as a floating tensor, without a copy where possible, and whether it came from NumPy."""
+    if isinstance(cost, Dense):
+        cost = cost.dense()
+    as_numpy = not isinstance(cost, Tensor)
+    matrix = _tensor("cost", cost)
+    if not matrix.is_floating_point():
+        matrix = matrix.to(torch.float64 if as_numpy else torch.get_default_dtype())
+    if matrix.dim() < 2 or 0 in matrix.shape:
+        raise ValueError(
+            f"cost has shape {tuple(matrix.shape)}: it must be (..., n, m) with n, m >= 1. "
+            "For two vectors of positions build the matrix first, for example (x[:, None] - y[None, :]) ** 2."
+        )
+    values = matrix.detach()
+    if values.isnan().any():
+        raise ValueError(
+            f"cost{_first(values.isnan())} is NaN ({int(values.isnan().sum())} NaN in all): costs must be finite, or +inf "
+            "for a forbidden arc. NaN usually comes from 0/0 in a normalisation or from a missing value in the data."
+        )
+    if (values == -math.inf).any():
+        raise ValueError(
+            f"cost{_first(values == -math.inf)} is -inf: an arc that pays infinitely has no optimal plan. "
+            "A forbidden arc is +inf; a log-similarity must be negated to become a cost."
+        )
+    return matrix, as_numpy
+
+
+def as_weights(name: str, weights: Any, size: int, cost: Tensor) -> Tensor:
+    """Weights of one side in the cost's dtype and device; uniform of total 1 if not given."""
+    if weights is None:
+        return torch.full((size,), 1.0 / size, dtype=cost.dtype, device=cost.device)
+    weights = _tensor(name, weights).to(dtype=cost.dtype, device=cost.device)
+    side = "rows" if name == "a" else "columns"
+    if weights.dim() < 1 or weights.shape[-1] != size:
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)} but the cost has {size} {side}: {name} must be (..., {size}), one weight "
+            f"per {'row' if name == 'a' else 'column'}. Are a and b swapped, or the cost transposed?"
+        )
+    values = weights.detach()
+    bad = ~(values.isfinite() & (values >= 0))
+    if bad.any():
+        raise ValueError(
+            f"{name}{_first(bad)} = {float(values[bad][0])}: weights must be finite and non-negative. "
+            "Signed data must be split into its positive and negative parts; NaN usually comes from dividing by a sum of 0."
+        )
+    if (values.sum(-1) <= 0).any():
+        raise ValueError(f"{name} has total 0: a side without mass has no plan. Was an empty histogram passed?")
+    return weights
+
+
+def check_problem(problem: Problem) -> None:
+    """Raise a ValueError for a problem that is malformed or has no answer."""
+    _check_scalar("epsilon", problem.epsilon, minimum=0.0, hint="0 is exact transport")
+    if isinstance(problem.epsilon, Tensor) and float(problem.epsilon) == 0:
+        raise ValueError("epsilon is a tensor equal to 0: pass the number 0 for exact transport; it has no gradient there.")
+    if problem.mass is not None:
+        _check_scalar("mass", problem.mass, minimum=0.0, hint="leave it None to let the marginals decide")
+        if float(problem.mass) == 0:
+            raise ValueError("mass = 0: the plan is zero and there is nothing to solve. Pass the mass to be moved.")
+    for side in ("rows", "columns"):
+        if not isinstance(getattr(problem, side), Marginal):
+            raise ValueError(
+                f"{side} = {getattr(problem, side)!r}: must be a marginal object, one of FIXED, FREE, AT_MOST, Between(lo, hi), "
+                "KL(rho), TV(rho) from iotsolve."
+            )
+    _check_totals(problem)
+    _check_reachable(problem)
+    if problem.is_exact and problem.mass is None:
+        _check_bounded(problem)
+
+
+def _tensor(name: str, x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        if x.is_complex():
+            raise ValueError(f"{name} is complex ({x.dtype}): it must be real. Pass its real part or its modulus.")
+        return x
+    array = np.asarray(x)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{name} has dtype {array.dtype}: it must hold real numbers. Strings or objects often come from a CSV header "
+            "or from rows of unequal length."
+        )
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        # Inputs are never written to, so a read-only array is as good as any.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _check_scalar(name: str, x: Any, *, minimum: float, hint: str) -> None:
+    try:
+        value = float(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} = {x!r}: must be one number ({hint}).") from error
+    if isinstance(x, Tensor) and x.dim() > 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: must be a float or a tensor without dimensions ({hint}).")
+    if not math.isfinite(value) or value < minimum:
+        raise ValueError(f"{name} = {value}: must be finite and >= {minimum:g}, in the units of the cost ({hint}).")
+
+
+def _check_totals(problem: Problem) -> None:
+    """The intervals in which the total mass must lie, by rows, columns and ``mass``, have to meet."""
+    lows, highs = [], []
+    for name, weights, side in (("rows", problem.a, problem.rows), ("columns", problem.b, problem.columns)):
+        total = weights.detach().double().sum(-1)
+        lo, hi = (float(x) for x in side.bounds)
+        lows.append((lo * total, f"the {name} ask for at least"))
+        highs.append((hi * total, f"the {name} allow at most"))
+    if problem.mass is not None:
+        mass = torch.as_tensor(float(problem.mass), dtype=torch.float64).expand(problem.batch_shape)
+        lows.append((mass, "mass ="))
+        highs.append((mass, "mass ="))
+    slack = rounding(problem.dtype)
+    for low, says in lows:
+        for high, allows in highs:
+            high = high.to(low.device)
+            crossed = low > high * (1 + slack)
+            if crossed.any():
+                where = f" in problem {_first(crossed)}" if crossed.dim() else ""
+                raise ValueError(
+                    f"{says} {float(low[crossed].reshape(-1)[0]):.10g} but {allows} {float(high[crossed].reshape(-1)[0]):.10g}{where}: "
+                    "no plan can have both totals. Nothing is renormalised for you: scale a and b to the same total, or "
+                    "relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
+                )
+
+
+def _check_reachable(problem: Problem) -> None:
+    """A bin that must receive mass needs at least one allowed arc to a bin that has some."""
+    matrix = problem.cost.dense().detach()
+    if matrix.isfinite().all():
+        return
+    allowed = matrix.isfinite() & (problem.a.detach() > 0).unsqueeze(-1) & (problem.b.detach() > 0).unsqueeze(-2)
+    for name, side, weights, axis in (("row", problem.rows, problem.a, -1), ("column", problem.columns, problem.b, -2)):
+        stranded = (weights.detach() > 0) & ~allowed.any(axis)
+        if float(side.bounds[0]) > 0 and stranded.any():
+            raise ValueError(
+                f"{name} {_first(stranded)} must carry mass but every arc to a bin with mass is forbidden (cost inf): "
+                "no plan exists. Allow an arc, set that weight to 0, or relax the side with FREE, KL(rho) or TV(rho)."
+            )
+    if not allowed.flatten(-2).any(-1).all():
+        raise ValueError("every arc between bins with mass is forbidden (cost inf): the only plan is zero. Is the mask inverted?")
+    _check_feasible(problem, allowed)
+
+
+def _check_feasible(problem: Problem, allowed: Tensor) -> None:
+    """The forbidden arcs must leave room for what each side demands of the other (Mendelsohn and Dulmage: either is enough)."""
+    n, m = problem.shape[-2:]
+    batch = zip(allowed.reshape(-1, n, m), problem.a.detach().reshape(-1, n), problem.b.detach().reshape(-1, m), strict=True)
+    (lo_r, hi_r), (lo_c, hi_c) = ([float(x) for x in side.bounds] for side in (problem.rows, problem.columns))
+    for arcs, a, b in batch:
+        arcs, a, b = arcs.cpu().numpy(), a.double().cpu().numpy(), b.double().cpu().numpy()
+        enough = max(a.sum(), b.sum(), float(problem.mass or 0.0))
+        limit_r, limit_c = (np.full_like(w, enough) if math.isinf(hi) else hi * w for hi, w in ((hi_r, a), (hi_c, b)))
+        demands = [(lo_r * a, limit_c, lo_r * a.sum(), "rows"), (limit_r, lo_c * b, lo_c * b.sum(), "columns")]
+        if problem.mass is not None:
+            demands.append((limit_r, limit_c, float(problem.mass), "mass"))
+        for supply, demand, need, who in demands:
+            if need <= 0:
+                continue
+            fits, error = largest_mass(arcs, supply, demand)
+            if fits < need * (1 - rounding(problem.dtype)) - error:
+                raise ValueError(
+                    f"the allowed arcs carry at most {fits:.9g} but the {who} demand {need:.9g}: the forbidden arcs (cost inf) "
+                    "admit no plan. Allow more arcs, or relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
+                )
+
+
+def _check_bounded(problem: Problem) -> None:
+    """At epsilon = 0 without ``mass``: neither infinite gain nor the zero plan."""
+    matrix = problem.cost.dense().detach()
+    reached = (problem.a.detach() > 0).unsqueeze(-1) & (problem.b.detach() > 0).unsqueeze(-2) & matrix.isfinite()
+    price = problem.rows.recession + problem.columns.recession
+    gaining = reached & (matrix + price < 0)
+    if gaining.any():
+        i, j = gaining.nonzero()[0][-2:].tolist()
+        raise ValueError(
+            f"unbounded: arc ({i}, {j}) costs {float(matrix[gaining][0]):.6g} and both sides together charge {price:.6g} per "
+            "further unit, so more mass always pays. Pass mass=, bound a side with AT_MOST, or use epsilon > 0."
+        )
+    if all(_asks_nothing(side) for side in (problem.rows, problem.columns)) and not (reached & (matrix < 0)).any():
+        raise ValueError(
+            "no side asks for any mass and no cost is negative, so the optimal plan is zero: pass mass= to say how much is moved."
+        )
+
+
+def _asks_nothing(side: Marginal) -> bool:
+    zero, one = torch.zeros(1), torch.ones(1)
+    return float(side.bounds[0]) == 0 and float(side.divergence(zero, one)) == 0
+
+
+def _first(mask: Tensor) -> str:
+    """Index of the first True, as it is written in Python."""
+    index = mask.nonzero()[0].tolist()
+    return str(index[0]) if len(index) == 1 else str(tuple(index)).replace("(", "[").replace(")", "]")
