@@ -4,24 +4,29 @@
     loss = SinkhornNCELoss(temperature=0.1)(z0, z1)
 """
 
-from contrastive.diagnostics import diagnostics
-from contrastive.losses import (
-    ClipLoss,
-    GlobalNCELoss,
-    InfoNCELoss,
-    IOTLoss,
-    NTXentLoss,
-    SinkhornNCELoss,
-    UnbalancedNCELoss,
-)
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "ClipLoss",
-    "GlobalNCELoss",
-    "IOTLoss",
-    "InfoNCELoss",
-    "NTXentLoss",
-    "SinkhornNCELoss",
-    "UnbalancedNCELoss",
-    "diagnostics",
-]
+_HOMES = {
+    "ClipLoss": "losses",
+    "GlobalNCELoss": "losses",
+    "IOTLoss": "losses",
+    "InfoNCELoss": "losses",
+    "NTXentLoss": "losses",
+    "SinkhornNCELoss": "losses",
+    "UnbalancedNCELoss": "losses",
+    "diagnose": "diagnostics",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a loss when it is asked for, so that the command's --help does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'contrastive' has no attribute {name!r}")
+    return getattr(import_module(f"contrastive.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from contrastive.losses import IOTLoss
 
-__all__ = ["diagnostics"]
+__all__ = ["diagnose"]
 
 
-def diagnostics(criterion: IOTLoss, z0: Tensor, z1: Tensor, *, t: float = 2.0) -> dict[str, float]:
+def diagnose(criterion: IOTLoss, z0: Tensor, z1: Tensor, *, t: float = 2.0) -> dict[str, float]:
     """Alignment, uniformity, in-batch retrieval and the state of the inner transport, detached.
 
     Args:
@@ -27,7 +27,7 @@ def diagnostics(criterion: IOTLoss, z0: Tensor, z1: Tensor, *, t: float = 2.0) -
 
     Example:
         >>> from contrastive import InfoNCELoss
-        >>> diagnostics(InfoNCELoss(), torch.eye(3), torch.eye(3))["top1"]
+        >>> diagnose(InfoNCELoss(), torch.eye(3), torch.eye(3))["top1"]
         1.0
     """
     with torch.no_grad():

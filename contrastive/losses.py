@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iotsolve.gradient import Envelope, Implicit
-from iotsolve.marginals import FIXED, FREE, KL, Marginal
+from iotsolve.marginals import FIXED, FREE, KL, Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solve import run
@@ -82,7 +82,7 @@ class IOTLoss(nn.Module):
         self.uniformity, self.negatives, self.symmetric = uniformity, negatives, symmetric
         self.solver = Sinkhorn(tolerance=tolerance, max_steps=max_steps, annealing=None, stationary=uniformity > 0)
         if learn_temperature:
-            self.log_temperature = nn.Parameter(torch.as_tensor(float(temperature)).log())
+            self.log_temperature = nn.Parameter(torch.as_tensor(number(temperature)).log())
         elif isinstance(temperature, nn.Parameter):
             self.shared_temperature = temperature
         else:
@@ -147,8 +147,8 @@ class IOTLoss(nn.Module):
         if outcome.status[0] is not Status.CONVERGED:
             warnings.warn(
                 f"the inner transport stopped after {outcome.steps[0]} steps above its tolerance {self.solver.tolerance:g} at "
-                f"temperature {float(problem.epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as the marginals are. "
-                "Raise max_steps, the temperature or the tolerance, or check the representations for NaN.",
+                f"temperature {number(problem.epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as "
+                "the marginals are. Raise max_steps, the temperature or the tolerance, or check the representations for NaN.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -164,7 +164,7 @@ class IOTLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"rows={self.rows}, columns={self.columns}, mass={self.mass}, temperature={float(self.temperature):.4g}, "
+            f"rows={self.rows}, columns={self.columns}, mass={self.mass}, temperature={number(self.temperature):.4g}, "
             f"uniformity={self.uniformity}, negatives={self.negatives!r}, symmetric={self.symmetric}"
         )
 
@@ -195,8 +195,12 @@ class InfoNCELoss(IOTLoss):
         tensor(0.3407)
     """
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, uniformity: float = 0.0, learn_temperature: bool = False) -> None:
-        super().__init__(FIXED, FREE, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature)
+    def __init__(
+        self, temperature: float | Tensor = 0.1, *, uniformity: float = 0.0, learn_temperature: bool = False
+    ) -> None:
+        super().__init__(
+            FIXED, FREE, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature
+        )
 
 
 class NTXentLoss(IOTLoss):
@@ -207,9 +211,16 @@ class NTXentLoss(IOTLoss):
         tensor(0.5944)
     """
 
-    def __init__(self, temperature: float | Tensor = 0.5, *, uniformity: float = 0.0, learn_temperature: bool = False) -> None:
+    def __init__(
+        self, temperature: float | Tensor = 0.5, *, uniformity: float = 0.0, learn_temperature: bool = False
+    ) -> None:
         super().__init__(
-            FIXED, FREE, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature, negatives="all"
+            FIXED,
+            FREE,
+            temperature=temperature,
+            uniformity=uniformity,
+            learn_temperature=learn_temperature,
+            negatives="all",
         )
 
 
@@ -221,9 +232,16 @@ class ClipLoss(IOTLoss):
         tensor(0.3407)
     """
 
-    def __init__(self, temperature: float | Tensor = 0.07, *, uniformity: float = 0.0, learn_temperature: bool = False) -> None:
+    def __init__(
+        self, temperature: float | Tensor = 0.07, *, uniformity: float = 0.0, learn_temperature: bool = False
+    ) -> None:
         super().__init__(
-            FIXED, FREE, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature, symmetric=True
+            FIXED,
+            FREE,
+            temperature=temperature,
+            uniformity=uniformity,
+            learn_temperature=learn_temperature,
+            symmetric=True,
         )
 
 
@@ -235,8 +253,12 @@ class GlobalNCELoss(IOTLoss):
         tensor(0.3407)
     """
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, uniformity: float = 0.0, learn_temperature: bool = False) -> None:
-        super().__init__(FREE, FREE, 1.0, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature)
+    def __init__(
+        self, temperature: float | Tensor = 0.1, *, uniformity: float = 0.0, learn_temperature: bool = False
+    ) -> None:
+        super().__init__(
+            FREE, FREE, 1.0, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature
+        )
 
 
 class SinkhornNCELoss(IOTLoss):
@@ -330,36 +352,50 @@ def make(name: str, *, temperature: float | Tensor = 0.2, uniformity: float = 0.
 
 
 def _check_arguments(
-    rows: Marginal, columns: Marginal, mass: float | None, temperature: float | Tensor, uniformity: float, negatives: str
+    rows: Marginal,
+    columns: Marginal,
+    mass: float | None,
+    temperature: float | Tensor,
+    uniformity: float,
+    negatives: str,
 ) -> None:
     for name, side in (("rows", rows), ("columns", columns)):
         if not isinstance(side, Marginal):
-            raise ValueError(f"{name} = {side!r}: must be a marginal object from iotsolve, such as FIXED, FREE or KL(1.0).")
-    if not float(temperature) > 0 or not math.isfinite(float(temperature)):
-        raise ValueError(f"temperature = {float(temperature)}: must be positive and finite; 0.05 to 0.5 is usual.")
+            raise ValueError(
+                f"{name} = {side!r}: must be a marginal object from iotsolve, such as FIXED, FREE or KL(1.0)."
+            )
+    if not number(temperature) > 0 or not math.isfinite(number(temperature)):
+        raise ValueError(f"temperature = {number(temperature)}: must be positive and finite; 0.05 to 0.5 is usual.")
     if not 0 <= uniformity < math.inf:
-        raise ValueError(f"uniformity = {uniformity}: is the weight of a penalty, so must be >= 0; 0.2 is usual, 0 switches it off.")
+        raise ValueError(
+            f"uniformity = {uniformity}: is the weight of a penalty, so must be >= 0; 0.2 is usual, 0 switches it off."
+        )
     if mass is not None and not 0 < mass < math.inf:
         raise ValueError(f"mass = {mass}: must be positive and finite, or None; the weights of each side total 1.")
     if mass is None and rows.is_free and columns.is_free:
-        raise ValueError("rows and columns are both FREE: nothing then ties the plan's total mass. Pass mass=1.0, which is U(1).")
+        raise ValueError(
+            "rows and columns are both FREE: nothing then ties the plan's total mass. Pass mass=1.0, which is U(1)."
+        )
     total = 1.0 if mass is None else mass
     for name, side in (("rows", rows), ("columns", columns)):
-        lo, hi = (float(x) for x in side.bounds)
+        lo, hi = (number(x) for x in side.bounds)
         if not lo <= total <= hi:
             raise ValueError(
                 f"mass = {total} with {name} = {side}: the positive pairs then violate that side and the loss would be infinite. "
                 "Choose a mass inside the side's bounds, or a soft side."
             )
     if negatives not in ("cross", "all"):
-        raise ValueError(f"negatives = {negatives!r}: must be 'cross' (the other view) or 'all' (both views, oneself left out).")
+        raise ValueError(
+            f"negatives = {negatives!r}: must be 'cross' (the other view) or 'all' (both views, oneself left out)."
+        )
 
 
 def _normalised(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
     if z0.dim() != 2 or z0.shape != z1.shape or len(z0) < 2:
         raise ValueError(
-            f"representations have shapes {tuple(z0.shape)} and {tuple(z1.shape)}: both must be (N, D) with the same N >= 2, row i of "
-            "the one positive to row i of the other. Flatten feature maps, and drop an incomplete last batch of one."
+            f"representations have shapes {tuple(z0.shape)} and {tuple(z1.shape)}: both must be (N, D) with the same "
+            "N >= 2, row i of the one positive to row i of the other. Flatten feature maps, and drop an incomplete last "
+            "batch of one."
         )
     dtype = torch.float64 if torch.float64 in (z0.dtype, z1.dtype) else torch.float32
     return functional.normalize(z0.to(dtype), dim=1), functional.normalize(z1.to(dtype), dim=1)

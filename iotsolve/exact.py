@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
-from iotsolve.marginals import Marginal
+from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Outcome, Status
 
@@ -65,10 +65,10 @@ class Exact:
         if ordinary and np.isfinite(cost).all():
             return _network_simplex(cost, a, b, self.max_steps)
         if problem.mass is None and columns.is_free and rows.is_fixed:
-            plan, f = _nearest(cost, a * float(rows.bounds[0]), b)
+            plan, f = _nearest(cost, a * number(rows.bounds[0]), b)
             return plan, f, np.zeros_like(b), 0.0, Status.CONVERGED, 0
         if problem.mass is None and rows.is_free and columns.is_fixed:
-            plan, g = _nearest(cost.T, b * float(columns.bounds[0]), a)
+            plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
         return _linear_program(problem, cost, a, b)
 
@@ -112,10 +112,10 @@ def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:
 def _network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
     import ot
 
-    scale = a.sum()  # POT works with any total; unit mass keeps its own tolerances meaningful
-    plan, log = ot.emd(a / scale, b / b.sum(), cost, numItermax=max_steps, log=True, check_marginals=False)
+    scale, base = a.sum(), cost.min()  # unit mass and costs from 0 up: what the simplex's own tolerances and big M expect
+    plan, log = ot.emd(a / scale, b / b.sum(), cost - base, numItermax=max_steps, log=True, check_marginals=False)
     status = {1: Status.CONVERGED, 3: Status.MAX_STEPS}.get(log["result_code"], Status.STALLED)
-    return plan * scale, log["u"], log["v"], 0.0, status, 0
+    return plan * scale, log["u"] + base, log["v"], 0.0, status, 0
 
 
 def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +141,7 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     matrix = sparse.hstack(blocks).tocsr()
     if problem.mass is not None:
         total = sparse.csr_matrix(np.r_[np.ones(len(i)), np.zeros(matrix.shape[1] - len(i))])
-        matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, float(problem.mass)]
+        matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, number(problem.mass)]
     options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
     result = linprog(prices, A_eq=matrix, b_eq=right, bounds=np.c_[lower, upper], method="highs-ds", options=options)
     plan = np.zeros_like(cost)
@@ -154,12 +154,14 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     return plan, y[:n], y[n : n + m], lam, Status.CONVERGED, int(result.nit)
 
 
-def _side_columns(side: Marginal, weights: np.ndarray) -> tuple[sparse.spmatrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _side_columns(
+    side: Marginal, weights: np.ndarray
+) -> tuple[sparse.spmatrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Matrix, right-hand side, prices and bounds of one side's own variables: the marginal, or for TV its excess and lack."""
     size, identity = len(weights), sparse.identity(len(weights), format="csr")
     price = side.recession
     if side.is_hard or price == 0:
-        lo, hi = (float(x) for x in side.bounds)
+        lo, hi = (number(x) for x in side.bounds)
         upper = np.full(size, np.inf) if math.isinf(hi) else hi * weights
         return -identity, np.zeros(size), np.zeros(size), lo * weights, upper
     split = sparse.hstack([-identity, identity])  # P 1 - excess + lack = a

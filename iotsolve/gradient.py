@@ -108,10 +108,14 @@ def _moved(problem: Problem, p: Potentials) -> Potentials:
     return Potentials(problem.rows.moved(p.f), problem.columns.moved(p.g), p.lam)
 
 
-def _pull(ctx: Any, scalar, names: tuple[str, ...], tensors: tuple[Tensor, ...], needed: tuple[bool, ...], dtype: torch.dtype):
+def _pull(
+    ctx: Any, scalar, names: tuple[str, ...], tensors: tuple[Tensor, ...], needed: tuple[bool, ...], dtype: torch.dtype
+):
     """Gradients of ``scalar(problem)`` in the tensors asked for: the backward pass, evaluated as a formula of its own."""
     with torch.enable_grad():
-        leaves = {n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)}
+        leaves = {
+            n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)
+        }
         wanted = [leaves[n] for n, need in zip(names, needed, strict=True) if need]
         found = iter(torch.autograd.grad(scalar(ctx.problem.with_tensors(leaves)), wanted, allow_unused=True))
     gradients = (next(found) if need else None for need in needed)
@@ -120,7 +124,9 @@ def _pull(ctx: Any, scalar, names: tuple[str, ...], tensors: tuple[Tensor, ...],
 
 class _EnvelopeValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, p: Potentials, plan: Tensor | None, names: tuple[str, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx, problem: Problem, p: Potentials, plan: Tensor | None, names: tuple[str, ...], *tensors: Tensor
+    ) -> Tensor:
         ctx.problem, ctx.p, ctx.plan, ctx.names = problem, p, plan, names
         ctx.save_for_backward(*tensors)
         return _lagrangian(problem.to(p.f.dtype), p, plan)
@@ -155,12 +161,16 @@ class _ImplicitPotentials(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, up_f: Tensor, up_g: Tensor, up_lam: Tensor):
         p = ctx.p.to(torch.float64)
-        u, v, w, held_f, held_g = implicit_adjoint(ctx.problem.to(torch.float64), p, up_f.double(), up_g.double(), up_lam.double())
+        u, v, w, held_f, held_g = implicit_adjoint(
+            ctx.problem.to(torch.float64), p, up_f.double(), up_g.double(), up_lam.double()
+        )
 
         def scalar(problem: Problem) -> Tensor:
             moved = _moved(problem, p)
             plan = problem.plan(moved)
-            asked = (u * problem.a * problem.rows.response(p.f)).sum(-1) + (v * problem.b * problem.columns.response(p.g)).sum(-1)
+            asked = (u * problem.a * problem.rows.response(p.f)).sum(-1) + (
+                v * problem.b * problem.columns.response(p.g)
+            ).sum(-1)
             if problem.mass is not None:
                 asked = asked + w * problem.mass
             had = (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum((-2, -1))

@@ -16,9 +16,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["AT_MOST", "FIXED", "FREE", "KL", "TV", "Between", "Marginal", "kl_divergence"]
+__all__ = ["AT_MOST", "FIXED", "FREE", "KL", "TV", "Between", "Marginal", "Scalar", "kl_divergence", "number"]
 
 Scalar = float | Tensor
+
+
+def number(x: Scalar) -> float:
+    """A float, or the value of a tensor without its history."""
+    return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
 
 def kl_divergence(x: Tensor, y: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class Marginal:
     def is_hard(self) -> bool:
         """True if some non-negative marginals are forbidden: such a side is judged by its violation."""
         lo, hi = self.bounds
-        return float(lo) > 0 or not math.isinf(float(hi))
+        return number(lo) > 0 or not math.isinf(number(hi))
 
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         """``D(r | a)`` per bin. A hard side pays 0 here: feasibility is asked of :meth:`violation`."""
@@ -121,11 +126,15 @@ class Marginal:
         """``r`` clipped to the allowed interval ``[lo a, hi a]``."""
         lo, hi = self.bounds
         r = torch.maximum(r, lo * a)
-        return r if math.isinf(float(hi)) else torch.minimum(r, hi * a)
+        return r if math.isinf(number(hi)) else torch.minimum(r, hi * a)
 
     def target(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
         """The allowed marginal that a feasible rounding of a plan with marginal ``r`` should have."""
         return self.allowed(r, a)
+
+    def pinned(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        """Bins whose marginal the potential ties to :meth:`target`; the others may move a little at no first-order price."""
+        return torch.zeros_like(r, dtype=torch.bool)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters given as tensors, by name: the ones a gradient can flow to."""
@@ -155,7 +164,7 @@ class Between(Marginal):
     hi: Scalar
 
     def __post_init__(self) -> None:
-        lo, hi = float(self.lo), float(self.hi)
+        lo, hi = number(self.lo), number(self.hi)
         if not (0 <= lo <= hi and hi > 0 and not math.isinf(lo)):
             raise ValueError(
                 f"Between(lo={lo}, hi={hi}): needs 0 <= lo <= hi, lo finite and hi > 0. The two are ratios to the "
@@ -168,15 +177,15 @@ class Between(Marginal):
 
     @property
     def recession(self) -> float:
-        return 0.0 if math.isinf(float(self.hi)) else math.inf
+        return 0.0 if math.isinf(number(self.hi)) else math.inf
 
     @property
     def is_free(self) -> bool:
-        return float(self.lo) == 0 and math.isinf(float(self.hi))
+        return number(self.lo) == 0 and math.isinf(number(self.hi))
 
     @property
     def is_fixed(self) -> bool:
-        return float(self.lo) == float(self.hi)
+        return number(self.lo) == number(self.hi)
 
     @property
     def softness(self) -> Scalar | None:
@@ -186,8 +195,8 @@ class Between(Marginal):
         return torch.zeros_like(r)
 
     def conjugate(self, f: Tensor) -> Tensor:
-        lower = self.lo * torch.where(f > 0, f, 0.0) if float(self.lo) > 0 else torch.zeros_like(f)
-        if math.isinf(float(self.hi)):
+        lower = self.lo * torch.where(f > 0, f, 0.0) if number(self.lo) > 0 else torch.zeros_like(f)
+        if math.isinf(number(self.hi)):
             return torch.where(f < 0, -math.inf, lower)
         return lower + self.hi * torch.where(f < 0, f, 0.0)
 
@@ -198,19 +207,19 @@ class Between(Marginal):
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         if self.is_free:
             return torch.zeros_like(s)
-        if math.isinf(float(self.hi)):
+        if math.isinf(number(self.hi)):
             upper = torch.zeros_like(s)
         else:
             upper = s + epsilon * _log(self.hi)
             upper = upper if self.is_fixed else upper.clamp(max=0.0)
-        return upper if self.is_fixed or float(self.lo) == 0 else torch.maximum(upper, s + epsilon * _log(self.lo))
+        return upper if self.is_fixed or number(self.lo) == 0 else torch.maximum(upper, s + epsilon * _log(self.lo))
 
     def curvature(self, f: Tensor) -> Tensor:
         return torch.zeros_like(f) if self.is_fixed else torch.where(f == 0, math.inf, 0.0).to(f)
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
-        above, below = r - self.lo * a, r - (a if math.isinf(float(self.hi)) else self.hi * a)
-        down = -math.inf if math.isinf(float(self.hi)) else f * below
+        above, below = r - self.lo * a, r - (a if math.isinf(number(self.hi)) else self.hi * a)
+        down = -math.inf if math.isinf(number(self.hi)) else f * below
         slope = torch.where(f > 0, f * above, torch.where(f < 0, down, 0.0))
         return torch.where(f.isinf() & (above == 0), 0.0, slope)
 
@@ -218,13 +227,16 @@ class Between(Marginal):
         return (r - self.target(r, f, a)).abs()
 
     def project(self, f: Tensor) -> Tensor:
-        return f.clamp(min=0.0) if math.isinf(float(self.hi)) else f
+        return f.clamp(min=0.0) if math.isinf(number(self.hi)) else f
 
     def target(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
         pinned = self.lo * a
-        if not math.isinf(float(self.hi)):
+        if not math.isinf(number(self.hi)):
             pinned = torch.where(f < 0, self.hi * a, pinned)
         return torch.where(f == 0, self.allowed(r, a), pinned)
+
+    def pinned(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        return (f != 0) | (self.violation(r, a) > 0) | torch.full_like(r, self.is_fixed, dtype=torch.bool)
 
 
 FIXED = Between(1.0, 1.0)
@@ -297,7 +309,7 @@ class TV(Marginal):
 
     @property
     def recession(self) -> float:
-        return float(self.rho)
+        return number(self.rho)
 
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho * (r - a).abs()
@@ -325,6 +337,12 @@ class TV(Marginal):
     def project(self, f: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(f, -_like(self.rho, f)), _like(self.rho, f))
 
+    def target(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        return torch.where(self.pinned(r, f, a), a, r)
+
+    def pinned(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        return f.abs() < self.rho
+
     def moved(self, f: Tensor) -> Tensor:
         if not isinstance(self.rho, Tensor):
             return f
@@ -332,9 +350,9 @@ class TV(Marginal):
 
 
 def _check_rho(name: str, rho: Scalar) -> None:
-    if not (float(rho) > 0 and math.isfinite(float(rho))):
+    if not (number(rho) > 0 and math.isfinite(number(rho))):
         raise ValueError(
-            f"{name}(rho={float(rho)}): rho must be positive and finite, in the units of the cost. "
+            f"{name}(rho={number(rho)}): rho must be positive and finite, in the units of the cost. "
             "For a side that must match its weights use FIXED, for one that pays nothing use FREE."
         )
 

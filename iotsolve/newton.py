@@ -70,7 +70,12 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], right: Tensor, preconditioner: Tensor, *, tolerance: float = 1e-14, max_steps: int = 2000
+    apply: Callable[[Tensor], Tensor],
+    right: Tensor,
+    preconditioner: Tensor,
+    *,
+    tolerance: float = 1e-14,
+    max_steps: int = 2000,
 ) -> Tensor:
     """Preconditioned conjugate gradients for a batch of positive semidefinite systems; each stops for itself.
 
@@ -95,7 +100,11 @@ def _conjugate_gradients(
         direction = z + torch.where(moving, fresh / torch.where(rz > 0, rz, 1.0), 0.0) * direction
         rz = torch.where(moving, fresh, 0.0)
         better = moving & (fresh < best_rz)
-        best, best_rz, age = torch.where(better, x, best), torch.where(better, fresh, best_rz), torch.where(better, 0.0, age + 1)
+        best, best_rz, age = (
+            torch.where(better, x, best),
+            torch.where(better, fresh, best_rz),
+            torch.where(better, 0.0, age + 1),
+        )
     return best
 
 

@@ -105,9 +105,18 @@ class Problem:
         check_problem(self)
 
     def _set(
-        self, matrix: Tensor, a: Tensor, b: Tensor, epsilon: Scalar, rows: Marginal, columns: Marginal, mass: Scalar | None
+        self,
+        matrix: Tensor,
+        a: Tensor,
+        b: Tensor,
+        epsilon: Scalar,
+        rows: Marginal,
+        columns: Marginal,
+        mass: Scalar | None,
     ) -> None:
-        values = dict(cost=Dense(matrix), a=a, b=b, epsilon=epsilon, rows=rows, columns=columns, mass=mass, as_numpy=False)
+        values = dict(
+            cost=Dense(matrix), a=a, b=b, epsilon=epsilon, rows=rows, columns=columns, mass=mass, as_numpy=False
+        )
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -221,7 +230,10 @@ class Problem:
             tolerance: violation of hard sides and of ``mass`` still counted as rounding, relative to the larger total
                 weight; ``1e-9`` in float64, ``1e-5`` in float32 by default.
         """
-        plan = self._enter(plan)
+        return self.leave(self.primal_at(self._enter(plan), tolerance=tolerance))
+
+    def primal_at(self, plan: Tensor, *, tolerance: float | None = None) -> Tensor:
+        """:meth:`primal` on tensors."""
         r, c = _sum(plan, -1), _sum(plan, -2)
         index, values = _entries(plan)
         cost = self.cost.entries(index) if index else self.cost.dense()
@@ -236,7 +248,7 @@ class Problem:
         allowed = sum(violation) <= (tolerance or rounding(plan.dtype)) * scale
         if self.is_exact:
             allowed = allowed & (_total(values * (self._reference(index) == 0), index) == 0)
-        return self.leave(torch.where(allowed & _nonnegative(values), value, math.inf))
+        return torch.where(allowed & _nonnegative(values), value, math.inf)
 
     def _reference(self, index: tuple[Tensor, ...]) -> Tensor:
         if index:
@@ -256,7 +268,9 @@ class Problem:
             g: shape ``(..., m)``, cost units.
             lam: multiplier of ``mass``, shape ``(...)``.
         """
-        return self.leave(self.dual_at(Potentials(self._enter(f), self._enter(g), self._enter(lam).expand(tuple(self.batch_shape)))))
+        return self.leave(
+            self.dual_at(Potentials(self._enter(f), self._enter(g), self._enter(lam).expand(tuple(self.batch_shape))))
+        )
 
     def dual_at(self, p: Potentials) -> Tensor:
         """:meth:`dual` on tensors."""
@@ -304,9 +318,15 @@ class Problem:
         return rows, columns, mass
 
     def dual_scale(self, p: Potentials) -> Tensor:
-        """Sum of the absolute values of the dual's terms on the sides and ``mass``: with the entropy's, what a gap is judged by."""
+        """Sum of the absolute values of the dual's terms on the sides and ``mass``."""
         sides = _weighted(self.a, self.rows.conjugate(p.f).abs()) + _weighted(self.b, self.columns.conjugate(p.g).abs())
         return sides if self.mass is None else sides + (p.lam * self.mass).abs()
+
+    def magnitude(self, mass: Tensor) -> Tensor:
+        """Size of the terms that a value near 0 may be the difference of: the price of no plan, and the entropy's."""
+        empty = self.rows.divergence(torch.zeros_like(self.a), self.a).sum(-1)
+        empty = empty + self.columns.divergence(torch.zeros_like(self.b), self.b).sum(-1)
+        return empty + self.epsilon * (mass + self.a.sum(-1) * self.b.sum(-1))
 
     def gauge(self, p: Potentials) -> Potentials:
         """The equivalent potentials in the gauge named at the top of this file; the plan does not change."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from iotsolve.marginals import Marginal, Scalar
+from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import default_tolerance
 
@@ -71,11 +71,15 @@ class Sinkhorn:
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance = {self.tolerance}: is relative, so must lie in [0, 1); 1e-8 is the default in float64.")
+            raise ValueError(
+                f"tolerance = {self.tolerance}: is relative, so must lie in [0, 1); 1e-8 is the default in float64."
+            )
         if self.max_steps < 1:
             raise ValueError(f"max_steps = {self.max_steps}: must be at least 1; the default is 10,000.")
         if self.annealing is not None and not 0 < self.annealing < 1:
-            raise ValueError(f"annealing = {self.annealing}: is the ratio of successive epsilons, so must lie in (0, 1); None switches it off.")
+            raise ValueError(
+                f"annealing = {self.annealing}: is the ratio of successive epsilons, so must lie in (0, 1); None switches it off."
+            )
 
     def threshold(self, problem: Problem) -> float:
         return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
@@ -85,7 +89,7 @@ class Sinkhorn:
         one_sided = problem.rows.is_free or problem.columns.is_free
         if self.annealing is None or start is not None or one_sided:
             return []
-        target, top = float(problem.epsilon), float(problem.cost.range().max())
+        target, top = number(problem.epsilon), float(problem.cost.range().max())
         if target >= _EASY * top:
             return []
         count = min(math.floor(math.log(target / top) / math.log(self.annealing)), self.max_steps - 1)
@@ -107,8 +111,8 @@ class Sinkhorn:
             t = _softmin(problem, p.f, epsilon, axis=-2)
             p = replace(p, g=columns.aprox(t - p.lam.unsqueeze(-1), epsilon))
         if problem.mass is not None:
-            moved = _marginal(problem.a, p.f, s, epsilon) if t is None else _marginal(problem.b, p.g, t, epsilon)
-            p = replace(p, lam=epsilon * (_log(problem.mass) - moved.sum(-1).log()))
+            log_moved = _log_mass(problem.a, p.f, s, epsilon) if t is None else _log_mass(problem.b, p.g, t, epsilon)
+            p = replace(p, lam=epsilon * (_log(problem.mass) - log_moved))
         p, shift = translate(problem, p)
         if s is not None and not columns.is_free:
             s = _softmin(problem, p.g, epsilon, axis=-1)
@@ -141,7 +145,9 @@ def translate(problem: Problem, p: Potentials) -> tuple[Potentials, Tensor | Non
 
 def _log_demand(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
     """``log sum a phi'(f)``: the total mass the side asks for."""
-    return torch.logsumexp(weights.log() - side.softness * potential, -1) + (side.bounds[0] and math.log(side.bounds[0]))
+    return torch.logsumexp(weights.log() - side.softness * potential, -1) + (
+        side.bounds[0] and math.log(number(side.bounds[0]))
+    )
 
 
 def _softmin(problem: Problem, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
@@ -151,9 +157,18 @@ def _softmin(problem: Problem, potential: Tensor, epsilon: Scalar, *, axis: int)
     return problem.cost.softmin(log_weights, epsilon, axis=axis)
 
 
-def _marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
+def _log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
+    """``log(a exp((f - s) / epsilon))``, ``-inf`` where nothing arrives."""
     reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
-    return torch.where(reached, weights * torch.exp(torch.where(reached, potential - softmin, 0.0) / epsilon), 0.0)
+    return torch.where(reached, weights.log() + torch.where(reached, potential - softmin, 0.0) / epsilon, -math.inf)
+
+
+def _marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
+    return _log_marginal(weights, potential, softmin, epsilon).exp()
+
+
+def _log_mass(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
+    return torch.logsumexp(_log_marginal(weights, potential, softmin, epsilon), -1)
 
 
 def _log(x: Scalar) -> Scalar:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.marginals import number
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Status, default_tolerance
@@ -35,6 +36,7 @@ class Certificate:
         dual: objective of the potentials, repaired into the dual's domain; ``dual <= optimal value <= primal``.
         gap: ``primal - dual``, summed from non-negative terms without cancellation.
         scale: sum of the absolute terms of the dual: what the gap is large or small against.
+        rounding: what float64 sums of terms of this size can be off by; a gap below it says nothing.
         row_violation: L1 distance of the unrounded row marginal from what a hard side allows; 0 on a soft side.
         column_violation: the same for the columns.
         mass_violation: distance of the total from ``mass``; 0 without it.
@@ -46,6 +48,7 @@ class Certificate:
     dual: Any
     gap: Any
     scale: Any
+    rounding: Any
     row_violation: Any
     column_violation: Any
     mass_violation: Any
@@ -54,15 +57,17 @@ class Certificate:
 
     @property
     def relative_gap(self) -> Any:
-        """``gap / scale``; 0 where the gap is 0."""
-        gap, scale = np.asarray(self.gap), np.asarray(self.scale)
+        """What the gap exceeds its rounding by, over ``scale``."""
+        gap, scale = np.maximum(np.asarray(self.gap) - self.rounding, 0.0), np.asarray(self.scale)
         return np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)[()]
 
     @property
     def relative_violation(self) -> Any:
         """Sum of the violations over the mass of the plan."""
         total = self.row_violation + self.column_violation + self.mass_violation
-        return np.divide(total, self.mass, out=np.where(np.asarray(total) > 0, np.inf, 0.0), where=np.asarray(self.mass) > 0)[()]
+        return np.divide(
+            total, self.mass, out=np.where(np.asarray(total) > 0, np.inf, 0.0), where=np.asarray(self.mass) > 0
+        )[()]
 
     @property
     def holds(self) -> Any:
@@ -71,7 +76,8 @@ class Certificate:
 
     def __str__(self) -> str:
         if np.ndim(self.gap):
-            return f"{int(np.sum(self.holds))} of {np.size(self.holds)} certified, worst relative gap {np.max(self.relative_gap):.1e}"
+            worst = np.max(self.relative_gap)
+            return f"{int(np.sum(self.holds))} of {np.size(self.holds)} certified, worst relative gap {worst:.1e}"
         verdict = "certified" if self.holds else "NOT certified"
         return (
             f"{verdict}: {self.dual:.12g} <= optimal value <= {self.primal:.12g} (gap {self.gap:.1e}), "
@@ -89,7 +95,9 @@ class SolveError(RuntimeError):
 
     def __init__(self, status: Status, solution: Solution) -> None:
         self.status, self.solution = status, solution
-        super().__init__(f"{status.value}\n{solution.certificate}\nPass throw=False to get this solution with its status instead.")
+        super().__init__(
+            f"{status.value}\n{solution.certificate}\nPass throw=False to get this solution with its status instead."
+        )
 
     @property
     def certificate(self) -> Certificate:
@@ -229,10 +237,15 @@ def certify(
         gap = double.duality_gap(rounded, p)
     else:
         change = torch.where(plan > 0, rounded / torch.where(plan > 0, plan, 1.0) - 1.0, 0.0)
-        gap = double.epsilon * (plan * _change_cost(change)).sum((-2, -1)) + double.side_gaps(rounded.sum(-1), rounded.sum(-2), p)
-    gap = torch.where(feasible & gap.isfinite(), gap.clamp(min=0.0), math.inf)
+        gap = double.epsilon * (plan * _change_cost(change)).sum((-2, -1)) + double.side_gaps(
+            rounded.sum(-1), rounded.sum(-2), p
+        )
+    gap = torch.where(feasible & dual.isfinite() & gap.isfinite(), gap.clamp(min=0.0), math.inf)
+    primal = torch.where(feasible, torch.where(dual.isfinite(), dual + gap, double.primal_at(rounded)), math.inf)
     entropy = torch.zeros_like(dual) if problem.is_exact else double.dual_entropy(p)
-    numbers = (dual + gap, dual, gap, double.dual_scale(p) + entropy.abs(), rows, columns, mass, r.sum(-1))
+    scale = double.dual_scale(p) + entropy.abs()
+    rounding_error = 64 * torch.finfo(torch.float64).eps * (scale + double.magnitude(r.sum(-1)))
+    numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, r.sum(-1))
     as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
     return Certificate(*as_arrays, tolerance=default_tolerance(problem.dtype) if tolerance is None else tolerance)
 
@@ -250,7 +263,7 @@ def _repair(problem: Problem, p: Potentials) -> Potentials:
     f = problem.rows.project(f)
     ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
     g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(p.g, ceiling), p.g)
-    return Potentials(f, g, p.lam)
+    return Potentials(f, problem.columns.project(g), p.lam)
 
 
 def _round(problem: Problem, plan: Tensor, p: Potentials) -> tuple[Tensor, Tensor]:
@@ -266,15 +279,15 @@ def _round(problem: Problem, plan: Tensor, p: Potentials) -> tuple[Tensor, Tenso
     exactly = _off(problem, plan) <= _TINY * torch.maximum(problem.a.sum(-1), problem.b.sum(-1))
     if exactly.all():
         return plan, exactly
-    if hard_rows and hard_columns:
-        plan = _linear_correction(problem, plan, p)
-    rounded = _scale_onto(problem, plan)
+    rounded = _scale_onto(problem, _linear_correction(problem, plan, p))
     if problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None:
         rounded = _fill(problem, rounded)
     violation = _off(problem, rounded)
     rows, columns = problem.a.sum(-1), problem.b.sum(-1)
     unmeetable = (rows - columns).abs() if hard_rows and hard_columns else 0.0  # accepted as rounding at construction
-    return rounded, violation <= 1e-12 * torch.maximum(rows, columns) + 2 * unmeetable * (unmeetable <= rounding(torch.float32) * rows)
+    return rounded, violation <= 1e-12 * torch.maximum(rows, columns) + 2 * unmeetable * (
+        unmeetable <= rounding(torch.float32) * rows
+    )
 
 
 _TINY = 1e-14  # relative violation of a plan that is as feasible as float64 sums can say
@@ -286,8 +299,8 @@ def _off(problem: Problem, plan: Tensor) -> Tensor:
 
 def _linear_correction(problem: Problem, plan: Tensor, p: Potentials) -> Tensor:
     r, c = plan.sum(-1), plan.sum(-2)
-    pinned_rows = (r > 0) & ((p.f != 0) | problem.rows.is_fixed | (problem.rows.violation(r, problem.a) > 0))
-    pinned_columns = (c > 0) & ((p.g != 0) | problem.columns.is_fixed | (problem.columns.violation(c, problem.b) > 0))
+    pinned_rows = (r > 0) & problem.rows.pinned(r, p.f, problem.a)
+    pinned_columns = (c > 0) & problem.columns.pinned(c, p.g, problem.b)
     system = DualSystem(plan, r, c, pinned_rows, pinned_columns, problem.mass is not None)
     missing = problem.rows.target(r, p.f, problem.a) - r, problem.columns.target(c, p.g, problem.b) - c
     lacking = torch.zeros_like(p.lam) if problem.mass is None else problem.mass - r.sum(-1)
@@ -308,7 +321,7 @@ def _scale_onto(problem: Problem, plan: Tensor, *, max_steps: int = 100) -> Tens
                 have = plan.sum(axis)
                 plan = plan * _ratio(side.allowed(have, weights), have).unsqueeze(axis)
         if problem.mass is not None:
-            plan = plan * _ratio(torch.full_like(scale, float(problem.mass)), plan.sum((-2, -1)))[..., None, None]
+            plan = plan * _ratio(torch.full_like(scale, number(problem.mass)), plan.sum((-2, -1)))[..., None, None]
     return plan
 
 

@@ -10,6 +10,7 @@ import torch
 
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit
+from iotsolve.marginals import number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
@@ -53,17 +54,22 @@ def solve(
     solver = _pick(problem) if solver is None else solver
     if isinstance(solver, Exact) != problem.is_exact:
         raise ValueError(
-            f"solver = {solver} with epsilon = {float(problem.epsilon):g}: Exact() solves epsilon = 0 and Sinkhorn() epsilon > 0. "
-            "Change the one or the other, or leave the solver out."
+            f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0 and "
+            "Sinkhorn() epsilon > 0. Change the one or the other, or leave the solver out."
         )
     if isinstance(gradient, Implicit) and isinstance(solver, Sinkhorn):
         solver = replace(solver, stationary=True)
+    problem = _attainable(problem)
     with torch.no_grad():
         working = problem.working()
         start = None if init is None else _start(working, init)
-        outcome = run(_attainable(working.flat()), solver, start)
+        outcome = run(working.flat(), solver, start)
     batch = problem.batch_shape
-    p = Potentials(outcome.potentials.f.reshape(*batch, -1), outcome.potentials.g.reshape(*batch, -1), outcome.potentials.lam.reshape(batch))
+    p = Potentials(
+        outcome.potentials.f.reshape(*batch, -1),
+        outcome.potentials.g.reshape(*batch, -1),
+        outcome.potentials.lam.reshape(batch),
+    )
     status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
     plan = None if outcome.plan is None else outcome.plan.reshape(problem.shape)
     tolerance = solver.tolerance if isinstance(solver, Sinkhorn) else None
@@ -97,15 +103,19 @@ def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
 
 
 def _attainable(problem: Problem) -> Problem:
-    """Drop the arcs that are 0 in every balanced plan: with them the dual has no maximiser and scaling never arrives."""
+    """Forbid the arcs that are 0 in every balanced plan: with them the dual has no maximiser and scaling never arrives.
+
+    No plan and no value is lost by it, and the gradient in the cost of such an arc is 0.
+    """
     matrix = problem.cost.dense()
     if problem.is_exact or not (problem.rows.is_fixed and problem.columns.is_fixed) or matrix.isfinite().all():
         return problem
-    allowed = (matrix.isfinite() & (problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2)).cpu().numpy()
-    a, b = problem.a.double().cpu().numpy(), problem.b.double().cpu().numpy()
+    n, m = problem.shape[-2:]
+    filled = ((problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2)).reshape(-1, n, m)
+    allowed = (matrix.detach().isfinite().reshape(-1, n, m) & filled).cpu().numpy()
+    a, b = (x.detach().double().cpu().numpy().reshape(len(allowed), -1) for x in (problem.a, problem.b))
     kept = np.stack([carrying_arcs(*arcs) for arcs in zip(allowed, a, b, strict=True)])
-    empty = ~((problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2))
-    keep = torch.as_tensor(kept, device=matrix.device) | empty
+    keep = (torch.as_tensor(kept, device=matrix.device) | ~filled).reshape(matrix.shape)
     return problem.with_tensors({"cost": torch.where(keep, matrix, torch.inf)})
 
 

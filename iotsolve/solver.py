@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from iotsolve.marginals import Scalar
+from iotsolve.marginals import Scalar, number
 from iotsolve.problem import Potentials, Problem
 
 __all__ = ["Outcome", "Status", "default_tolerance", "iterate", "judge"]
@@ -100,6 +100,7 @@ def judge(
         violation = violation + (moved - problem.mass).abs()
     entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
     scale = problem.dual_scale(p) + entropy.abs()
+    gap = gap - 16 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # less is rounding
     error = torch.maximum(torch.where(violation > 0, violation / moved, 0.0), torch.where(gap > 0, gap / scale, 0.0))
     return error, problem.dual_sides(p) - entropy, scale
 
@@ -123,7 +124,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     for k in range(1, method.max_steps + 1):
         annealing = k <= len(schedule)
         state = method.step(problem, state, schedule[k - 1] if annealing else problem.epsilon)
-        if annealing or not _due(k - len(schedule)) and k < method.max_steps:
+        if annealing or (not _due(k - len(schedule)) and k < method.max_steps):
             continue
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
@@ -134,7 +135,9 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         if not done.any():
             continue
         for i in done.nonzero().flatten().tolist():
-            verdict = Status.NOT_FINITE if broken[i] else Status.CONVERGED if error[i] <= tolerance / 2 else Status.STALLED
+            verdict = (
+                Status.NOT_FINITE if broken[i] else Status.CONVERGED if error[i] <= tolerance / 2 else Status.STALLED
+            )
             status[int(active[i])], steps[int(active[i])] = verdict, k
         _store(final, state.potentials, active)
         left = (~done).nonzero().flatten()
@@ -160,7 +163,7 @@ def _usable(problem: Problem, p: Potentials) -> Tensor:
     usable = p.lam.isfinite()
     for side, weights, x in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
         bad = x.isnan() | (x == -torch.inf)
-        if side.is_hard and float(side.bounds[0]) > 0:
+        if side.is_hard and number(side.bounds[0]) > 0:
             bad = bad | (x.isinf() & (weights > 0))
         usable = usable & ~bad.any(-1)
     return usable

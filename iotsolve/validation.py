@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Dense
-from iotsolve.marginals import Marginal
+from iotsolve.marginals import Marginal, number
 from iotsolve.support import largest_mass
 
 if TYPE_CHECKING:
@@ -78,11 +78,13 @@ def as_weights(name: str, weights: Any, size: int, cost: Tensor) -> Tensor:
 def check_problem(problem: Problem) -> None:
     """Raise a ValueError for a problem that is malformed or has no answer."""
     _check_scalar("epsilon", problem.epsilon, minimum=0.0, hint="0 is exact transport")
-    if isinstance(problem.epsilon, Tensor) and float(problem.epsilon) == 0:
-        raise ValueError("epsilon is a tensor equal to 0: pass the number 0 for exact transport; it has no gradient there.")
+    if isinstance(problem.epsilon, Tensor) and number(problem.epsilon) == 0:
+        raise ValueError(
+            "epsilon is a tensor equal to 0: pass the number 0 for exact transport; it has no gradient there."
+        )
     if problem.mass is not None:
         _check_scalar("mass", problem.mass, minimum=0.0, hint="leave it None to let the marginals decide")
-        if float(problem.mass) == 0:
+        if number(problem.mass) == 0:
             raise ValueError("mass = 0: the plan is zero and there is nothing to solve. Pass the mass to be moved.")
     for side in ("rows", "columns"):
         if not isinstance(getattr(problem, side), Marginal):
@@ -119,7 +121,7 @@ def _tensor(name: str, x: Any) -> Tensor:
 
 def _check_scalar(name: str, x: Any, *, minimum: float, hint: str) -> None:
     try:
-        value = float(x)
+        value = number(x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} = {x!r}: must be one number ({hint}).") from error
     if isinstance(x, Tensor) and x.dim() > 0:
@@ -133,11 +135,11 @@ def _check_totals(problem: Problem) -> None:
     lows, highs = [], []
     for name, weights, side in (("rows", problem.a, problem.rows), ("columns", problem.b, problem.columns)):
         total = weights.detach().double().sum(-1)
-        lo, hi = (float(x) for x in side.bounds)
+        lo, hi = (number(x) for x in side.bounds)
         lows.append((lo * total, f"the {name} ask for at least"))
         highs.append((hi * total, f"the {name} allow at most"))
     if problem.mass is not None:
-        mass = torch.as_tensor(float(problem.mass), dtype=torch.float64).expand(problem.batch_shape)
+        mass = torch.as_tensor(number(problem.mass), dtype=torch.float64).expand(problem.batch_shape)
         lows.append((mass, "mass ="))
         highs.append((mass, "mass ="))
     slack = rounding(problem.dtype)
@@ -147,8 +149,9 @@ def _check_totals(problem: Problem) -> None:
             crossed = low > high * (1 + slack)
             if crossed.any():
                 where = f" in problem {_first(crossed)}" if crossed.dim() else ""
+                at_least, at_most = (float(x[crossed].reshape(-1)[0]) for x in (low, high))
                 raise ValueError(
-                    f"{says} {float(low[crossed].reshape(-1)[0]):.10g} but {allows} {float(high[crossed].reshape(-1)[0]):.10g}{where}: "
+                    f"{says} {at_least:.10g} but {allows} {at_most:.10g}{where}: "
                     "no plan can have both totals. Nothing is renormalised for you: scale a and b to the same total, or "
                     "relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
                 )
@@ -162,28 +165,32 @@ def _check_reachable(problem: Problem) -> None:
     allowed = matrix.isfinite() & (problem.a.detach() > 0).unsqueeze(-1) & (problem.b.detach() > 0).unsqueeze(-2)
     for name, side, weights, axis in (("row", problem.rows, problem.a, -1), ("column", problem.columns, problem.b, -2)):
         stranded = (weights.detach() > 0) & ~allowed.any(axis)
-        if float(side.bounds[0]) > 0 and stranded.any():
+        if number(side.bounds[0]) > 0 and stranded.any():
             raise ValueError(
                 f"{name} {_first(stranded)} must carry mass but every arc to a bin with mass is forbidden (cost inf): "
                 "no plan exists. Allow an arc, set that weight to 0, or relax the side with FREE, KL(rho) or TV(rho)."
             )
     if not allowed.flatten(-2).any(-1).all():
-        raise ValueError("every arc between bins with mass is forbidden (cost inf): the only plan is zero. Is the mask inverted?")
+        raise ValueError(
+            "every arc between bins with mass is forbidden (cost inf): the only plan is zero. Is the mask inverted?"
+        )
     _check_feasible(problem, allowed)
 
 
 def _check_feasible(problem: Problem, allowed: Tensor) -> None:
     """The forbidden arcs must leave room for what each side demands of the other (Mendelsohn and Dulmage: either is enough)."""
     n, m = problem.shape[-2:]
-    batch = zip(allowed.reshape(-1, n, m), problem.a.detach().reshape(-1, n), problem.b.detach().reshape(-1, m), strict=True)
-    (lo_r, hi_r), (lo_c, hi_c) = ([float(x) for x in side.bounds] for side in (problem.rows, problem.columns))
+    batch = zip(
+        allowed.reshape(-1, n, m), problem.a.detach().reshape(-1, n), problem.b.detach().reshape(-1, m), strict=True
+    )
+    (lo_r, hi_r), (lo_c, hi_c) = ([number(x) for x in side.bounds] for side in (problem.rows, problem.columns))
     for arcs, a, b in batch:
         arcs, a, b = arcs.cpu().numpy(), a.double().cpu().numpy(), b.double().cpu().numpy()
-        enough = max(a.sum(), b.sum(), float(problem.mass or 0.0))
+        enough = max(a.sum(), b.sum(), number(problem.mass or 0.0))
         limit_r, limit_c = (np.full_like(w, enough) if math.isinf(hi) else hi * w for hi, w in ((hi_r, a), (hi_c, b)))
         demands = [(lo_r * a, limit_c, lo_r * a.sum(), "rows"), (limit_r, lo_c * b, lo_c * b.sum(), "columns")]
         if problem.mass is not None:
-            demands.append((limit_r, limit_c, float(problem.mass), "mass"))
+            demands.append((limit_r, limit_c, number(problem.mass), "mass"))
         for supply, demand, need, who in demands:
             if need <= 0:
                 continue
@@ -215,7 +222,7 @@ def _check_bounded(problem: Problem) -> None:
 
 def _asks_nothing(side: Marginal) -> bool:
     zero, one = torch.zeros(1), torch.ones(1)
-    return float(side.bounds[0]) == 0 and float(side.divergence(zero, one)) == 0
+    return number(side.bounds[0]) == 0 and number(side.divergence(zero, one)) == 0
 
 
 def _first(mask: Tensor) -> str:
