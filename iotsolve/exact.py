@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Outcome, Status
+
+if TYPE_CHECKING:
+    from scipy.sparse import spmatrix
 
 __all__ = ["Exact"]
 
@@ -93,6 +95,8 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
 
 def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:
     """Equal masses: a permutation (Birkhoff), its duals by shortest paths in the residual graph."""
+    from scipy.optimize import linear_sum_assignment  # scipy's solvers cost more to import than all of this library
+
     try:
         rows, columns = linear_sum_assignment(cost)
     except ValueError:  # scipy's word for "cost matrix is infeasible"
@@ -112,7 +116,10 @@ def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:
 def _network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
     import ot
 
-    scale, base = a.sum(), cost.min()  # unit mass and costs from 0 up: what the simplex's own tolerances and big M expect
+    scale, base = (
+        a.sum(),
+        cost.min(),
+    )  # unit mass and costs from 0 up: what the simplex's own tolerances and big M expect
     plan, log = ot.emd(a / scale, b / b.sum(), cost - base, numItermax=max_steps, log=True, check_marginals=False)
     status = {1: Status.CONVERGED, 3: Status.MAX_STEPS}.get(log["result_code"], Status.STALLED)
     return plan * scale, log["u"] + base, log["v"], 0.0, status, 0
@@ -128,6 +135,9 @@ def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray
 
 def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:
     """``min <C, P> + slack prices`` with ``P 1 = r``, ``P' 1 = c`` and the marginals r, c as bounded columns of their own."""
+    from scipy import sparse
+    from scipy.optimize import linprog
+
     n, m = cost.shape
     i, j = np.nonzero(np.isfinite(cost) & (a[:, None] > 0) & (b[None, :] > 0))
     arcs = np.arange(len(i))
@@ -156,8 +166,10 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
 
 def _side_columns(
     side: Marginal, weights: np.ndarray
-) -> tuple[sparse.spmatrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[spmatrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Matrix, right-hand side, prices and bounds of one side's own variables: the marginal, or for TV its excess and lack."""
+    from scipy import sparse
+
     size, identity = len(weights), sparse.identity(len(weights), format="csr")
     price = side.recession
     if side.is_hard or price == 0:

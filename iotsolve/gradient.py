@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from iotsolve.costs import calm
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem
 
@@ -112,7 +113,7 @@ def _pull(
     ctx: Any, scalar, names: tuple[str, ...], tensors: tuple[Tensor, ...], needed: tuple[bool, ...], dtype: torch.dtype
 ):
     """Gradients of ``scalar(problem)`` in the tensors asked for: the backward pass, evaluated as a formula of its own."""
-    with torch.enable_grad():
+    with calm(ctx.problem.cost.dense()), torch.enable_grad():
         leaves = {
             n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)
         }
@@ -129,7 +130,8 @@ class _EnvelopeValue(torch.autograd.Function):
     ) -> Tensor:
         ctx.problem, ctx.p, ctx.plan, ctx.names = problem, p, plan, names
         ctx.save_for_backward(*tensors)
-        return _lagrangian(problem.to(p.f.dtype), p, plan)
+        with calm(problem.cost.dense()):
+            return _lagrangian(problem.to(p.f.dtype), p, plan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -161,9 +163,9 @@ class _ImplicitPotentials(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, up_f: Tensor, up_g: Tensor, up_lam: Tensor):
         p = ctx.p.to(torch.float64)
-        u, v, w, held_f, held_g = implicit_adjoint(
-            ctx.problem.to(torch.float64), p, up_f.double(), up_g.double(), up_lam.double()
-        )
+        with calm(ctx.problem.cost.dense()):
+            upstream = (up.double() for up in (up_f, up_g, up_lam))
+            u, v, w, held_f, held_g = implicit_adjoint(ctx.problem.to(torch.float64), p, *upstream)
 
         def scalar(problem: Problem) -> Tensor:
             moved = _moved(problem, p)

@@ -33,11 +33,14 @@ class DualSystem:
     keep_columns: Bool[Tensor, "b m"]
     with_mass: bool
 
-    def solve(self, rows: Tensor, columns: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(
+        self, rows: Tensor, columns: Tensor, mass: Tensor, *, enough: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``(u, v, w)`` by conjugate gradients on the Schur complement of the columns and the mass.
 
         The system is singular along ``(1, -1)`` when nothing anchors it; conjugate gradients stay in the range, so that a
-        consistent right-hand side needs no special case.
+        consistent right-hand side needs no special case. ``enough`` is a residual, in the unit of the marginals, below which
+        nothing is gained.
         """
         keep_u, keep_v = self.keep_rows.to(self.plan.dtype), self.keep_columns.to(self.plan.dtype)
         keep_w = float(self.with_mass)
@@ -60,7 +63,7 @@ class DualSystem:
         right_mass = keep_w * (mass - (r * u0).sum(-1))
         right = torch.cat([right_columns, right_mass.unsqueeze(-1)], -1)
         diagonal = torch.cat([torch.where(self.keep_columns, self.column_diagonal, 1.0), total.unsqueeze(-1)], -1)
-        x = _conjugate_gradients(schur, right, 1.0 / diagonal)
+        x = _conjugate_gradients(schur, right, 1.0 / diagonal, (enough**2 / total).unsqueeze(-1))
         v, w = x[..., :-1] * keep_v, x[..., -1] * keep_w
         return u0 - eliminate(v, w), v, w
 
@@ -73,6 +76,7 @@ def _conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     right: Tensor,
     preconditioner: Tensor,
+    enough: Tensor,
     *,
     tolerance: float = 1e-14,
     max_steps: int = 2000,
@@ -85,7 +89,7 @@ def _conjugate_gradients(
     x, residual = torch.zeros_like(right), right
     z = preconditioner * residual
     direction, rz = z, (residual * z).sum(-1, keepdim=True)
-    goal = tolerance**2 * rz
+    goal = torch.maximum(tolerance**2 * rz, enough)
     best, best_rz, age = x, rz, torch.zeros_like(rz)
     for _ in range(max_steps):
         image = apply(direction)

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iotsolve.costs import Dense, Scalar
+from iotsolve.costs import Dense, Scalar, calm
 from iotsolve.marginals import FIXED, Marginal, kl_divergence
 from iotsolve.validation import as_cost, as_weights, check_problem, rounding
 
@@ -102,7 +102,8 @@ class Problem:
         batch = torch.broadcast_shapes(dense.shape[:-2], a.shape[:-1], b.shape[:-1])
         self._set(dense.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
         object.__setattr__(self, "as_numpy", as_numpy)
-        check_problem(self)
+        with calm(dense):
+            check_problem(self)
 
     def _set(
         self,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.costs import calm
 from iotsolve.marginals import number
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem
@@ -156,7 +157,8 @@ class Solution:
         if self.exact_plan is not None:
             return self.gradient.plan(self.problem, self.exact_plan)
         working = self.problem if self.problem.dtype == self._live.f.dtype else self.problem.to(self._live.f.dtype)
-        return working.plan(self._live)
+        with calm(working.cost.dense()):
+            return working.plan(self._live)
 
     @property
     def plan(self) -> Any:
@@ -217,6 +219,11 @@ def certify(
         >>> bool(certify(problem, np.zeros(2), np.zeros(2)).gap > 0)
         True
     """
+    with calm(problem.cost.dense()), torch.no_grad():
+        return _certify(problem, f, g, lam, plan, tolerance)
+
+
+def _certify(problem: Problem, f: Any, g: Any, lam: Any, plan: Any, tolerance: float | None) -> Certificate:
     double = problem.detach().to(torch.float64).flat()
     n, m = problem.shape[-2:]
 
@@ -304,7 +311,7 @@ def _linear_correction(problem: Problem, plan: Tensor, p: Potentials) -> Tensor:
     system = DualSystem(plan, r, c, pinned_rows, pinned_columns, problem.mass is not None)
     missing = problem.rows.target(r, p.f, problem.a) - r, problem.columns.target(c, p.g, problem.b) - c
     lacking = torch.zeros_like(p.lam) if problem.mass is None else problem.mass - r.sum(-1)
-    u, v, w = system.solve(*missing, lacking)
+    u, v, w = system.solve(*missing, lacking, enough=0.1 * torch.finfo(torch.float64).eps * r.sum(-1))
     factor = 1 + u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None]
     sound = (factor.isfinite() & ((factor > 0) | (plan == 0))).flatten(-2).all(-1)
     return torch.where(sound[..., None, None], plan * factor, plan)

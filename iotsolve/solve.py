@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iotsolve.costs import calm
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit
 from iotsolve.marginals import number
@@ -81,7 +82,8 @@ def solve(
 
 def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Outcome:
     """The solver's bare result for a detached flat batch: what a training step uses, without anything around it."""
-    return solver.run(problem) if isinstance(solver, Exact) else iterate(problem, solver, start)
+    with calm(problem.cost.dense()):
+        return solver.run(problem) if isinstance(solver, Exact) else iterate(problem, solver, start)
 
 
 def _pick(problem: Problem) -> Solver:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components, maximum_flow
 
 __all__ = ["carrying_arcs", "largest_mass"]
 
@@ -42,6 +40,9 @@ def carrying_arcs(
         array([[ True, False],
                [False,  True]])
     """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
     flow, _ = _flow(allowed, a, b)
     n, m = allowed.shape
     used = flow > n + m  # less is the rounding of the capacities
@@ -54,6 +55,9 @@ def carrying_arcs(
 
 
 def _flow(allowed: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tuple[np.ndarray, float]:
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import maximum_flow
+
     n, m = allowed.shape
     total = max(supply.sum(), demand.sum())
     rows, columns = np.nonzero(allowed)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense
+from iotsolve.costs import Dense, calm
 from iotsolve.marginals import Marginal, number
 from iotsolve.support import largest_mass
 
@@ -38,7 +38,12 @@ def as_cost(cost: Any) -> tuple[Tensor, bool]:
             f"cost has shape {tuple(matrix.shape)}: it must be (..., n, m) with n, m >= 1. "
             "For two vectors of positions build the matrix first, for example (x[:, None] - y[None, :]) ** 2."
         )
-    values = matrix.detach()
+    with calm(matrix):
+        _check_cost(matrix.detach())
+    return matrix, as_numpy
+
+
+def _check_cost(values: Tensor) -> None:
     if values.isnan().any():
         raise ValueError(
             f"cost{_first(values.isnan())} is NaN ({int(values.isnan().sum())} NaN in all): costs must be finite, or +inf "
@@ -49,7 +54,6 @@ def as_cost(cost: Any) -> tuple[Tensor, bool]:
             f"cost{_first(values == -math.inf)} is -inf: an arc that pays infinitely has no optimal plan. "
             "A forbidden arc is +inf; a log-similarity must be negated to become a cost."
         )
-    return matrix, as_numpy
 
 
 def as_weights(name: str, weights: Any, size: int, cost: Tensor) -> Tensor:
