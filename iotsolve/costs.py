@@ -67,8 +67,23 @@ class Dense:
             epsilon: positive, in cost units.
             axis: ``-1`` sums over columns and gives ``(..., n)``; ``-2`` sums over rows and gives ``(..., m)``.
         """
-        exponent = torch.sub(log_weights.unsqueeze(-2 if axis == -1 else -1), self.matrix / epsilon)
+        exponent = self._less_cost(log_weights.unsqueeze(-2 if axis == -1 else -1), epsilon)
         return -epsilon * torch.logsumexp(exponent, axis)
+
+    def _less_cost(self, x: Tensor, epsilon: Scalar) -> Tensor:
+        """``x - C / epsilon``; in one pass over C where epsilon is a number."""
+        if isinstance(epsilon, Tensor):
+            return x - self.matrix / epsilon
+        return torch.sub(x, self.matrix, alpha=1.0 / epsilon)
+
+    def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
+        """``exp(log_rows + log_columns - C / epsilon)``, shape ``(..., n, m)``."""
+        exponent = self._less_cost(log_rows.unsqueeze(-1) + log_columns.unsqueeze(-2), epsilon)
+        return exponent.exp_()
+
+    def spent(self, plan: Tensor) -> Float[Tensor, "*batch"]:
+        """``<C, P>``, in which a forbidden arc without mass costs nothing."""
+        return torch.where(plan > 0, plan * self.matrix, 0.0).sum((-2, -1))
 
     def reduced_min(self, potential: Tensor, weights: Tensor, *, axis: int) -> Tensor:
         """``min (C - potential)`` over the bins of positive weight along the axis: the c-transform."""

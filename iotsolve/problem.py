@@ -33,7 +33,7 @@ from iotsolve.costs import Dense, Scalar, calm
 from iotsolve.marginals import FIXED, Marginal, kl_divergence
 from iotsolve.validation import as_cost, as_weights, check_problem, rounding
 
-__all__ = ["Potentials", "Problem"]
+__all__ = ["Potentials", "Problem", "log_scaling", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -210,13 +210,21 @@ class Problem:
 
     def plan(self, p: Potentials) -> Float[Tensor, "*batch n m"]:
         """``P_ij = a_i b_j exp((f_i + g_j + lam - C_ij) / eps)``."""
-        return self.a.unsqueeze(-1) * self._density(p) * self.b.unsqueeze(-2)
+        if self._traced(p):
+            return self.a.unsqueeze(-1) * self._density(p) * self.b.unsqueeze(-2)
+        rows = log_scaling(self.a, p.f + p.lam.unsqueeze(-1), self.epsilon)
+        return self.cost.gibbs(rows, log_scaling(self.b, p.g, self.epsilon), self.epsilon)
 
     def log_plan(self, p: Potentials) -> Float[Tensor, "*batch n m"]:
         """``log P``, ``-inf`` at arcs that carry nothing."""
         slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
         log_weights = self.a.log().unsqueeze(-1) + self.b.log().unsqueeze(-2)
         return torch.where(allowed, slack / self.epsilon + log_weights, -math.inf)
+
+    def _traced(self, p: Potentials) -> bool:
+        """Whether autograd follows: then masks are needed so that no derivative of a forbidden or empty entry is NaN."""
+        inputs = (p.f, p.g, p.lam, *self.tensors().values())
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def _density(self, p: Potentials) -> Tensor:
         slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
@@ -285,12 +293,15 @@ class Problem:
 
     def dual_sides(self, p: Potentials) -> Tensor:
         """``sum a phi_rows(f) + sum b phi_cols(g) + lam mass``."""
-        value = _weighted(self.a, self.rows.conjugate(p.f)) + _weighted(self.b, self.columns.conjugate(p.g))
+        value = weighted(self.a, self.rows.conjugate(p.f)) + weighted(self.b, self.columns.conjugate(p.g))
         return value if self.mass is None else value + p.lam * self.mass
 
     def dual_entropy(self, p: Potentials) -> Tensor:
         """``-eps (sum P - sum a sum b)``, differentiable at empty bins too."""
-        total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
+        if self._traced(p):
+            total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
+        else:
+            total = self.plan(p).sum((-2, -1))
         return -self.epsilon * (total - self.a.sum(-1) * self.b.sum(-1))
 
     def duality_gap(self, plan: Tensor, p: Potentials) -> Tensor:
@@ -320,7 +331,7 @@ class Problem:
 
     def dual_scale(self, p: Potentials) -> Tensor:
         """Sum of the absolute values of the dual's terms on the sides and ``mass``."""
-        sides = _weighted(self.a, self.rows.conjugate(p.f).abs()) + _weighted(self.b, self.columns.conjugate(p.g).abs())
+        sides = weighted(self.a, self.rows.conjugate(p.f).abs()) + weighted(self.b, self.columns.conjugate(p.g).abs())
         return sides if self.mass is None else sides + (p.lam * self.mass).abs()
 
     def magnitude(self, mass: Tensor) -> Tensor:
@@ -334,14 +345,14 @@ class Problem:
         if self.mass is None:
             if not (self.rows.is_fixed and self.columns.is_fixed):
                 return p
-            shift = (_weighted(self.a, p.f) - _weighted(self.b, p.g)) / (self.a.sum(-1) + self.b.sum(-1))
+            shift = (weighted(self.a, p.f) - weighted(self.b, p.g)) / (self.a.sum(-1) + self.b.sum(-1))
             return Potentials(p.f - shift.unsqueeze(-1), p.g + shift.unsqueeze(-1), p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:
-            shift = _weighted(self.a, f) / self.a.sum(-1)
+            shift = weighted(self.a, f) / self.a.sum(-1)
             f, lam = f - shift.unsqueeze(-1), lam + shift
         if self.columns.is_fixed:
-            shift = _weighted(self.b, g) / self.b.sum(-1)
+            shift = weighted(self.b, g) / self.b.sum(-1)
             g, lam = g - shift.unsqueeze(-1), lam + shift
         return Potentials(f, g, lam)
 
@@ -357,7 +368,13 @@ class Problem:
         return x.detach().numpy()[()] if self.as_numpy else x.to(self.dtype)
 
 
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:
+    """``log(a exp(f / epsilon))``, ``-inf`` at empty and unreachable bins."""
+    reached = (weights > 0) & potential.isfinite()
+    return torch.where(reached, weights.log() + torch.where(reached, potential, 0.0) / epsilon, -math.inf)
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """``sum weights * values`` in which a bin of weight 0 counts 0 even at an infinite value, with its derivative kept."""
     reached = torch.where((weights > 0) | values.isfinite(), values, 0.0)
     return (weights * reached).sum(-1)

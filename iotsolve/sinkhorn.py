@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, Scalar, number
-from iotsolve.problem import Potentials, Problem
+from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.solver import default_tolerance
 
 __all__ = ["Sinkhorn", "SinkhornState"]
@@ -152,9 +152,7 @@ def _log_demand(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
 
 def _softmin(problem: Problem, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
     weights = problem.b if axis == -1 else problem.a
-    reached = (weights > 0) & potential.isfinite()
-    log_weights = torch.where(reached, weights.log() + torch.where(reached, potential, 0.0) / epsilon, -math.inf)
-    return problem.cost.softmin(log_weights, epsilon, axis=axis)
+    return problem.cost.softmin(log_scaling(weights, potential, epsilon), epsilon, axis=axis)
 
 
 def _log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks beside peers: ``make bench``. Never part of the tests."""
