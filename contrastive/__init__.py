@@ -1,5 +1,7 @@
 """contrastive: representation learning as inverse optimal transport, on top of iotsolve.
 
+::
+
     from contrastive import SinkhornNCELoss
     loss = SinkhornNCELoss(temperature=0.1)(z0, z1)
 """

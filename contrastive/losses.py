@@ -59,7 +59,7 @@ class IOTLoss(nn.Module):
     Example:
         >>> z0, z1 = torch.eye(4), torch.eye(4)
         >>> IOTLoss(FIXED, FREE, temperature=0.5)(z0, z1)
-        tensor(0.3407)
+        tensor(0.3408)
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class InfoNCELoss(IOTLoss):
 
     Example:
         >>> InfoNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
-        tensor(0.3407)
+        tensor(0.3408)
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class ClipLoss(IOTLoss):
 
     Example:
         >>> ClipLoss(temperature=0.5)(torch.eye(4), torch.eye(4))
-        tensor(0.3407)
+        tensor(0.3408)
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class GlobalNCELoss(IOTLoss):
 
     Example:
         >>> GlobalNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
-        tensor(0.3407)
+        tensor(0.3408)
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class SinkhornNCELoss(IOTLoss):
 
     Example:
         >>> SinkhornNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
-        tensor(0.3407)
+        tensor(0.3408)
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class UnbalancedNCELoss(IOTLoss):
 
     Example:
         >>> UnbalancedNCELoss(temperature=0.5, rho=0.3)(torch.eye(4), torch.eye(4))
-        tensor(0.3407)
+        tensor(0.3408)
     """
 
     def __init__(

@@ -1,7 +1,9 @@
 """iotsolve: certified optimal transport and inverse optimal transport.
 
-from iotsolve import Problem, solve, FIXED, KL
-solution = solve(Problem(cost, a, b, epsilon=0.05, rows=FIXED, columns=KL(1.0)))
+::
+
+    from iotsolve import Problem, solve, FIXED, KL
+    solution = solve(Problem(cost, a, b, epsilon=0.05, rows=FIXED, columns=KL(1.0)))
 """
 
 from iotsolve.costs import Dense

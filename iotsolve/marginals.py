@@ -62,6 +62,11 @@ class Marginal:
         return math.inf
 
     @property
+    def floor(self) -> Scalar:
+        """Smallest potential at which the conjugate is finite."""
+        return -math.inf
+
+    @property
     def is_free(self) -> bool:
         """True if the side pays nothing at all, so that its potential is 0 and needs no soft-min."""
         return False
@@ -178,6 +183,10 @@ class Between(Marginal):
     @property
     def recession(self) -> float:
         return 0.0 if math.isinf(number(self.hi)) else math.inf
+
+    @property
+    def floor(self) -> Scalar:
+        return 0.0 if math.isinf(number(self.hi)) else -math.inf
 
     @property
     def is_free(self) -> bool:
@@ -311,6 +320,10 @@ class TV(Marginal):
     def recession(self) -> float:
         return number(self.rho)
 
+    @property
+    def floor(self) -> Scalar:
+        return -self.rho
+
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho * (r - a).abs()
 
@@ -321,21 +334,22 @@ class TV(Marginal):
         return torch.where(f >= self.rho, 0.0, 1.0).to(f)
 
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
-        return self.project(s)
+        return torch.minimum(self.project(s), _like(self.rho, s))
 
     def curvature(self, f: Tensor) -> Tensor:
         return torch.where(f.abs() >= self.rho, math.inf, 0.0).to(f)
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
-        f = self.project(f)
-        return torch.where(r > a, (self.rho + f) * (r - a), (self.rho - f) * (a - r))
+        held = torch.minimum(f, _like(self.rho, f))
+        beyond = torch.where(r > 0, (f - held) * r, 0.0)
+        return torch.where(r > a, (self.rho + held) * (r - a), (self.rho - held) * (a - r)) + beyond
 
     def residual(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
         lack, excess = (a - r).clamp(min=0.0), (r - a).clamp(min=0.0)
         return torch.where(f < self.rho, lack, 0.0) + torch.where(f > -self.rho, excess, 0.0)
 
     def project(self, f: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(f, -_like(self.rho, f)), _like(self.rho, f))
+        return torch.maximum(f, -_like(self.rho, f))
 
     def target(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
         return torch.where(self.pinned(r, f, a), a, r)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from iotsolve.costs import Dense, Scalar, calm
 from iotsolve.marginals import FIXED, Marginal, kl_divergence
-from iotsolve.validation import as_cost, as_weights, check_problem, rounding
+from iotsolve.validation import as_cost, as_weights, check_problem, default_tolerance
 
 __all__ = ["Potentials", "Problem", "log_scaling", "weighted"]
 
@@ -236,8 +236,8 @@ class Problem:
 
         Args:
             plan: non-negative, shape ``(..., n, m)``, NumPy or torch; without batch dimensions also sparse COO.
-            tolerance: violation of hard sides and of ``mass`` still counted as rounding, relative to the larger total
-                weight; ``1e-9`` in float64, ``1e-5`` in float32 by default.
+            tolerance: violation of hard sides and of ``mass`` still counted as rounding, relative to the plan's mass; what a
+                solver stops at by default.
         """
         return self.leave(self.primal_at(self._enter(plan), tolerance=tolerance))
 
@@ -253,8 +253,8 @@ class Problem:
             value = value + self.epsilon * self._entropy(index, values)
         value = value + self.rows.divergence(r, self.a).sum(-1) + self.columns.divergence(c, self.b).sum(-1)
         violation = self.violations(r, c)
-        scale = torch.maximum(self.a.sum(-1), self.b.sum(-1))
-        allowed = sum(violation) <= (tolerance or rounding(plan.dtype)) * scale
+        limit = default_tolerance(plan.dtype) if tolerance is None else tolerance
+        allowed = sum(violation) <= limit * r.sum(-1)
         if self.is_exact:
             allowed = allowed & (_total(values * (self._reference(index) == 0), index) == 0)
         return torch.where(allowed & _nonnegative(values), value, math.inf)
@@ -329,6 +329,15 @@ class Problem:
         mass = torch.zeros_like(rows) if self.mass is None else (r.sum(-1) - self.mass).abs()
         return rows, columns, mass
 
+    def mismatch(self) -> Tensor:
+        """By how much the totals the two sides and ``mass`` ask for differ: rounding, or construction would have refused it."""
+        rows, columns = self.a.sum(-1), self.b.sum(-1)
+        (lo_r, hi_r), (lo_c, hi_c) = self.rows.bounds, self.columns.bounds
+        lowest, highest = torch.maximum(lo_r * rows, lo_c * columns), torch.minimum(hi_r * rows, hi_c * columns)
+        if self.mass is not None:
+            lowest, highest = torch.maximum(lowest, self.mass + 0 * rows), torch.minimum(highest, self.mass + 0 * rows)
+        return (lowest - highest).clamp(min=0.0)
+
     def dual_scale(self, p: Potentials) -> Tensor:
         """Sum of the absolute values of the dual's terms on the sides and ``mass``."""
         sides = weighted(self.a, self.rows.conjugate(p.f).abs()) + weighted(self.b, self.columns.conjugate(p.g).abs())
@@ -365,7 +374,7 @@ class Problem:
 
     def leave(self, x: Tensor) -> Any:
         """``x`` as the caller gave the cost: NumPy (a scalar where it has no shape), or torch in the cost's dtype."""
-        return x.detach().numpy()[()] if self.as_numpy else x.to(self.dtype)
+        return x.detach().to(self.dtype).numpy()[()] if self.as_numpy else x.to(self.dtype)
 
 
 def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:

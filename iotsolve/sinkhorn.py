@@ -8,6 +8,7 @@ problems crawl, is solved in closed form after each sweep (Sejourne, Vialard, Pe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.problem import Potentials, Problem, log_scaling
-from iotsolve.solver import default_tolerance
+from iotsolve.validation import default_tolerance
 
 __all__ = ["Sinkhorn", "SinkhornState"]
 
@@ -35,6 +36,22 @@ class SinkhornState:
             None if self.s is None else _marginal(problem.a, p.f + p.lam.unsqueeze(-1), self.s, problem.epsilon),
             None if self.t is None else _marginal(problem.b, p.g + p.lam.unsqueeze(-1), self.t, problem.epsilon),
         )
+
+    def answer(self, problem: Problem) -> Potentials:
+        """The potentials, those of empty bins brought up to date: no stopping rule waits for them, but gradients read them."""
+        p, lam = self.potentials, self.potentials.lam.unsqueeze(-1)
+        f, g = p.f, p.g
+        if self.s is not None:
+            f = torch.where(problem.a > 0, f, problem.rows.aprox(self.s - lam, problem.epsilon))
+        if self.t is not None and not problem.columns.is_free:
+            g = torch.where(problem.b > 0, g, problem.columns.aprox(self.t - lam, problem.epsilon))
+        return Potentials(f, g, p.lam)
+
+    def moved(self, t: Tensor, u: Tensor) -> SinkhornState:
+        """The state of ``(f + t, g + u, lam - t - u)``, whose plan is the same."""
+        p, t, u = self.potentials, t.unsqueeze(-1), u.unsqueeze(-1)
+        potentials = Potentials(p.f + t, p.g + u, p.lam - (t + u).squeeze(-1))
+        return SinkhornState(potentials, None if self.s is None else self.s - u, None if self.t is None else self.t - t)
 
     def select(self, index: Tensor) -> SinkhornState:
         p = Potentials(self.potentials.f[index], self.potentials.g[index], self.potentials.lam[index])
@@ -113,39 +130,96 @@ class Sinkhorn:
         if problem.mass is not None:
             log_moved = _log_mass(problem.a, p.f, s, epsilon) if t is None else _log_mass(problem.b, p.g, t, epsilon)
             p = replace(p, lam=epsilon * (_log(problem.mass) - log_moved))
-        p, shift = translate(problem, p)
         if s is not None and not columns.is_free:
             s = _softmin(problem, p.g, epsilon, axis=-1)
-        return SinkhornState(p, s, t if t is None or shift is None else t - shift.unsqueeze(-1))
+        return translate(problem, SinkhornState(p, s, t))
+
+    def settle(self, problem: Problem, state: SinkhornState) -> SinkhornState:
+        """The translation that has no closed form: a bisection, so asked for now and then only."""
+        return settle(problem, state)
 
 
 _EASY = 0.05  # epsilon, in cost ranges, above which annealing only costs sweeps
 
 
-def translate(problem: Problem, p: Potentials) -> tuple[Potentials, Tensor | None]:
-    """The best ``(f + t, g - t)``, or with ``mass`` ``(f + t, g + u, lam - t - u)``: the plan stays, the dual rises.
+def translate(problem: Problem, state: SinkhornState) -> SinkhornState:
+    """The best ``(f + t, g - t)``, or with ``mass`` ``(f + t, g + u, lam - t - u)``, in closed form for KL and FIXED sides.
 
-    Returns the potentials and the shift ``t`` of the rows (what a soft-min over rows falls by), None if nothing moved.
+    The plan stays and the dual rises.
     """
-    softness = problem.rows.softness, problem.columns.softness
-    rows = None if softness[0] is None else _log_demand(problem.rows, problem.a, p.f)
-    columns = None if softness[1] is None else _log_demand(problem.columns, problem.b, p.g)
+    rows, columns, p = problem.rows, problem.columns, state.potentials
+    soft_r, soft_c = rows.softness, columns.softness
     if problem.mass is not None:
-        t = u = torch.zeros_like(p.lam)
-        if rows is not None and softness[0]:
-            t = (rows - _log(problem.mass)) / softness[0]
-        if columns is not None and softness[1]:
-            u = (columns - _log(problem.mass)) / softness[1]
-        return Potentials(p.f + t.unsqueeze(-1), p.g + u.unsqueeze(-1), p.lam - t - u), t
-    if rows is None or columns is None or not (softness[0] or softness[1]):
-        return p, None
-    t = (rows - columns) / (softness[0] + softness[1])
-    return Potentials(p.f + t.unsqueeze(-1), p.g - t.unsqueeze(-1), p.lam), t
+        log_mass = _log(problem.mass)
+        t = (_log_demand(rows, problem.a, p.f) - log_mass) / soft_r if soft_r else torch.zeros_like(p.lam)
+        u = (_log_demand(columns, problem.b, p.g) - log_mass) / soft_c if soft_c else torch.zeros_like(p.lam)
+        return state.moved(t, u) if soft_r or soft_c else state
+    if soft_r is None or soft_c is None or not (soft_r or soft_c):
+        return state
+    t = (_log_demand(rows, problem.a, p.f) - _log_demand(columns, problem.b, p.g)) / (soft_r + soft_c)
+    return state.moved(t, -t)
+
+
+def settle(problem: Problem, state: SinkhornState) -> SinkhornState:
+    """The same translation for every other pair: the root of a monotone function, by bisection.
+
+    ``sum a phi_r'(f + t) = sum b phi_c'(g - t)``, or with ``mass`` ``sum a phi_r'(f + t) = mass`` on each side.
+    """
+    rows, columns, p = problem.rows, problem.columns, state.potentials
+    if rows.is_free or columns.is_free or (rows.softness is not None and columns.softness is not None):
+        return state
+
+    def demand(side: Marginal, weights: Tensor, potential: Tensor, shift: Tensor) -> Tensor:
+        asked = side.response(torch.where(weights > 0, potential, 0.0) + shift.unsqueeze(-1))
+        return torch.where(weights > 0, weights * asked, 0.0).sum(-1)
+
+    def lowest(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
+        return side.floor - torch.where(weights > 0, potential, math.inf).amin(-1)
+
+    negligible = 16 * torch.finfo(p.f.dtype).eps * (problem.a.sum(-1) + problem.b.sum(-1))
+    reach = 4 * sum(torch.where(x.isfinite(), x, 0.0).abs().amax(-1) for x in (p.f, p.g)) + 4 * p.lam.abs()
+    one = torch.ones((), dtype=p.f.dtype, device=p.f.device)
+    reach = reach + 8 * sum(side.divergence(0 * one, one) for side in (rows, columns))  # kinks lie within rho
+
+    def root(falling: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+        return _root(falling, torch.maximum(low, -reach), torch.minimum(high, reach), negligible)
+
+    low_r, low_c = lowest(rows, problem.a, p.f), lowest(columns, problem.b, p.g)
+    if problem.mass is None:
+        t = root(lambda t: demand(rows, problem.a, p.f, t) - demand(columns, problem.b, p.g, -t), low_r, -low_c)
+        return state.moved(t, -t)
+    t = u = torch.zeros_like(p.lam)
+    if rows.softness is None:
+        t = root(lambda t: demand(rows, problem.a, p.f, t) - problem.mass, low_r, reach)
+    if columns.softness is None:
+        u = root(lambda u: demand(columns, problem.b, p.g, u) - problem.mass, low_c, reach)
+    return state.moved(t, u)
+
+
+def _root(falling: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, negligible: Tensor) -> Tensor:
+    """The point nearest 0 at which a falling step function crosses 0, within bounds.
+
+    On a plateau, where sums of weights differ from each other by rounding alone, nothing moves.
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    first = _bisect(lambda t: falling(t) > negligible, low, high)[1]
+    last = _bisect(lambda t: falling(t) >= -negligible, low, high)[0]
+    return torch.where(first > 0, first, torch.where(last < 0, last, 0.0))
+
+
+def _bisect(before: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, *, steps: int = 60) -> tuple[Tensor, Tensor]:
+    """The two neighbours between which ``before`` turns from True to False."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        below = before(middle)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low, high
 
 
 def _log_demand(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
     """``log sum a phi'(f)``: the total mass the side asks for."""
-    return torch.logsumexp(weights.log() - side.softness * potential, -1) + (
+    reached = torch.where(weights > 0, potential, 0.0)
+    return torch.logsumexp(weights.log() - side.softness * reached, -1) + (
         side.bounds[0] and math.log(number(side.bounds[0]))
     )
 

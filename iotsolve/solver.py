@@ -17,7 +17,7 @@ from torch import Tensor
 from iotsolve.marginals import Scalar, number
 from iotsolve.problem import Potentials, Problem
 
-__all__ = ["Outcome", "Status", "default_tolerance", "iterate", "judge"]
+__all__ = ["Outcome", "Status", "iterate", "judge"]
 
 
 class Status(Enum):
@@ -47,6 +47,8 @@ class State(Protocol):
 
     def marginals(self, problem: Problem) -> tuple[Tensor | None, Tensor | None]: ...
 
+    def answer(self, problem: Problem) -> Potentials: ...
+
     def select(self, index: Tensor) -> State: ...
 
 
@@ -62,6 +64,8 @@ class Method(Protocol):
 
     def step(self, problem: Problem, state: Any, epsilon: Scalar) -> Any: ...
 
+    def settle(self, problem: Problem, state: Any) -> Any: ...
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -71,11 +75,6 @@ class Outcome:
     status: list[Status]
     steps: list[int]
     plan: Tensor | None = None
-
-
-def default_tolerance(dtype: torch.dtype) -> float:
-    """Relative marginal error and gap that count as converged: 1e-8 in float64, 1e-5 in float32 (and half precision)."""
-    return 1e-8 if dtype == torch.float64 else 1e-5
 
 
 def judge(
@@ -98,6 +97,7 @@ def judge(
         gap = gap + torch.where(weights > 0, terms, 0.0).sum(-1)
     if problem.mass is not None:
         violation = violation + (moved - problem.mass).abs()
+    violation = (violation - 2 * problem.mismatch()).clamp(min=0.0)
     entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
     scale = problem.dual_scale(p) + entropy.abs()
     gap = gap - 16 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # less is rounding
@@ -122,9 +122,9 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     highest = torch.full_like(final.lam, -torch.inf)
 
     for k in range(1, method.max_steps + 1):
-        annealing = k <= len(schedule)
+        annealing, late = k <= len(schedule), k - len(schedule)
         state = method.step(problem, state, schedule[k - 1] if annealing else problem.epsilon)
-        if annealing or (not _due(k - len(schedule)) and k < method.max_steps):
+        if annealing or (not _due(late) and k < method.max_steps):
             continue
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
@@ -133,13 +133,16 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         broken = ~_usable(problem, state.potentials) | error.isnan()
         done = (error <= tolerance / 2) | broken | (patience >= _PATIENCE)
         if not done.any():
+            if k == method.max_steps:
+                break
+            state = method.settle(problem, state) if late & (late - 1) == 0 or late % 64 == 0 else state
             continue
         for i in done.nonzero().flatten().tolist():
             verdict = (
                 Status.NOT_FINITE if broken[i] else Status.CONVERGED if error[i] <= tolerance / 2 else Status.STALLED
             )
             status[int(active[i])], steps[int(active[i])] = verdict, k
-        _store(final, state.potentials, active)
+        _store(final, state.answer(problem), active)
         left = (~done).nonzero().flatten()
         if not len(left):
             return Outcome(final, status, steps)
@@ -147,7 +150,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             problem, state = problem.select(left), state.select(left)
             active, best, highest, patience = active[left], best[left], highest[left], patience[left]
             size = len(left)
-    _store(final, state.potentials, active)
+    _store(final, state.answer(problem), active)
     return Outcome(final, status, steps)
 
 

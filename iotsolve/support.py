@@ -24,7 +24,7 @@ def largest_mass(
         0.5
     """
     flow, total = _flow(allowed, supply, demand)
-    return flow.sum() / _UNIT * total, sum(allowed.shape) / _UNIT * total
+    return float(flow.sum() / _UNIT * total), float(sum(allowed.shape) / _UNIT * total)
 
 
 def carrying_arcs(

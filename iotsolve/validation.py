@@ -17,12 +17,17 @@ from iotsolve.support import largest_mass
 if TYPE_CHECKING:
     from iotsolve.problem import Problem
 
-__all__ = ["as_cost", "as_weights", "check_problem", "rounding"]
+__all__ = ["as_cost", "as_weights", "check_problem", "default_tolerance", "rounding"]
 
 
 def rounding(dtype: torch.dtype) -> float:
     """Relative error of a sum of masses that is still rounding in this precision."""
     return {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 1e-2)
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative marginal error and gap that count as converged: 1e-8 in float64, 1e-5 in float32 (and half precision)."""
+    return 1e-8 if dtype == torch.float64 else 1e-5
 
 
 def as_cost(cost: Any) -> tuple[Tensor, bool]:

@@ -256,7 +256,10 @@ def test_nan_representations_give_nan_and_a_warning():
         (lambda: IOTLoss(FIXED, FIXED, 0.5), r"mass = 0.5 with rows .* violate that side"),
         (lambda: IOTLoss(FIXED, FREE, negatives="some"), r"negatives = 'some'"),
         (lambda: make("simclr"), r"loss = 'simclr'.*Known: infonce, ntxent"),
-        (lambda: InfoNCELoss()(torch.ones(3, 2), torch.ones(4, 2)), r"shapes \(3, 2\) and \(4, 2\): both must be \(N, D\)"),
+        (
+            lambda: InfoNCELoss()(torch.ones(3, 2), torch.ones(4, 2)),
+            r"shapes \(3, 2\) and \(4, 2\): both must be \(N, D\)",
+        ),
         (lambda: InfoNCELoss()(torch.ones(3, 2, 2), torch.ones(3, 2, 2)), r"Flatten feature maps"),
         (lambda: InfoNCELoss()(torch.ones(1, 2), torch.ones(1, 2)), r"N >= 2"),
     ],

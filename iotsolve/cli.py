@@ -1,0 +1,247 @@
+"""The `iotsolve` command: solve a problem kept in files. What a command needs is imported in it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from iotsolve.marginals import Marginal
+    from iotsolve.solution import Solution
+
+__all__ = ["app", "main", "parse_side"]
+
+SIDES = "fixed, free, at-most, between:lo,hi, kl:rho or tv:rho"
+
+app = typer.Typer(
+    help="Certified optimal transport.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from iotsolve import __version__
+
+        typer.echo(f"iotsolve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def solve(
+    cost: Annotated[Path, typer.Argument(help="Matrix: .npy, .npz with one array, or .csv; inf is a forbidden arc.")],
+    a: Annotated[Path | None, typer.Option(help="Weights of the rows; uniform of total 1 if left out.")] = None,
+    b: Annotated[Path | None, typer.Option(help="Weights of the columns; uniform of total 1 if left out.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Strength of the entropy, in units of the cost; 0 is exact.")] = 0.0,
+    rows: Annotated[str, typer.Option(help=f"Marginal of the rows: {SIDES}.")] = "fixed",
+    columns: Annotated[str, typer.Option(help="Marginal of the columns, as for the rows.")] = "fixed",
+    mass: Annotated[float | None, typer.Option(help="Total mass of the plan; else the marginals decide.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative error to stop at, if epsilon > 0: 1e-8.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Sweeps at most, if epsilon > 0: 10000.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write plan, f, g, lam, value and status to this .npz file.")] = None,
+    allow_unconverged: Annotated[
+        bool, typer.Option("--allow-unconverged", help="Accept a result that did not converge.")
+    ] = False,
+) -> None:
+    """Solve one problem in float64 and print its value and certificate.
+
+    Exit code 0: solved. 1: not converged, nothing written. 2: bad input.
+    """
+    with _one_sentence():
+        if out is not None:
+            _check_writable(out)
+        from iotsolve.problem import Problem
+        from iotsolve.sinkhorn import Sinkhorn
+        from iotsolve.solve import solve
+
+        matrix = _read(cost)
+        if matrix.ndim != 2:
+            raise ValueError(f"{cost} holds an array of shape {matrix.shape}: a cost is one matrix, of two dimensions.")
+        weights = [None if path is None else _vector(path) for path in (a, b)]
+        sides = dict(rows=parse_side("rows", rows), columns=parse_side("columns", columns))
+        problem = Problem(matrix, *weights, epsilon=epsilon, mass=mass, **sides)
+        settings = {k: v for k, v in dict(tolerance=tolerance, max_steps=max_steps).items() if v is not None}
+        if settings and problem.is_exact:
+            raise ValueError(f"{' and '.join(settings)} with epsilon = 0: exact transport takes neither; leave it out.")
+        solution = solve(problem, Sinkhorn(**settings) if settings else None, throw=False)
+        accepted = bool(solution.converged) or allow_unconverged
+        if accepted and out is not None:
+            _write(out, solution)
+    if not accepted:
+        typer.echo(f"iotsolve: {solution.status.value}\n{solution.certificate}", err=True)
+        raise typer.Exit(1)
+    _print_table(solution)
+    if not solution.converged:
+        typer.echo(f"iotsolve: {solution.status.value}", err=True)
+
+
+def main() -> None:
+    """Run the `iotsolve` command."""
+    app()
+
+
+def parse_side(name: str, text: str) -> Marginal:
+    """The marginal object that a word of the command line stands for.
+
+    Args:
+        name: ``rows`` or ``columns``, for the message.
+        text: ``fixed``, ``free``, ``at-most``, ``between:lo,hi``, ``kl:rho`` or ``tv:rho``.
+
+    Raises:
+        ValueError: if it stands for none.
+
+    Example:
+        >>> parse_side("rows", "between:0.5,2")
+        Between(lo=0.5, hi=2.0)
+    """
+    from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, TV, Between
+
+    word, colon, rest = text.strip().lower().partition(":")
+    named = {"fixed": FIXED, "free": FREE, "at-most": AT_MOST}
+    if word in named and not colon:
+        return named[word]
+    kinds = {"between": (Between, 2), "kl": (KL, 1), "tv": (TV, 1)}
+    try:
+        kind, count = kinds[word]
+        numbers = [float(x) for x in rest.split(",")]
+        if len(numbers) != count:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} = {text!r}: is no marginal. Write {SIDES}; lo, hi and rho are numbers.") from None
+    return kind(*numbers)
+
+
+def _read(path: Path) -> np.ndarray:
+    """The one array of a file, as float64."""
+    import numpy as np
+
+    kind = path.suffix.lower()
+    if kind not in (".npy", ".npz", ".csv"):
+        raise ValueError(f"{path} ends in {kind or 'nothing'}: can read .npy, .npz with one array, and .csv.")
+    try:
+        array = _read_csv(path) if kind == ".csv" else np.load(path, allow_pickle=False)
+        names = getattr(array, "files", None)  # of an .npz
+        if names is not None:
+            with array as archive:
+                array = archive[names[0]] if len(names) == 1 else None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        why = str(error).rstrip(".") if kind == ".csv" else "it is damaged, or not what its name says"
+        raise ValueError(f"{path} cannot be read as numbers: {why}.") from error
+    except MemoryError as error:
+        raise ValueError(f"{path} does not fit into memory.") from error
+    if array is None:
+        raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}): it must hold one.")
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{path} holds {array.dtype}: it must hold real numbers.")
+    return array.astype(np.float64)
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    import numpy as np
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
+        table = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    if table.size == 0:
+        raise ValueError("it is empty")
+    return table
+
+
+def _vector(path: Path) -> np.ndarray:
+    """Weights: a vector, or a matrix of a single row or column."""
+    array = _read(path)
+    if array.ndim != 1 and sum(size != 1 for size in array.shape) > 1:
+        raise ValueError(f"{path} holds an array of shape {array.shape}: weights are one row or one column of numbers.")
+    return array.reshape(-1)
+
+
+def _check_writable(out: Path) -> None:
+    """Before the work, not after it."""
+    folder = out.parent
+    if out.suffix.lower() != ".npz":
+        raise ValueError(f"--out {out}: the file written is a NumPy archive, so its name must end in .npz.")
+    if not folder.is_dir():
+        raise ValueError(f"--out {out}: {folder} is no directory; make it first.")
+    if out.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a directory" if out.is_dir() else "permission is missing"
+        raise ValueError(f"--out {out}: cannot be written there; {why}.")
+
+
+def _write(out: Path, solution: Solution) -> None:
+    """Replace the file at once: whoever is stopped half-way leaves the old one, never half of a new one."""
+    import numpy as np
+
+    names = {"plan": "plan", "f": "f", "g": "g", "lam": "mass_multiplier", "value": "value"}
+    arrays = {name: getattr(solution, source) for name, source in names.items()}
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with fresh.open("wb") as file:
+            np.savez_compressed(file, **arrays, status=solution.status.name)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(out)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _print_table(solution: Solution) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    certificate, (n, m) = solution.certificate, solution.problem.shape
+    table = Table(title=f"{n} x {m}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in (
+        ("value", f"{solution.value:.12g}"),
+        ("transport cost", f"{solution.transport_cost:.12g}"),
+        ("mass", f"{solution.mass:.12g}"),
+        ("status", solution.status.name),
+        ("steps", str(solution.steps)),
+        ("certificate", "holds" if certificate.holds else "DOES NOT HOLD"),
+        ("  optimal value >=", f"{certificate.dual:.12g}"),
+        ("  optimal value <=", f"{certificate.primal:.12g}"),
+        ("  gap", f"{certificate.gap:.1e}"),
+        ("  violation of rows", f"{certificate.row_violation:.1e}"),
+        ("  violation of columns", f"{certificate.column_violation:.1e}"),
+        ("  violation of mass", f"{certificate.mass_violation:.1e}"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Say what a user can cause in one line on stderr, with exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"iotsolve: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)

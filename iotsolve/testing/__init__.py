@@ -1,0 +1,30 @@
+"""For tests, ours and yours: problems to draw (Hypothesis), answers to compare with (cvxpy), and laws to hold.
+
+Needs the extra ``testing``: ``pip install iotsolve[testing]``. A solver of your own is tested so::
+
+    from hypothesis import given
+    from iotsolve import solve
+    from iotsolve.testing import check_certificate, problems
+
+    @given(problems(exact=False))
+    def test_my_solver(problem):
+        check_certificate(problem, solve(problem, MySolver(), throw=False))
+
+Every problem drawn has an answer; what to do about one that a solver cannot reach is for its status to say.
+"""
+
+from iotsolve.testing.laws import check_certificate, check_duality, check_gradient
+from iotsolve.testing.references import Reference, reference
+from iotsolve.testing.strategies import costs, marginals, problems, weights
+
+__all__ = [
+    "Reference",
+    "check_certificate",
+    "check_duality",
+    "check_gradient",
+    "costs",
+    "marginals",
+    "problems",
+    "reference",
+    "weights",
+]

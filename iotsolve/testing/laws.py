@@ -1,0 +1,189 @@
+"""Laws that every problem, cost, marginal and solver of the library obeys: for our tests, and for those of extensions.
+
+Each raises an AssertionError that shows the problem and the numbers, and nothing if the law holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iotsolve.problem import Problem
+from iotsolve.sinkhorn import Sinkhorn
+from iotsolve.solution import Solution
+from iotsolve.solve import solve
+from iotsolve.testing.references import (
+    Reference,
+    dual_objective,
+    numbers,
+    objective,
+    reference,
+    rounding,
+    violation,
+)
+
+__all__ = ["check_certificate", "check_duality", "check_gradient", "derivative", "random_direction"]
+
+_PRECISE = Sinkhorn(tolerance=1e-13, max_steps=20_000)
+_STEP = 2e-4  # the derivative of a clamped side has kinks of its own: the fewer of them are crossed the better
+
+
+def check_certificate(problem: Problem, solution: Solution, *, answer: Reference | None = None) -> None:
+    """The certificate says what plain NumPy says of the same potentials, and "converged" implies that it holds.
+
+    Args:
+        problem: without a batch.
+        solution: what a solver made of it, converged or not.
+        answer: ``reference(problem)``, to be enclosed by the certificate's bounds.
+    """
+    claim, certificate = _Claims(problem), solution.certificate
+    f, g, lam = (_numpy(x) for x in (solution.potentials.f, solution.potentials.g, solution.potentials.lam))
+    plan, tolerance = _numpy(solution.plan), certificate.tolerance
+    slack = 1e-9 * (abs(certificate.dual) + certificate.scale)
+    off, dual = violation(problem, plan), dual_objective(problem, f, g, lam)
+    said = certificate.row_violation + certificate.column_violation + certificate.mass_violation
+
+    if problem.dtype == torch.float64:
+        claim("violation", abs(said - off) <= 1e-11 * plan.sum(), certificate=said, numpy=off)
+        claim("dual objective", dual <= certificate.dual + slack, certificate=certificate.dual, numpy=dual)
+    if math.isfinite(certificate.gap):
+        gap = certificate.primal - certificate.dual
+        claim("gap", certificate.gap >= 0 and abs(gap - certificate.gap) <= slack, stated=certificate.gap, bounds=gap)
+    if answer is not None:
+        room = slack + 1e-9 * answer.scale + rounding(problem)
+        inside = certificate.dual - room <= answer.value <= certificate.primal + room
+        claim("bounds", inside, certificate=certificate, optimal_value=answer.value)
+    if solution.converged:
+        claim("converged without a certificate", bool(certificate.holds), certificate=certificate)
+        claim("violation", off <= 2 * tolerance * plan.sum(), numpy=off, mass=plan.sum(), tolerance=tolerance)
+        value, stated, room = objective(problem, plan), float(solution.value), _room(problem, plan, solution)
+        claim("value", abs(value - stated) <= room, of_plan=value, stated=stated, room=room)
+
+
+def check_duality(problem: Problem, f: Any, g: Any, lam: Any = 0.0, *, answer: Reference | None = None) -> None:
+    """Weak duality: whatever the potentials, ``problem.dual`` and a certificate's dual stay below the optimal value.
+
+    Args:
+        problem: without a batch.
+        f: potentials of the rows, any numbers.
+        g: potentials of the columns.
+        lam: multiplier of ``mass``.
+        answer: ``reference(problem)``, if the caller has it.
+    """
+    claim, answer = _Claims(problem), reference(problem) if answer is None else answer
+    ours, theirs = float(problem.dual(f, g, lam)), dual_objective(problem, f, g, lam)
+    slack = 1e-9 * (answer.scale + abs(answer.value))
+    claim("weak duality", ours <= answer.value + slack, dual=ours, optimal_value=answer.value)
+    if math.isfinite(theirs) or math.isfinite(ours):
+        near = abs(ours - theirs) <= 1e-11 * (1 + abs(theirs)) + slack
+        claim("dual objective", near, stated=ours, numpy=theirs)
+
+
+def check_gradient(
+    problem: Problem,
+    *,
+    along: Sequence[str | tuple[str, ...]] | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+    solver: Sinkhorn = _PRECISE,
+) -> None:
+    """The value's gradient along random directions, against central differences of solved problems.
+
+    Args:
+        problem: torch, float64, without a batch, ``epsilon > 0``; what is given as a tensor is tested.
+        along: names of ``problem.tensors()``, one direction each; a tuple of names moves together. All by default.
+        seed: of the directions.
+        tolerance: relative to the sum of the absolute terms that meet in the derivative.
+        solver: precise enough for differences.
+    """
+    claim, generator = _Claims(problem), torch.Generator().manual_seed(seed)
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in problem.tensors().items()}
+    value = solve(problem.with_tensors(leaves), solver, throw=False).value
+    gradients = dict(
+        zip(leaves, torch.autograd.grad(value, list(leaves.values()), materialize_grads=True), strict=True)
+    )
+    for names in leaves if along is None else along:
+        direction = random_direction(problem, names, generator)
+        found = derivative(lambda p: float(solve(p, solver, throw=False).value), problem, direction)
+        products = torch.cat([(gradients[k] * v).flatten() for k, v in direction.items()])
+        stated, size = float(products.sum()), abs(found) + float(products.abs().sum())
+        near = abs(stated - found) <= tolerance * size + rounding(problem) / _STEP
+        claim(f"derivative along {names}", near, stated=stated, differences=found)
+
+
+def random_direction(problem: Problem, names: str | tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """A direction in which the named tensors can move both ways: forbidden arcs and empty bins stay what they are.
+
+    The cost moves by about epsilon, anything else in proportion to itself. Weights whose total is tied move with it:
+    those of a balanced problem together, those of a fixed side beside ``mass`` at a constant total.
+    """
+    moved: dict[str, Tensor] = {}
+    for name in (names,) if isinstance(names, str) else names:
+        amount = 0.5 + torch.rand((), generator=generator, dtype=problem.dtype)
+        for tensor, move in _move(problem, name, generator).items():
+            moved[tensor] = moved.get(tensor, torch.zeros_like(move)) + amount * move
+    return moved
+
+
+def _move(problem: Problem, name: str, generator: torch.Generator) -> dict[str, Tensor]:
+    tensor = problem.tensors()[name].detach()
+    noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) - 0.3
+    if name == "cost":
+        return {name: torch.where(tensor.isfinite(), noise * float(problem.epsilon), 0.0)}
+    if name not in ("a", "b"):
+        return {name: tensor}
+    move, other, weights = noise * tensor, "b" if name == "a" else "a", problem.b if name == "a" else problem.a
+    if problem.mass is not None and (problem.rows if name == "a" else problem.columns).is_fixed:
+        return {name: move - tensor * move.sum() / tensor.sum()}
+    if problem.rows.is_fixed and problem.columns.is_fixed:
+        return {name: move, other: weights.detach() * move.sum() / weights.detach().sum()}
+    return {name: move}
+
+
+def derivative(
+    scalar: Callable[[Problem], float], problem: Problem, direction: Mapping[str, Tensor], *, step: float = _STEP
+) -> float:
+    """Directional derivative of a function of the problem by central differences of fourth order."""
+    start = problem.tensors()
+
+    def at(t: float) -> Any:
+        return scalar(problem.with_tensors({k: start[k].detach() + t * v for k, v in direction.items()}))
+
+    return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+
+
+def _room(problem: Problem, plan: np.ndarray, solution: Solution) -> float:
+    """How far the objective of a plan within tolerance may be from the dual: by the gap, and the violation's price."""
+    data, p = numbers(problem), solution.potentials
+    prices = [
+        abs(x[np.isfinite(x) & (w > 0)]).max(initial=0.0) for x, w in ((_numpy(p.f), data.a), (_numpy(p.g), data.b))
+    ]
+    return 4 * solution.certificate.tolerance * (solution.certificate.scale + plan.sum() * sum(prices)) + rounding(
+        problem
+    )
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x, dtype=np.float64)
+
+
+class _Claims:
+    """``claim(law, holds, **found)``: an AssertionError with the numbers found and the problem, ready to be pasted."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __call__(self, law: str, holds: bool, **found: Any) -> None:
+        if holds:
+            return
+        data = numbers(self.problem)
+        raise AssertionError(
+            f"{law}: {', '.join(f'{name} = {number}' for name, number in found.items())}\n"
+            f"rows = {data.rows}, columns = {data.columns}, mass = {data.mass}, epsilon = {data.epsilon!r}\n"
+            f"cost = {data.cost.tolist()}\na = {data.a.tolist()}\nb = {data.b.tolist()}"
+        )

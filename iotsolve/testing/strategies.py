@@ -1,0 +1,200 @@
+"""Hypothesis strategies for problems that have an answer.
+
+Each builds the answer first: a plan on the allowed arcs, and from its marginals weights that the plan satisfies. What
+comes out is small and awkward: empty bins, tied and negative costs, forbidden arcs, repeated rows, tiny and huge units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, TV, Between, Marginal
+from iotsolve.problem import Problem
+
+__all__ = ["costs", "marginals", "problems", "weights"]
+
+_LARGEST = 8
+
+
+def costs(
+    rows: int | None = None, columns: int | None = None, *, lowest: float = -2.0, highest: float = 2.0
+) -> st.SearchStrategy[np.ndarray]:
+    """Finite costs of shape ``(n, m)``, up to 8 x 8: smooth or with many ties, and sometimes with repeated rows.
+
+    Args:
+        rows: number of rows, drawn if not given.
+        columns: number of columns, drawn if not given.
+        lowest: smallest entry.
+        highest: largest entry.
+    """
+
+    @st.composite
+    def build(draw: st.DrawFn) -> np.ndarray:
+        n, m = rows or draw(_sizes()), columns or draw(_sizes())
+        levels = draw(st.sampled_from([4, 4000]))  # few levels tie; none is so near another that rounding decides
+        steps = draw(hnp.arrays(np.int64, (n, m), elements=st.integers(0, levels)))
+        cost = lowest + (highest - lowest) * steps / levels
+        if draw(st.booleans()):
+            cost = cost[draw(hnp.arrays(np.int64, n, elements=st.integers(0, n - 1)))]
+        return cost
+
+    return build()
+
+
+def weights(size: int | None = None) -> st.SearchStrategy[np.ndarray]:
+    """Weights of shape ``(size,)``: uniform, or uneven with empty bins; the total is positive and rarely 1."""
+
+    @st.composite
+    def build(draw: st.DrawFn) -> np.ndarray:
+        n = size or draw(_sizes())
+        if draw(st.booleans()):
+            return np.full(n, 1.0 / n)
+        drawn = draw(hnp.arrays(np.float64, n, elements=_amounts()))
+        drawn[draw(st.integers(0, n - 1))] += 0.5
+        return drawn
+
+    return build()
+
+
+def marginals(*, exact: bool = False) -> st.SearchStrategy[Marginal]:
+    """A marginal object, its strength against costs near 1.
+
+    Args:
+        exact: only those that ``epsilon = 0`` can be solved with.
+    """
+    bounds = st.builds(Between, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 1.1, 2.5, math.inf]))
+    plain = [st.just(FIXED), st.just(FREE), st.just(AT_MOST), bounds, st.builds(TV, st.floats(0.05, 5.0))]
+    return st.one_of(*plain, *([] if exact else [st.builds(KL, st.floats(0.05, 20.0))]))
+
+
+def problems(
+    *,
+    rows: Marginal | None = None,
+    columns: Marginal | None = None,
+    exact: bool | None = None,
+    mass: bool | None = None,
+    shape: Sequence[int] | None = None,
+    smallest_epsilon: float = 0.02,
+    forbidden: bool = True,
+    largest_scale: float = 1e6,
+) -> st.SearchStrategy[Problem]:
+    """Problems without a batch that have an answer, NumPy in float64.
+
+    Args:
+        rows: marginal object of the rows, drawn if not given.
+        columns: marginal object of the columns, drawn if not given.
+        exact: True for ``epsilon = 0`` only, False for ``epsilon > 0`` only.
+        mass: True for problems with ``mass`` only, False for problems without.
+        shape: ``(n, m)``, drawn up to 8 x 8 if not given.
+        smallest_epsilon: least epsilon in ranges of the cost.
+        forbidden: whether arcs may be forbidden.
+        largest_scale: cost, epsilon and rho are multiplied by a power of ten between its inverse and itself.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(problems(rows=FIXED, exact=False))
+        ... def test_mine(problem):
+        ...     assert problem.epsilon > 0
+    """
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Problem:
+        entropic = not (draw(st.booleans()) if exact is None else exact)
+        sides = tuple(given or draw(marginals(exact=not entropic)) for given in (rows, columns))
+        answer = draw(_answers(shape, forbidden))
+        with_mass = draw(st.booleans()) if mass is None else mass
+        epsilon = draw(st.floats(smallest_epsilon, 5.0)) * (answer.range or 1.0) if entropic else 0.0
+        if not with_mass:
+            answer = _bounded(answer, sides, epsilon)
+            with_mass = not entropic and not _asks(answer, sides)
+        if with_mass and mass is False:
+            answer, with_mass = replace(answer, cost=answer.cost - answer.cost[answer.plan > 0].max() - 1.0), False
+        a, b = (draw(_weights_for(side, r)) for side, r in zip(sides, answer.marginals, strict=True))
+        digits = int(math.log10(largest_scale))
+        unit = 10.0 ** draw(st.integers(-digits, digits))
+        return Problem(
+            unit * answer.cost,
+            a,
+            b,
+            epsilon=unit * epsilon,
+            rows=_in_units(sides[0], unit),
+            columns=_in_units(sides[1], unit),
+            mass=float(answer.plan.sum()) if with_mass else None,
+        )
+
+    return build()
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A cost and a plan that it allows."""
+
+    cost: np.ndarray
+    plan: np.ndarray
+
+    @property
+    def marginals(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.plan.sum(1), self.plan.sum(0)
+
+    @property
+    def range(self) -> float:
+        return float(np.ptp(self.cost[np.isfinite(self.cost)]))
+
+
+def _hundredths(lowest: float, highest: float) -> st.SearchStrategy[float]:
+    """Numbers that are equal or clearly apart: next to a kink, first-order methods crawl and rounding decides."""
+    return st.integers(math.ceil(100 * lowest), math.floor(100 * highest)).map(lambda k: k / 100)
+
+
+def _sizes() -> st.SearchStrategy[int]:
+    return st.integers(1, _LARGEST)
+
+
+def _amounts() -> st.SearchStrategy[float]:
+    return st.one_of(st.just(0.0), _hundredths(0.05, 1.0))
+
+
+@st.composite
+def _answers(draw: st.DrawFn, shape: Sequence[int] | None, forbidden: bool) -> _Answer:
+    n, m = shape or (draw(_sizes()), draw(_sizes()))
+    plan = draw(hnp.arrays(np.float64, (n, m), elements=_amounts()))
+    plan[draw(st.integers(0, n - 1)), draw(st.integers(0, m - 1))] += 0.5
+    cost = draw(costs(n, m))
+    if forbidden and draw(st.booleans()):
+        cost = np.where((plan == 0) & draw(hnp.arrays(np.bool_, (n, m))), np.inf, cost)
+    return _Answer(cost, plan)
+
+
+def _bounded(answer: _Answer, sides: tuple[Marginal, ...], epsilon: float) -> _Answer:
+    """Costs at which the mass stays small although neither side bounds it: gains of at most epsilon."""
+    if any(side.is_hard and math.isfinite(float(side.bounds[1])) for side in sides):
+        return answer
+    return replace(answer, cost=answer.cost - answer.cost.min() - epsilon)
+
+
+def _asks(answer: _Answer, sides: tuple[Marginal, ...]) -> bool:
+    """Whether some mass pays without entropy: a side asks for it, or an arc of the plan gains."""
+    asked = any(isinstance(side, TV) or float(side.bounds[0]) > 0 for side in sides)
+    return asked or float(answer.cost[answer.plan > 0].min()) < 0
+
+
+@st.composite
+def _weights_for(draw: st.DrawFn, side: Marginal, r: np.ndarray) -> np.ndarray:
+    """Weights under which the side allows the marginal ``r``."""
+    lo, hi = (float(x) for x in side.bounds)
+    ratio = draw(_hundredths(max(lo, 0.4), min(hi, 2.5)))
+    if lo > 0:
+        return r / ratio
+    spare = draw(hnp.arrays(np.float64, len(r), elements=_amounts()))
+    return r / ratio + np.where(r == 0, spare, 0.0)
+
+
+def _in_units(side: Marginal, unit: float) -> Any:
+    return replace(side, rho=side.rho * unit) if isinstance(side, KL | TV) else side

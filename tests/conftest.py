@@ -1,0 +1,22 @@
+"""One thread, reproducible draws, and shapes checked at every call."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    max_examples=100,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# The rooms whose functions state shapes. problem.py is not among them: its checks draw random numbers within strategies.
+install_import_hook([f"iotsolve.{room}" for room in ("costs", "newton", "support")], "beartype.beartype")

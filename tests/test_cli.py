@@ -1,0 +1,232 @@
+"""The `iotsolve` command: known values, files that come back, and errors of one sentence."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import iotsolve
+from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between, Problem
+from iotsolve.cli import app, parse_side
+
+COST = np.array([[0.0, 2.0, 1.0], [1.0, 0.5, 3.0]])
+A, B = np.array([0.25, 0.75]), np.array([0.5, 0.25, 0.25])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("cost.npy", COST)
+    np.savez("cost.npz", cost=COST)
+    np.savetxt("cost.csv", COST, delimiter=",")
+    np.save("a.npy", A)
+    np.savetxt("b.csv", B[None], delimiter=",")  # a row
+    np.savetxt("b-column.csv", B, delimiter=",")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(x) for x in arguments], catch_exceptions=False)
+
+
+def cell(result, name):
+    """The value beside a name in the printed table."""
+    (line,) = [x for x in result.stdout.splitlines() if x.strip("│ ").startswith(name)]
+    return line.strip("│ ").split("│")[1].strip()
+
+
+@pytest.mark.parametrize("file", ["cost.npy", "cost.npz", "cost.csv"])
+@pytest.mark.parametrize("b", ["b.csv", "b-column.csv"])
+def test_exact_value_from_every_kind_of_file(folder, file, b):
+    result = run("solve", file, "--a", "a.npy", "--b", b)
+    assert result.exit_code == 0, result.stderr
+    # by hand: row 0 fills column 2 (.25 at 1); row 1 the others (.5 at 1 and .25 at .5)
+    assert float(cell(result, "value")) == pytest.approx(0.875, abs=1e-12)
+    assert cell(result, "certificate") == "holds" and cell(result, "status") == "CONVERGED"
+
+
+def test_semi_relaxed_value_in_closed_form(folder):
+    result = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--columns", "free", "--epsilon", 0.5)
+    expected = -0.5 * (A * np.log((B * np.exp(-COST / 0.5)).sum(1))).sum()  # a soft-min for each row
+    assert float(cell(result, "value")) == pytest.approx(expected, rel=1e-11)
+    assert float(cell(result, "mass")) == pytest.approx(1.0, rel=1e-11)
+
+
+def test_partial_mass_is_the_cheapest_share(folder):
+    result = run("solve", "cost.npy", "--rows", "at-most", "--columns", "at-most", "--mass", 0.5)
+    # uniform weights: the whole of column 0 at cost 0, then 1/6 to column 1 at .5
+    assert float(cell(result, "value")) == pytest.approx(1 / 12, abs=1e-12)
+    assert float(cell(result, "mass")) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_written_file_holds_the_solution(folder):
+    before = {*os.listdir(folder)}
+    sides = ["--rows", "kl:1.0", "--columns", "kl:2", "--mass", 0.8]
+    result = run("solve", "cost.npy", "--epsilon", 0.3, *sides, "--out", "plan.npz")
+    assert result.exit_code == 0, result.stderr
+    with np.load("plan.npz") as saved:
+        out = {name: saved[name] for name in saved.files}
+    assert set(out) == {"plan", "f", "g", "lam", "value", "status"} and str(out["status"]) == "CONVERGED"
+    problem = Problem(COST, epsilon=0.3, rows=KL(1.0), columns=KL(2.0), mass=0.8)
+    assert problem.primal(out["plan"]) == pytest.approx(problem.dual(out["f"], out["g"], out["lam"]), rel=1e-8)
+    assert out["value"] == pytest.approx(problem.primal(out["plan"]), rel=1e-8)
+    assert float(cell(result, "value")) == pytest.approx(float(out["value"]), rel=1e-11)
+    assert {*os.listdir(folder)} == before | {"plan.npz"}
+
+
+def test_forbidden_arc_in_a_csv(folder):
+    (folder / "mask.csv").write_text("1,inf\n0,1\n")
+    assert float(cell(run("solve", "mask.csv"), "value")) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_tolerance_and_max_steps_reach_the_solver(folder):
+    loose = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.2, "--tolerance", 1e-2)
+    tight = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.2)
+    assert int(cell(loose, "steps")) < int(cell(tight, "steps"))
+
+
+@pytest.mark.parametrize(
+    "text, side",
+    [
+        ("fixed", FIXED),
+        ("FREE", FREE),
+        ("at-most", AT_MOST),
+        ("between:0.5,2", Between(0.5, 2.0)),
+        ("between:0, inf", FREE),
+        ("kl:1.5", KL(1.5)),
+        (" tv:2e-1", TV(0.2)),
+    ],
+)
+def test_sides(text, side):
+    assert parse_side("rows", text) == side
+
+
+def write(name, text):
+    with open(name, "w") as file:
+        file.write(text)
+
+
+BAD = {
+    "no such file": (["solve", "absent.npy"], "absent.npy"),
+    "a directory": (["solve", "folder.npy"], "folder.npy"),
+    "kind of file": (["solve", "notes.txt"], ".npz"),
+    "no numbers": (["solve", "words.csv"], "words.csv"),
+    "ragged rows": (["solve", "ragged.csv"], "ragged.csv"),
+    "an empty csv": (["solve", "empty.csv"], "empty"),
+    "an empty npy": (["solve", "empty.npy"], "empty.npy"),
+    "a damaged npz": (["solve", "damaged.npz"], "damaged"),
+    "a pickle": (["solve", "objects.npy"], "objects.npy"),
+    "two arrays": (["solve", "two.npz"], "first, second"),
+    "no array": (["solve", "none.npz"], "0 arrays"),
+    "complex numbers": (["solve", "complex.npy"], "real"),
+    "three dimensions": (["solve", "batch.npy"], "(2, 2, 2)"),
+    "NaN cost": (["solve", "nan.csv"], "cost[0, 1] is NaN"),
+    "weights of a wrong size": (["solve", "cost.npy", "--a", "b.csv"], "a has shape (3,)"),
+    "weights that are a matrix": (["solve", "cost.npy", "--a", "cost.npy"], "(2, 3)"),
+    "negative weights": (["solve", "cost.npy", "--a", "negative.csv"], "non-negative"),
+    "unequal totals": (["solve", "cost.npy", "--a", "heavy.csv"], "total"),
+    "unknown side": (["solve", "cost.npy", "--rows", "loose"], "'loose'"),
+    "side without its number": (["solve", "cost.npy", "--rows", "kl"], "'kl'"),
+    "side with a number too many": (["solve", "cost.npy", "--columns", "kl:1,2"], "'kl:1,2'"),
+    "side with a number it has not": (["solve", "cost.npy", "--rows", "fixed:1"], "'fixed:1'"),
+    "side with words": (["solve", "cost.npy", "--rows", "between:a,b"], "'between:a,b'"),
+    "rho of 0": (["solve", "cost.npy", "--rows", "tv:0"], "rho"),
+    "bounds that are crossed": (["solve", "cost.npy", "--rows", "between:2,1"], "lo <= hi"),
+    "negative epsilon": (["solve", "cost.npy", "--epsilon", "-1"], "epsilon = -1"),
+    "NaN epsilon": (["solve", "cost.npy", "--epsilon", "nan"], "epsilon = nan"),
+    "mass of 0": (["solve", "cost.npy", "--mass", "0"], "mass = 0"),
+    "mass too large": (["solve", "cost.npy", "--rows", "at-most", "--mass", "2"], "mass = 2"),
+    "zero plan": (["solve", "cost.npy", "--rows", "free", "--columns", "free"], "mass="),
+    "exact with KL": (["solve", "cost.npy", "--rows", "kl:1"], "epsilon"),
+    "tolerance with exact": (["solve", "cost.npy", "--tolerance", "1e-3"], "tolerance"),
+    "tolerance above 1": (["solve", "cost.npy", "--epsilon", "1", "--tolerance", "3"], "tolerance = 3"),
+    "no steps": (["solve", "cost.npy", "--epsilon", "1", "--max-steps", "0"], "max_steps = 0"),
+    "output in no directory": (["solve", "cost.npy", "--out", "absent/plan.npz"], "absent"),
+    "output is a directory": (["solve", "cost.npy", "--out", "folder.npz"], "directory"),
+    "output of another kind": (["solve", "cost.npy", "--out", "plan.csv"], ".npz"),
+}
+
+
+@pytest.mark.parametrize("arguments, word", BAD.values(), ids=BAD.keys())
+def test_errors_are_one_sentence(folder, arguments, word):
+    for name in ("folder.npy", "folder.npz"):
+        os.mkdir(name)
+    write("words.csv", "left,right\n1,2\n")
+    write("ragged.csv", "1,2\n3\n")
+    write("nan.csv", "1,nan\n3,4\n")
+    write("negative.csv", "-1,2\n")
+    write("heavy.csv", "1,1\n")
+    for name in ("empty.csv", "empty.npy", "notes.txt"):
+        write(name, "")
+    write("damaged.npz", "PK\x03\x04 and no more")
+    np.save("objects.npy", np.array([{}, None]), allow_pickle=True)
+    np.save("complex.npy", COST * 1j)
+    np.save("batch.npy", np.zeros((2, 2, 2)))
+    np.savez("two.npz", first=COST, second=A)
+    np.savez("none.npz")
+    before = sorted(os.listdir(folder))
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("iotsolve: ") and word in line and "Traceback" not in line
+    assert line.endswith((".", "directory", "?"))
+    assert sorted(os.listdir(folder)) == before
+
+
+HARD = ["--a", "a.npy", "--b", "b.csv", "--epsilon", "0.05", "--max-steps", "1"]
+UNCONVERGED = ["solve", "cost.npy", *HARD, "--out", "plan.npz"]
+
+
+def test_unconverged_writes_nothing(folder):
+    result = run(*UNCONVERGED)
+    assert result.exit_code == 1 and result.stdout == ""
+    status, certificate = result.stderr.splitlines()
+    assert "max_steps" in status and certificate.startswith("NOT certified")
+    assert not (folder / "plan.npz").exists()
+
+
+def test_unconverged_is_written_when_allowed(folder):
+    result = run(*UNCONVERGED, "--allow-unconverged")
+    assert result.exit_code == 0 and "max_steps" in result.stderr
+    assert cell(result, "status") == "MAX_STEPS" and cell(result, "certificate") == "DOES NOT HOLD"
+    with np.load("plan.npz") as saved:
+        assert str(saved["status"]) == "MAX_STEPS" and saved["plan"].shape == COST.shape
+
+
+def test_an_old_file_survives_a_failed_write(folder, monkeypatch):
+    arguments = ["solve", "cost.npy", "--out", "plan.npz"]
+    run(*arguments)
+    before = (folder / "plan.npz").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "plan.npz")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stderr == "iotsolve: plan.npz: No space left on device\n"
+    assert (folder / "plan.npz").read_bytes() == before
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_output_without_permission(folder):
+    os.mkdir("locked", 0o500)
+    result = run("solve", "cost.npy", "--out", "locked/plan.npz")
+    assert result.exit_code == 2 and "permission" in result.stderr
+
+
+def test_the_installed_command(folder):
+    """Through the interpreter, so that what a user sees has no traceback around it."""
+
+    def shell(*arguments):
+        call = [sys.executable, "-c", "from iotsolve.cli import main; main()", *arguments]
+        return subprocess.run(call, capture_output=True, text=True, timeout=120)
+
+    assert shell("--version").stdout.strip() == f"iotsolve {iotsolve.__version__}"
+    failed = shell("solve", "absent.npy")
+    assert failed.returncode == 2 and failed.stderr == "iotsolve: absent.npy: No such file or directory\n"
+    assert "solve" in run("--help").stdout

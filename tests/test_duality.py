@@ -1,0 +1,207 @@
+"""Weak duality, the gap as a sum of non-negative terms, and certificates: for anybody's potentials, at every iterate."""
+
+import numpy as np
+import ot
+import pytest
+import torch
+from catalogue import CASES, over
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import kl_div
+
+from iotsolve import FREE, KL, TV, Potentials, Problem, Sinkhorn, certify, solve
+from iotsolve.testing import check_certificate, check_duality, problems, reference
+from iotsolve.testing.references import dual_objective, gibbs_plan, numbers, objective, violation
+
+
+def potentials_of(solution):
+    return solution.f, solution.g, solution.mass_multiplier
+
+
+# -- weak duality ------------------------------------------------------------------------------------------------------
+
+
+@over(CASES)
+def test_no_iterate_of_sinkhorn_is_above_the_optimum(case):
+    problem = case.problem(epsilon=0.1)
+    answer = reference(problem)
+    for steps in range(1, 21):
+        solution = solve(problem, Sinkhorn(max_steps=steps), throw=False)
+        check_duality(problem, *potentials_of(solution), answer=answer)
+        check_certificate(problem, solution, answer=answer)
+
+
+@over(CASES)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 100.0])
+def test_no_random_potential_is_above_the_optimum(case, spread):
+    problem = case.problem(empty=True, forbidden=True)
+    answer, rng = reference(problem), np.random.default_rng(3)
+    for _ in range(5):
+        f, g = spread * rng.normal(size=5), spread * rng.normal(size=6)
+        with np.errstate(over="ignore"):
+            check_duality(problem, f, g, spread * rng.normal(), answer=answer)
+            assert certify(problem, f, g).dual <= answer.value + 1e-9 * answer.scale
+
+
+@given(problem=problems(), seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 0.1, 1.0, 10.0]))
+@settings(max_examples=50)
+def test_weak_duality_holds_for_all_problems(problem, seed, spread):
+    rng, data = np.random.default_rng(seed), numbers(problem)
+    unit = spread * (data.epsilon or 1.0)
+    check_duality(problem, *(unit * rng.normal(size=x.shape) for x in (data.a, data.b)), unit * rng.normal())
+
+
+# -- the gap -----------------------------------------------------------------------------------------------------------
+
+
+def fenchel_young(side, r, f, weights):
+    """`D(r | a) + D*(-f) + <f, r>` from the definition of the penalty, not of its conjugate: by maximising over r."""
+    grid = weights[:, None] * np.linspace(0.0, 8.0, 80_001)
+    if isinstance(side, KL):
+        price, paid = side.rho * kl_div(grid, weights[:, None]), side.rho * kl_div(r, weights)
+    elif isinstance(side, TV):
+        price, paid = side.rho * abs(grid - weights[:, None]), side.rho * abs(r - weights)
+    else:
+        lo, hi = side.bounds
+        outside = (grid < (lo - 1e-12) * weights[:, None]) | (grid > (hi + 1e-12) * weights[:, None])
+        price, paid = np.where(outside, np.inf, 0.0), 0.0
+    conjugate = (-f[:, None] * grid - price).max(1)
+    return float((paid + conjugate + f * r).sum())
+
+
+@over({k: case for k, case in CASES.items() if FREE not in (case.rows, case.columns)})
+def test_the_gap_is_a_sum_of_terms_that_are_not_negative(case):
+    problem = case.problem()
+    rng, plan = np.random.default_rng(5), reference(problem).plan
+    f, g, lam = 0.3 * rng.uniform(-1, 1, 5), 0.3 * rng.uniform(-1, 1, 6), 0.1 if case.mass else 0.0
+    first = 0.3 * float(kl_div(plan, gibbs_plan(problem, f, g, lam)).sum())
+    rows = fenchel_young(case.rows, plan.sum(1), f, problem.a.numpy())
+    columns = fenchel_young(case.columns, plan.sum(0), g, problem.b.numpy())
+    gap = objective(problem, plan) - dual_objective(problem, f, g, lam)
+    assert gap == pytest.approx(first + rows + columns, abs=1e-6)
+    assert min(first, rows, columns) >= -1e-6
+    stated = problem.duality_gap(
+        torch.as_tensor(plan), Potentials(*(torch.as_tensor(x, dtype=torch.float64) for x in (f, g, lam)))
+    )
+    assert float(stated) == pytest.approx(gap, abs=1e-6)
+
+
+@over(CASES)
+def test_the_certified_gap_is_primal_less_dual(case):
+    problem = case.problem(epsilon=0.1, empty=True)
+    certificate = solve(problem, Sinkhorn(max_steps=3), throw=False).certificate
+    assert certificate.gap >= 0
+    assert certificate.primal - certificate.dual == pytest.approx(certificate.gap, abs=1e-12 * certificate.scale)
+    answer = reference(problem)
+    assert certificate.dual <= answer.value + 1e-9 * answer.scale
+    assert certificate.primal >= answer.value - 1e-9 * answer.scale
+
+
+# -- certificates ------------------------------------------------------------------------------------------------------
+
+
+@given(problem=problems())
+@settings(max_examples=300)
+def test_converged_implies_that_the_certificate_holds(problem):
+    check_certificate(problem, solve(problem, throw=False))
+
+
+@given(problem=problems(exact=False, smallest_epsilon=0.1), tolerance=st.sampled_from([1e-2, 1e-4, 1e-10]))
+def test_the_certificate_holds_at_the_tolerance_asked_for(problem, tolerance):
+    solution = solve(problem, Sinkhorn(tolerance=tolerance), throw=False)
+    assert solution.certificate.tolerance == tolerance
+    check_certificate(problem, solution)
+
+
+@over(CASES)
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_violations_equal_a_recomputation_in_numpy(case, steps):
+    problem = case.problem(epsilon=0.1, empty=True, forbidden=True)
+    solution = solve(problem, Sinkhorn(max_steps=steps), throw=False)
+    plan = gibbs_plan(problem, *potentials_of(solution))
+    certificate = solution.certificate
+    said = certificate.row_violation + certificate.column_violation + certificate.mass_violation
+    assert said == pytest.approx(violation(problem, plan), abs=1e-13)
+    assert certificate.mass == pytest.approx(plan.sum(), rel=1e-12)
+    assert certificate.relative_violation == pytest.approx(said / plan.sum(), abs=1e-13)
+
+
+GARBAGE = {
+    "nan": (np.full(5, np.nan), np.zeros(6)),
+    "huge": (np.full(5, 1e6), np.zeros(6)),
+    "tiny": (np.full(5, -1e6), np.zeros(6)),
+    "minus infinity": (np.full(5, -np.inf), np.zeros(6)),
+    "zero": (np.zeros(5), np.zeros(6)),
+}
+
+
+@over(CASES)
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_certified_only_if_it_is_the_answer(case, name):
+    problem = case.problem()
+    certificate, answer = certify(problem, *GARBAGE[name]), reference(problem)
+    assert not certificate.dual > answer.value + 1e-9
+    assert not certificate.primal < answer.value - 1e-9
+    if (
+        certificate.holds
+    ):  # once projected into the dual's domain, potentials of a free side are zero, whatever they were
+        assert name not in ("nan", "huge")
+        assert certificate.primal == pytest.approx(answer.value, abs=1e-8)
+    else:
+        assert "NOT certified" in str(certificate)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pot_potentials_are_certified(seed):
+    problem = CASES["fixed-fixed"].problem(epsilon=0.1, seed=seed)
+    data = numbers(problem)
+    _, log = ot.sinkhorn(data.a, data.b, data.cost, 0.1, stopThr=1e-14, numItermax=10_000, log=True)
+    f, g = 0.1 * np.log(log["u"] / data.a), 0.1 * np.log(log["v"] / data.b)
+    good, bad = certify(problem, f, g), certify(problem, f + 0.01 * data.a, g)
+    assert good.holds and not bad.holds
+    assert good.dual == pytest.approx(solve(problem).value, rel=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pot_unbalanced_potentials_are_certified(seed):
+    problem = CASES["kl-kl"].problem(epsilon=0.1, seed=seed)
+    data = numbers(problem)
+    _, log = ot.sinkhorn_unbalanced(
+        data.a, data.b, data.cost, 0.1, 0.7, reg_type="kl", stopThr=1e-14, numItermax=10_000, log=True
+    )
+    assert certify(problem, 0.1 * log["logu"], 0.1 * log["logv"]).holds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pot_exact_potentials_are_certified_with_their_plan(seed):
+    problem = CASES["fixed-fixed"].problem(epsilon=0.0, seed=seed)
+    data = numbers(problem)
+    plan, log = ot.emd(data.a, data.b, data.cost, log=True)
+    assert certify(problem, log["u"], log["v"], plan=plan).holds
+    assert not certify(problem, log["u"] - 0.01, log["v"], plan=plan).holds
+    assert not certify(problem, log["u"], log["v"]).holds
+
+
+@over(CASES)
+def test_float32_converged_means_within_tolerance_in_float64(case):
+    double = case.problem(epsilon=0.1)
+    arrays = (x.float() for x in (double.cost.dense(), double.a, double.b))
+    single = Problem(*arrays, epsilon=0.1, rows=case.rows, columns=case.columns, mass=case.mass)
+    solution = solve(single)
+    assert solution.plan.dtype == torch.float32
+    p = solution.potentials
+    plan = gibbs_plan(single, *(x.double().numpy() for x in (p.f, p.g, p.lam)))
+    assert violation(single, plan) <= 1e-5 * plan.sum()
+    assert abs(float(solution.value) - reference(double).value) <= 1e-5 * reference(double).scale
+    check_certificate(single, solution)
+
+
+def test_the_certificate_of_a_batch_is_that_of_its_problems():
+    singles = [CASES["between-tv"].problem(seed=seed, epsilon=0.1) for seed in range(3)]
+    cost, a, b = (np.stack(x) for x in zip(*((p.cost.dense(), p.a, p.b) for p in singles), strict=True))
+    together = solve(Problem(cost, a, b, epsilon=0.1, rows=singles[0].rows, columns=singles[0].columns)).certificate
+    for i, single in enumerate(singles):
+        alone = solve(single).certificate
+        for field in ("primal", "dual", "scale", "mass", "row_violation"):
+            assert getattr(together, field)[i] == pytest.approx(getattr(alone, field), abs=1e-12)
+    assert together.holds.all()

@@ -1,0 +1,140 @@
+"""Values and plans against solvers that share no code with ours: cvxpy (Clarabel, HiGHS) and scipy's HiGHS."""
+
+import numpy as np
+import pytest
+from catalogue import CASES, over, select
+from hypothesis import given
+from scipy import sparse
+from scipy.optimize import linprog
+
+from iotsolve import Problem, solve
+from iotsolve.testing import check_certificate, problems, reference
+from iotsolve.testing.references import objective, rounding, terms, violation
+
+
+def assert_same(problem, solution, answer, *, value=1e-6, plan=1e-4):
+    assert abs(solution.value - answer.value) <= value * answer.scale
+    np.testing.assert_allclose(solution.plan, answer.plan, rtol=0, atol=plan * answer.plan.sum())
+
+
+@over(CASES)
+@pytest.mark.parametrize("epsilon", [0.3, 0.05])
+def test_entropic_value_and_plan_agree_with_cvxpy(case, epsilon):
+    problem = case.problem(epsilon=epsilon)
+    assert_same(problem, solve(problem), reference(problem))
+
+
+@over(CASES)
+def test_empty_bins_and_forbidden_arcs_agree_with_cvxpy(case):
+    problem = case.problem(empty=True, forbidden=True, seed=1)
+    solution = solve(problem)
+    assert_same(problem, solution, reference(problem))
+    assert not solution.plan[1].any() and not solution.plan[:, 2].any() and solution.plan[0, 1] == 0
+
+
+@over(select(exact_too=True))
+def test_exact_value_and_plan_agree_with_highs(case):
+    problem = case.problem(epsilon=0.0)
+    assert_same(problem, solve(problem), reference(problem), value=1e-9, plan=1e-9)
+
+
+@over(CASES)
+def test_value_is_the_objective_of_the_plan(case):
+    problem = case.problem()
+    solution = solve(problem)
+    parts = terms(problem, solution.plan)
+    assert solution.value == pytest.approx(sum(parts.values()), rel=1e-7)
+    assert problem.primal(solution.plan, tolerance=1e-6) == pytest.approx(sum(parts.values()), rel=1e-12)
+    assert solution.transport_cost == pytest.approx(parts["transport"], rel=1e-12)
+    assert solution.mass == pytest.approx(solution.plan.sum(), rel=1e-12)
+    np.testing.assert_allclose(solution.row_marginal, solution.plan.sum(1), rtol=1e-12)
+    np.testing.assert_allclose(solution.column_marginal, solution.plan.sum(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fixed-free", "at_most-kl-mass", "tv-between"])
+def test_a_plan_that_is_not_allowed_costs_infinity(name):
+    case = CASES[name]
+    problem = case.problem(forbidden=True)
+    plan = solve(problem).plan
+    outside = plan.copy()
+    outside[0, 1] = 1e-3
+    assert problem.primal(outside) == np.inf
+    assert problem.primal(-plan) == np.inf
+    if case.rows.is_hard or case.mass is not None:
+        assert problem.primal(3 * plan) == np.inf
+
+
+# -- the linear program ------------------------------------------------------------------------------------------------
+
+
+def highs(cost, a, b):
+    """Balanced transport as the textbook writes it."""
+    n, m = cost.shape
+    rows = sparse.kron(sparse.identity(n), np.ones((1, m)))
+    columns = sparse.kron(np.ones((1, n)), sparse.identity(m)).tocsr()[: m - 1]  # the last one follows from the others
+    program = linprog(
+        cost.ravel(),
+        A_eq=sparse.vstack([rows, columns]).tocsr(),
+        b_eq=np.r_[a, b[:-1]],
+        method="highs",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    assert program.status == 0
+    return program.fun
+
+
+def uniform(rng, n, m):
+    return rng.normal(size=(n, n)), np.full(n, 1 / n), np.full(n, 1 / n)
+
+
+def weighted(rng, n, m):
+    return rng.random((n, m)), rng.dirichlet(np.ones(n)), rng.dirichlet(np.ones(m))
+
+
+def integer(rng, n, m):
+    return (
+        rng.integers(-3, 4, (n, m)).astype(float),
+        rng.multinomial(100, np.full(n, 1 / n)) * 1.0,
+        100 * rng.dirichlet(np.ones(m)),
+    )
+
+
+def heavy_tailed(rng, n, m):
+    return rng.standard_cauchy((n, m)), rng.dirichlet(np.full(n, 0.1)), rng.dirichlet(np.full(m, 0.1))
+
+
+def points(rng, n, m):
+    x, y = rng.normal(size=(n, 1, 2)), rng.normal(size=(1, m, 2))
+    return ((x - y) ** 2).sum(-1), rng.uniform(0.5, 1, n), np.full(m, 1.0)
+
+
+@pytest.mark.parametrize("kind", [uniform, weighted, integer, heavy_tailed, points])
+@pytest.mark.parametrize("block", range(4))
+def test_exact_value_agrees_with_highs_on_two_hundred_problems(kind, block):
+    rng = np.random.default_rng([block, 7])
+    for _ in range(10):
+        cost, a, b = kind(rng, *rng.integers(1, [61, 81]))
+        b = b * (a.sum() / b.sum())
+        problem = Problem(cost, a, b)
+        solution, value = solve(problem), highs(cost, a, b)
+        certificate, scale = solution.certificate, (abs(cost) * solution.plan).sum()
+        assert abs(solution.value - value) <= 1e-9 * scale
+        assert abs(objective(problem, solution.plan) - value) <= 1e-9 * scale
+        assert violation(problem, solution.plan) <= 1e-12 * a.sum()
+        assert certificate.gap <= 1e-9 * certificate.scale
+        excess = (solution.f[:, None] + solution.g[None, :] - cost)[np.ix_(a > 0, b > 0)]
+        assert excess.max() <= 1e-12 * abs(cost).max()
+
+
+# -- whatever Hypothesis thinks of -------------------------------------------------------------------------------------
+
+
+@given(problem=problems())
+def test_the_certificate_encloses_the_answer(problem):
+    check_certificate(problem, solve(problem, throw=False), answer=reference(problem))
+
+
+@given(problem=problems(exact=True))
+def test_exact_problems_are_always_solved(problem):
+    solution, answer = solve(problem), reference(problem)
+    assert abs(solution.value - answer.value) <= 1e-9 * answer.scale + rounding(problem)
