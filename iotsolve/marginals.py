@@ -26,6 +26,17 @@ def number(x: Scalar) -> float:
     return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
 
+def _given(name: str, x: Scalar) -> float:
+    try:
+        if isinstance(x, str | bytes):
+            raise TypeError
+        return number(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}({x!r}): its parameters must be single numbers, or tensors without dimensions."
+        ) from error
+
+
 def kl_divergence(x: Tensor, y: Tensor) -> Tensor:
     """Generalised KL divergence ``x log(x/y) - x + y``, elementwise, without cancellation where x is close to y.
 
@@ -169,7 +180,7 @@ class Between(Marginal):
     hi: Scalar
 
     def __post_init__(self) -> None:
-        lo, hi = number(self.lo), number(self.hi)
+        lo, hi = _given("Between", self.lo), _given("Between", self.hi)
         if not (0 <= lo <= hi and hi > 0 and not math.isinf(lo)):
             raise ValueError(
                 f"Between(lo={lo}, hi={hi}): needs 0 <= lo <= hi, lo finite and hi > 0. The two are ratios to the "
@@ -364,9 +375,10 @@ class TV(Marginal):
 
 
 def _check_rho(name: str, rho: Scalar) -> None:
-    if not (number(rho) > 0 and math.isfinite(number(rho))):
+    value = _given(name, rho)
+    if not (value > 0 and math.isfinite(value)):
         raise ValueError(
-            f"{name}(rho={number(rho)}): rho must be positive and finite, in the units of the cost. "
+            f"{name}(rho={value}): rho must be positive and finite, in the units of the cost. "
             "For a side that must match its weights use FIXED, for one that pays nothing use FREE."
         )
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from iotsolve.costs import Dense, Scalar, calm
 from iotsolve.marginals import FIXED, Marginal, kl_divergence
-from iotsolve.validation import as_cost, as_weights, check_problem, default_tolerance
+from iotsolve.validation import as_cost, as_scalar, as_weights, check_problem, common_batch, default_tolerance
 
 __all__ = ["Potentials", "Problem", "log_scaling", "weighted"]
 
@@ -99,7 +99,9 @@ class Problem:
         dense, as_numpy = as_cost(cost)
         n, m = dense.shape[-2:]
         a, b = as_weights("a", a, n, dense), as_weights("b", b, m, dense)
-        batch = torch.broadcast_shapes(dense.shape[:-2], a.shape[:-1], b.shape[:-1])
+        epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
+        mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
+        batch = common_batch(dense, a, b)
         self._set(dense.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
         object.__setattr__(self, "as_numpy", as_numpy)
         with calm(dense):
@@ -239,7 +241,7 @@ class Problem:
             tolerance: violation of hard sides and of ``mass`` still counted as rounding, relative to the plan's mass; what a
                 solver stops at by default.
         """
-        return self.leave(self.primal_at(self._enter(plan), tolerance=tolerance))
+        return self.leave(self.primal_at(self.enter("plan", plan, *self.shape[-2:]), tolerance=tolerance))
 
     def primal_at(self, plan: Tensor, *, tolerance: float | None = None) -> Tensor:
         """:meth:`primal` on tensors."""
@@ -277,9 +279,11 @@ class Problem:
             g: shape ``(..., m)``, cost units.
             lam: multiplier of ``mass``, shape ``(...)``.
         """
-        return self.leave(
-            self.dual_at(Potentials(self._enter(f), self._enter(g), self._enter(lam).expand(tuple(self.batch_shape))))
+        n, m = self.shape[-2:]
+        p = Potentials(
+            self.enter("f", f, n), self.enter("g", g, m), self.enter("lam", lam).expand(tuple(self.batch_shape))
         )
+        return self.leave(self.dual_at(p))
 
     def dual_at(self, p: Potentials) -> Tensor:
         """:meth:`dual` on tensors."""
@@ -367,10 +371,21 @@ class Problem:
 
     # -- the border to NumPy -----------------------------------------------------------------------------------------
 
-    def _enter(self, x: Any) -> Tensor:
-        if isinstance(x, Tensor):
-            return x
-        return torch.as_tensor(np.asarray(x), dtype=self.dtype, device=self.cost.device)
+    def enter(self, name: str, x: Any, *shape: int) -> Tensor:
+        """``x`` as a tensor of shape ``(..., *shape)``, the leading dimensions this problem's or none."""
+        if not isinstance(x, Tensor):
+            try:
+                x = torch.as_tensor(np.asarray(x, dtype=np.float64), dtype=self.dtype, device=self.cost.device)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} = {x!r}: must be an array of numbers. Were rows of unequal length passed?"
+                ) from error
+        if tuple(x.shape) not in {shape, (*self.batch_shape, *shape)}:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: must be {(*self.batch_shape, *shape)} for this problem of shape "
+                f"{self.shape}. Was it made for another problem, or transposed?"
+            )
+        return x
 
     def leave(self, x: Tensor) -> Any:
         """``x`` as the caller gave the cost: NumPy (a scalar where it has no shape), or torch in the cost's dtype."""

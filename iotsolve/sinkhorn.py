@@ -124,7 +124,7 @@ class Sinkhorn:
         rows, columns = problem.rows, problem.columns
         if s is not None:
             p = replace(p, f=rows.aprox(s - p.lam.unsqueeze(-1), epsilon))
-        if not columns.is_free or (rows.is_free and problem.mass is not None):
+        if not columns.is_free or rows.is_free:  # two free sides still have a mass to be known
             t = _softmin(problem, p.f, epsilon, axis=-2)
             p = replace(p, g=columns.aprox(t - p.lam.unsqueeze(-1), epsilon))
         if problem.mass is not None:

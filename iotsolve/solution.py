@@ -237,13 +237,15 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, plan: Any, tolerance: f
     double = problem.detach().to(torch.float64).flat()
     n, m = problem.shape[-2:]
 
-    def enter(x: Any, *shape: int) -> Tensor:
-        return problem._enter(x).detach().double().expand((*problem.batch_shape, *shape)).reshape(-1, *shape)
+    def enter(name: str, x: Any, *shape: int) -> Tensor:
+        x = problem.enter(name, x, *shape).detach().double()
+        return x.expand((*problem.batch_shape, *shape)).reshape(-1, *shape)
 
-    p = Potentials(double.rows.project(enter(f, n)), double.columns.project(enter(g, m)), enter(lam))
+    f, g = double.rows.project(enter("f", f, n)), double.columns.project(enter("g", g, m))
+    p = Potentials(f, g, enter("lam", lam))
     if problem.is_exact:
         p = _repair(double, p)
-        plan = double.a.new_zeros(double.shape) if plan is None else enter(plan, n, m)
+        plan = double.a.new_zeros(double.shape) if plan is None else enter("plan", plan, n, m)
     else:
         plan = double.plan(p)
     r, c = plan.sum(-1), plan.sum(-2)

@@ -52,12 +52,8 @@ def solve(
         >>> solution.status.name, bool(solution.certificate.holds)
         ('CONVERGED', True)
     """
-    solver = _pick(problem) if solver is None else solver
-    if isinstance(solver, Exact) != problem.is_exact:
-        raise ValueError(
-            f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0 and "
-            "Sinkhorn() epsilon > 0. Change the one or the other, or leave the solver out."
-        )
+    solver = _pick(problem) if solver is None and isinstance(problem, Problem) else solver
+    _check_arguments(problem, solver, gradient, init)
     if isinstance(gradient, Implicit) and isinstance(solver, Sinkhorn):
         solver = replace(solver, stationary=True)
     problem = _attainable(problem)
@@ -84,6 +80,25 @@ def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Ou
     """The solver's bare result for a detached flat batch: what a training step uses, without anything around it."""
     with calm(problem.cost.dense()):
         return solver.run(problem) if isinstance(solver, Exact) else iterate(problem, solver, start)
+
+
+def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) -> None:
+    for name, value, kinds in (
+        ("problem", problem, (Problem,)),
+        ("solver", solver, (Sinkhorn, Exact)),
+        ("gradient", gradient, (Envelope, Implicit, type(None))),
+        ("init", init, (Solution, Potentials, type(None))),
+    ):
+        if not isinstance(value, kinds):
+            known = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise ValueError(
+                f"{name} = {value!r}: must be an object of type {known}. Was the class passed without brackets?"
+            )
+    if isinstance(solver, Exact) != problem.is_exact:
+        raise ValueError(
+            f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0 and "
+            "Sinkhorn() epsilon > 0. Change the one or the other, or leave the solver out."
+        )
 
 
 def _pick(problem: Problem) -> Solver:

@@ -130,7 +130,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
         patience = torch.where(progress, 0.0, patience + 1)
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
-        broken = ~_usable(problem, state.potentials) | error.isnan()
+        broken = ~_usable(problem, state.potentials) | ~dual.isfinite() | ~scale.isfinite()
+        blunt = _exponent_error(problem, state.potentials) > tolerance
         done = (error <= tolerance / 2) | broken | (patience >= _PATIENCE)
         if not done.any():
             if k == method.max_steps:
@@ -138,9 +139,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             state = method.settle(problem, state) if late & (late - 1) == 0 or late % 64 == 0 else state
             continue
         for i in done.nonzero().flatten().tolist():
-            verdict = (
-                Status.NOT_FINITE if broken[i] else Status.CONVERGED if error[i] <= tolerance / 2 else Status.STALLED
-            )
+            sharp = error[i] <= tolerance / 2 and not blunt[i]
+            verdict = Status.NOT_FINITE if broken[i] else Status.CONVERGED if sharp else Status.STALLED
             status[int(active[i])], steps[int(active[i])] = verdict, k
         _store(final, state.answer(problem), active)
         left = (~done).nonzero().flatten()
@@ -170,6 +170,15 @@ def _usable(problem: Problem, p: Potentials) -> Tensor:
             bad = bad | (x.isinf() & (weights > 0))
         usable = usable & ~bad.any(-1)
     return usable
+
+
+def _exponent_error(problem: Problem, p: Potentials) -> Tensor:
+    """Relative error of a plan's entries from the rounding of its potentials alone: digits lost in ``(f + g - C) / eps``.
+
+    A quarter of the worst case, which entries of either sign never reach together.
+    """
+    size = sum(torch.where(x.isfinite(), x, 0.0).abs().amax(-1) for x in (p.f, p.g)) + p.lam.abs()
+    return torch.finfo(p.f.dtype).eps / 4 * size / problem.epsilon
 
 
 def _store(final: Potentials, p: Potentials, index: Tensor) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Dense, calm
-from iotsolve.marginals import Marginal, number
+from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.support import largest_mass
 
 if TYPE_CHECKING:
     from iotsolve.problem import Problem
 
-__all__ = ["as_cost", "as_weights", "check_problem", "default_tolerance", "rounding"]
+__all__ = ["as_cost", "as_scalar", "as_weights", "check_problem", "common_batch", "default_tolerance", "rounding"]
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -86,15 +86,12 @@ def as_weights(name: str, weights: Any, size: int, cost: Tensor) -> Tensor:
 
 def check_problem(problem: Problem) -> None:
     """Raise a ValueError for a problem that is malformed or has no answer."""
-    _check_scalar("epsilon", problem.epsilon, minimum=0.0, hint="0 is exact transport")
     if isinstance(problem.epsilon, Tensor) and number(problem.epsilon) == 0:
         raise ValueError(
             "epsilon is a tensor equal to 0: pass the number 0 for exact transport; it has no gradient there."
         )
-    if problem.mass is not None:
-        _check_scalar("mass", problem.mass, minimum=0.0, hint="leave it None to let the marginals decide")
-        if number(problem.mass) == 0:
-            raise ValueError("mass = 0: the plan is zero and there is nothing to solve. Pass the mass to be moved.")
+    if problem.mass is not None and number(problem.mass) == 0:
+        raise ValueError("mass = 0: the plan is zero and there is nothing to solve. Pass the mass to be moved.")
     for side in ("rows", "columns"):
         if not isinstance(getattr(problem, side), Marginal):
             raise ValueError(
@@ -112,7 +109,12 @@ def _tensor(name: str, x: Any) -> Tensor:
         if x.is_complex():
             raise ValueError(f"{name} is complex ({x.dtype}): it must be real. Pass its real part or its modulus.")
         return x
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is no array: {error}. Its rows must have equal lengths; pad or drop what is missing."
+        ) from error
     if array.dtype.kind not in "fiub":
         raise ValueError(
             f"{name} has dtype {array.dtype}: it must hold real numbers. Strings or objects often come from a CSV header "
@@ -128,15 +130,32 @@ def _tensor(name: str, x: Any) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _check_scalar(name: str, x: Any, *, minimum: float, hint: str) -> None:
-    try:
-        value = number(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} = {x!r}: must be one number ({hint}).") from error
+def as_scalar(name: str, x: Any, *, hint: str) -> Scalar:
+    """A float, or a tensor without dimensions; finite and not negative.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     if isinstance(x, Tensor) and x.dim() > 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: must be a float or a tensor without dimensions ({hint}).")
-    if not math.isfinite(value) or value < minimum:
-        raise ValueError(f"{name} = {value}: must be finite and >= {minimum:g}, in the units of the cost ({hint}).")
+    try:
+        value = math.nan if isinstance(x, str | bytes) else number(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} = {x!r}: must be one number ({hint}).") from error
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} = {x!r}: must be one finite number >= 0, in the problem's units ({hint}).")
+    return x if isinstance(x, Tensor) else value
+
+
+def common_batch(cost: Tensor, a: Tensor, b: Tensor) -> torch.Size:
+    """The leading dimensions that cost and weights broadcast to."""
+    try:
+        return torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"cost {tuple(cost.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)} have leading dimensions that do not broadcast: "
+            "each must be the batch's, or absent. Is a weight vector missing its batch, or the cost?"
+        ) from error
 
 
 def _check_totals(problem: Problem) -> None:
