@@ -157,6 +157,11 @@ class Problem:
         return self.cost.dtype
 
     @property
+    def working_dtype(self) -> torch.dtype:
+        """The arithmetic a problem is solved in: float32 for half precision, its own otherwise."""
+        return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+
+    @property
     def is_exact(self) -> bool:
         """True for ``epsilon = 0``."""
         return not isinstance(self.epsilon, Tensor) and self.epsilon == 0
@@ -195,7 +200,7 @@ class Problem:
 
     def working(self) -> Problem:
         """The detached problem in the arithmetic it is solved in: half precision is solved in float32."""
-        return self.detach().to(torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype)
+        return self.detach().to(self.working_dtype)
 
     def flat(self) -> Problem:
         """The same problems with exactly one batch dimension."""

@@ -37,7 +37,7 @@ class Certificate:
         dual: objective of the potentials, repaired into the dual's domain; ``dual <= optimal value <= primal``.
         gap: ``primal - dual``, summed from non-negative terms without cancellation.
         scale: sum of the absolute terms of the dual: what the gap is large or small against.
-        rounding: what float64 sums of terms of this size can be off by; a gap below it says nothing.
+        rounding: what sums of terms of this size, in the problem's own dtype, can be off by; a smaller gap says nothing.
         row_violation: L1 distance of the unrounded row marginal from what a hard side allows; 0 on a soft side.
         column_violation: the same for the columns.
         mass_violation: distance of the total from ``mass``; 0 without it.
@@ -60,10 +60,8 @@ class Certificate:
 
     @property
     def relative_gap(self) -> Any:
-        """What the gap exceeds its rounding by, over ``scale``."""
-        gap, scale = np.asarray(self.gap), np.asarray(self.scale)
-        gap = np.where(np.isfinite(gap), np.maximum(gap - np.where(np.isfinite(gap), self.rounding, 0.0), 0.0), np.inf)
-        return _ratio_or_infinity(gap, scale)
+        """``gap / scale``."""
+        return _ratio_or_infinity(self.gap, self.scale)
 
     @property
     def relative_violation(self) -> Any:
@@ -74,8 +72,9 @@ class Certificate:
 
     @property
     def holds(self) -> Any:
-        """True where gap and violations are both within tolerance."""
-        return (self.relative_gap <= self.tolerance) & (self.relative_violation <= self.tolerance)
+        """True where gap and violations are both within tolerance, or the gap within rounding."""
+        close = np.asarray(self.gap) <= np.maximum(self.tolerance * np.asarray(self.scale), self.rounding)
+        return close[()] & np.isfinite(self.gap) & (self.relative_violation <= self.tolerance)
 
     def __str__(self) -> str:
         if np.ndim(self.gap):
@@ -260,7 +259,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, plan: Any, tolerance: f
     primal = torch.where(feasible, torch.where(close, dual + gap, double.primal_at(rounded)), math.inf)
     entropy = torch.zeros_like(dual) if problem.is_exact else double.dual_entropy(p)
     scale = double.dual_scale(p) + entropy.abs()
-    rounding_error = 64 * torch.finfo(torch.float64).eps * (scale + double.magnitude(r.sum(-1)))
+    rounding_error = 4 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
     numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
     as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
     return Certificate(*as_arrays, tolerance=default_tolerance(problem.dtype) if tolerance is None else tolerance)

@@ -100,8 +100,8 @@ def judge(
     violation = (violation - 2 * problem.mismatch()).clamp(min=0.0)
     entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
     scale = problem.dual_scale(p) + entropy.abs()
-    gap = gap - 16 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # less is rounding
-    error = torch.maximum(torch.where(violation > 0, violation / moved, 0.0), torch.where(gap > 0, gap / scale, 0.0))
+    resolved = gap > 2 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # a smaller one is rounding
+    error = torch.maximum(torch.where(violation > 0, violation / moved, 0.0), torch.where(resolved, gap / scale, 0.0))
     return error, problem.dual_sides(p) - entropy, scale
 
 

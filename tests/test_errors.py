@@ -59,7 +59,7 @@ MISUSE = {
     ),
     "empty cost": (lambda: Problem(np.ones((0, 3))), r"shape \(0, 3\).*n, m >= 1"),
     "cost of strings": (lambda: Problem([["a", "b"]]), r"cost has dtype <U1.*real numbers.*CSV"),
-    "ragged cost": (lambda: Problem([[1, 2], [3]]), r"cost.*rows of unequal length"),
+    "ragged cost": (lambda: Problem([[1, 2], [3]]), r"cost is no array.*rows must have equal lengths.*pad or drop"),
     "complex cost": (lambda: Problem(torch.ones(2, 2, dtype=torch.complex64)), r"cost is complex.*real.*real part"),
     "NaN weight": (lambda: problem(a=changed(A, 3, NAN)), r"a\[?3\]? = nan.*finite and non-negative.*sum of 0"),
     "negative weight": (
@@ -91,13 +91,19 @@ MISUSE = {
         r"mass = 1\.5 but the rows allow at most 1",
     ),
     "too little mass": (lambda: entropic(columns=FREE, mass=0.5), r"rows ask for at least 1 but mass = 0\.5"),
-    "negative epsilon": (lambda: problem(epsilon=-0.1), r"epsilon = -0\.1.*finite and >= 0.*units of the cost.*exact"),
+    "negative epsilon": (
+        lambda: problem(epsilon=-0.1),
+        r"epsilon = -0\.1.*one finite number >= 0.*units.*0 is exact transport",
+    ),
     "NaN epsilon": (lambda: problem(epsilon=NAN), r"epsilon = nan.*finite"),
     "infinite epsilon": (lambda: problem(epsilon=INF), r"epsilon = inf.*finite"),
-    "array epsilon": (lambda: problem(epsilon=np.array([0.1, 0.2])), r"epsilon = array.*one number"),
-    "tensor epsilon": (lambda: problem(epsilon=torch.ones(2)), r"epsilon.*one number|epsilon has shape \(2,\)"),
-    "word epsilon": (lambda: problem(epsilon="0.1"), r"epsilon = '0\.1'.*one number"),
-    "no epsilon": (lambda: problem(epsilon=None), r"epsilon = None.*one number"),
+    "array epsilon": (lambda: problem(epsilon=np.array([0.1, 0.2])), r"epsilon = array.*one finite number"),
+    "tensor epsilon": (
+        lambda: problem(epsilon=torch.ones(2)),
+        r"epsilon has shape \(2,\)|epsilon = tensor.*one finite number",
+    ),
+    "word epsilon": (lambda: problem(epsilon="0.1"), r"epsilon = '0\.1'.*one finite number >= 0"),
+    "no epsilon": (lambda: problem(epsilon=None), r"epsilon = None.*one finite number"),
     "zero tensor epsilon": (
         lambda: problem(epsilon=torch.tensor(0.0)),
         r"tensor equal to 0.*pass the number 0.*gradient",
@@ -116,8 +122,8 @@ MISUSE = {
     "negative TV rho": (lambda: TV(-1.0), r"TV\(rho=-1\.0\).*positive"),
     "infinite KL rho": (lambda: KL(INF), r"KL\(rho=inf\).*finite.*use FIXED"),
     "NaN TV rho": (lambda: TV(NAN), r"TV\(rho=nan\)"),
-    "word rho": (lambda: KL("strong"), r"rho.*strong.*number|strong.*rho"),
-    "array rho": (lambda: TV(np.ones(2)), r"rho.*number"),
+    "word rho": (lambda: KL("strong"), r"KL\('strong'\).*single numbers, or tensors without dimensions"),
+    "array rho": (lambda: TV(np.ones(2)), r"TV\(array.*single numbers"),
     "unbounded": (
         lambda: problem(COST - 3, rows=FREE, columns=TV(0.5)),
         r"unbounded: arc \(\d, \d\) costs -.*charge 0\.5.*mass=",
@@ -156,9 +162,15 @@ MISUSE = {
         r"Sinkhorn.*epsilon = 0.*Exact\(\).*Change.*leave the solver out",
     ),
     "Exact with entropy": (lambda: solve(entropic(), Exact()), r"Exact.*epsilon = 0\.1.*Sinkhorn\(\)"),
-    "solver by name": (lambda: solve(entropic(), "sinkhorn"), r"solver = 'sinkhorn'.*Sinkhorn\(.*\).*Exact\(\)"),
-    "solver class": (lambda: solve(entropic(), Sinkhorn), r"solver = .*Sinkhorn.*Sinkhorn\("),
-    "gradient class": (lambda: solve(entropic(), gradient=Implicit), r"gradient = .*Implicit.*Implicit\(\)"),
+    "solver by name": (lambda: solve(entropic(), "sinkhorn"), r"solver = 'sinkhorn'.*of type Sinkhorn or Exact"),
+    "solver class": (
+        lambda: solve(entropic(), Sinkhorn),
+        r"solver = <class.*of type Sinkhorn or Exact.*without brackets",
+    ),
+    "gradient class": (
+        lambda: solve(entropic(), gradient=Implicit),
+        r"gradient = <class.*of type Envelope or Implicit.*without brackets",
+    ),
     "negative tolerance": (lambda: Sinkhorn(tolerance=-1e-3), r"tolerance = -0\.001.*\[0, 1\).*1e-8"),
     "no steps": (lambda: Sinkhorn(max_steps=0), r"max_steps = 0.*at least 1"),
     "annealing upwards": (lambda: Sinkhorn(annealing=1.5), r"annealing = 1\.5.*\(0, 1\).*None"),
@@ -285,7 +297,7 @@ def test_extreme_epsilon_is_an_answer_or_a_status(case, epsilon, shift):
     problem = Problem(base.cost + shift, base.a, base.b, epsilon=epsilon, **sides)
     solution = solve(problem, Sinkhorn(max_steps=100), throw=False)
     if solution.converged:
-        assert np.isfinite(solution.value) and np.isfinite(solution.plan).all() and solution.plan.any()
+        assert np.isfinite(solution.value) and np.isfinite(solution.plan).all()
         assert solution.certificate.holds
         plan = gibbs_plan(problem, solution.f, solution.g, solution.mass_multiplier)
         assert violation(problem, plan) <= 2e-8 * plan.sum()
