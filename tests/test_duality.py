@@ -1,16 +1,18 @@
 """Weak duality, the gap as a sum of non-negative terms, and certificates: for anybody's potentials, at every iterate."""
 
+from dataclasses import replace
+
 import numpy as np
 import ot
 import pytest
 import torch
-from catalogue import CASES, over
+from catalogue import CASES, answer, over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import kl_div
 
 from iotsolve import FREE, KL, TV, Potentials, Problem, Sinkhorn, certify, solve
-from iotsolve.testing import check_certificate, check_duality, problems, reference
+from iotsolve.testing import check_certificate, check_duality, costs, marginals, problems, weights
 from iotsolve.testing.references import dual_objective, gibbs_plan, numbers, objective, violation
 
 
@@ -23,24 +25,30 @@ def potentials_of(solution):
 
 @over(CASES)
 def test_no_iterate_of_sinkhorn_is_above_the_optimum(case):
+    problem, solution = case.problem(epsilon=0.1), None
+    for _ in range(20):
+        solution = solve(problem, Sinkhorn(max_steps=1), init=solution, throw=False)
+        check_duality(problem, *potentials_of(solution), answer=answer(case, epsilon=0.1))
+
+
+@over(CASES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 20])
+def test_no_certificate_of_an_iterate_misses_the_optimum(case, steps):
     problem = case.problem(epsilon=0.1)
-    answer = reference(problem)
-    for steps in range(1, 21):
-        solution = solve(problem, Sinkhorn(max_steps=steps), throw=False)
-        check_duality(problem, *potentials_of(solution), answer=answer)
-        check_certificate(problem, solution, answer=answer)
+    solution = solve(problem, Sinkhorn(max_steps=steps), throw=False)
+    check_certificate(problem, solution, answer=answer(case, epsilon=0.1))
 
 
 @over(CASES)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 100.0])
 def test_no_random_potential_is_above_the_optimum(case, spread):
-    problem = case.problem(empty=True, forbidden=True)
-    answer, rng = reference(problem), np.random.default_rng(3)
-    for _ in range(5):
+    problem, rng = case.problem(empty=True, forbidden=True), np.random.default_rng(3)
+    found = answer(case, empty=True, forbidden=True)
+    for _ in range(2):
         f, g = spread * rng.normal(size=5), spread * rng.normal(size=6)
         with np.errstate(over="ignore"):
-            check_duality(problem, f, g, spread * rng.normal(), answer=answer)
-            assert certify(problem, f, g).dual <= answer.value + 1e-9 * answer.scale
+            check_duality(problem, f, g, spread * rng.normal(), answer=found)
+            assert certify(problem, f, g).dual <= found.value + 1e-9 * found.scale
 
 
 @given(problem=problems(), seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 0.1, 1.0, 10.0]))
@@ -72,7 +80,7 @@ def fenchel_young(side, r, f, weights):
 @over({k: case for k, case in CASES.items() if FREE not in (case.rows, case.columns)})
 def test_the_gap_is_a_sum_of_terms_that_are_not_negative(case):
     problem = case.problem()
-    rng, plan = np.random.default_rng(5), reference(problem).plan
+    rng, plan = np.random.default_rng(5), answer(case).plan
     f, g, lam = 0.3 * rng.uniform(-1, 1, 5), 0.3 * rng.uniform(-1, 1, 6), 0.1 if case.mass else 0.0
     first = 0.3 * float(kl_div(plan, gibbs_plan(problem, f, g, lam)).sum())
     rows = fenchel_young(case.rows, plan.sum(1), f, problem.a.numpy())
@@ -92,9 +100,9 @@ def test_the_certified_gap_is_primal_less_dual(case):
     certificate = solve(problem, Sinkhorn(max_steps=3), throw=False).certificate
     assert certificate.gap >= 0
     assert certificate.primal - certificate.dual == pytest.approx(certificate.gap, abs=1e-12 * certificate.scale)
-    answer = reference(problem)
-    assert certificate.dual <= answer.value + 1e-9 * answer.scale
-    assert certificate.primal >= answer.value - 1e-9 * answer.scale
+    found = answer(case, epsilon=0.1, empty=True)
+    assert certificate.dual <= found.value + 1e-9 * found.scale
+    assert certificate.primal >= found.value - 1e-9 * found.scale
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------
@@ -103,6 +111,14 @@ def test_the_certified_gap_is_primal_less_dual(case):
 @given(problem=problems())
 @settings(max_examples=300)
 def test_converged_implies_that_the_certificate_holds(problem):
+    check_certificate(problem, solve(problem, throw=False))
+
+
+@given(
+    cost=costs(4, 3), a=weights(4), b=weights(3), rows=marginals(), columns=st.sampled_from([FREE, KL(0.5), TV(2.0)])
+)
+def test_converged_implies_that_the_certificate_holds_at_weights_of_any_total(cost, a, b, rows, columns):
+    problem = Problem(cost, a, b, epsilon=0.5, rows=rows, columns=columns)
     check_certificate(problem, solve(problem, throw=False))
 
 
@@ -139,14 +155,14 @@ GARBAGE = {
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_is_certified_only_if_it_is_the_answer(case, name):
     problem = case.problem()
-    certificate, answer = certify(problem, *GARBAGE[name]), reference(problem)
-    assert not certificate.dual > answer.value + 1e-9
-    assert not certificate.primal < answer.value - 1e-9
+    certificate, value = certify(problem, *GARBAGE[name]), answer(case).value
+    assert not certificate.dual > value + 1e-9
+    assert not certificate.primal < value - 1e-9
     if (
         certificate.holds
     ):  # once projected into the dual's domain, potentials of a free side are zero, whatever they were
         assert name not in ("nan", "huge")
-        assert certificate.primal == pytest.approx(answer.value, abs=1e-8)
+        assert certificate.primal == pytest.approx(value, abs=1e-8)
     else:
         assert "NOT certified" in str(certificate)
 
@@ -185,10 +201,10 @@ def test_pot_exact_potentials_are_certified_with_their_plan(seed):
 @over(CASES)
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_float32_converged_means_within_tolerance_in_float64(case, epsilon):
-    double = case.problem(epsilon=epsilon)
+    double, found = case.problem(epsilon=epsilon), answer(case, epsilon=epsilon)
     arrays = (x.float() for x in (double.cost.dense(), double.a, double.b))
     single = Problem(*arrays, epsilon=epsilon, rows=case.rows, columns=case.columns, mass=case.mass)
-    solution = solve(single, throw=False)
+    solution = solve(single, Sinkhorn(max_steps=1000), throw=False)
     assert solution.converged or epsilon < 0.1
     if not solution.converged:
         return
@@ -196,7 +212,7 @@ def test_float32_converged_means_within_tolerance_in_float64(case, epsilon):
     p = solution.potentials
     plan = gibbs_plan(single, *(x.double().numpy() for x in (p.f, p.g, p.lam)))
     assert violation(single, plan) <= 1e-5 * plan.sum()
-    assert abs(float(solution.value) - reference(double).value) <= 1e-5 * reference(double).scale
+    assert abs(float(solution.value) - found.value) <= 1e-5 * found.scale
     check_certificate(single, solution)
 
 
@@ -209,3 +225,25 @@ def test_the_certificate_of_a_batch_is_that_of_its_problems():
         for field in ("primal", "dual", "scale", "mass", "row_violation"):
             assert getattr(together, field)[i] == pytest.approx(getattr(alone, field), abs=1e-12)
     assert together.holds.all()
+
+
+# -- the laws can fail -------------------------------------------------------------------------------------------------
+
+
+def test_the_law_of_duality_catches_a_dual_above_the_optimum():
+    case = CASES["kl-tv"]
+    solution, found = solve(case.problem()), answer(case)
+    check_duality(case.problem(), *potentials_of(solution), answer=found)
+    with pytest.raises(AssertionError, match=r"(?s)weak duality: dual = .*rows = KL.*cost = \[\["):
+        check_duality(case.problem(), *potentials_of(solution), answer=replace(found, value=found.value - 1e-6))
+
+
+@pytest.mark.parametrize("name", ["fixed-fixed", "kl-kl", "at_most-between-mass"])
+def test_the_law_of_certificates_catches_a_wrong_claim(name):
+    case = CASES[name]
+    solution, found = solve(case.problem()), answer(case)
+    moved = replace(solution.potentials, f=solution.potentials.f + 0.01 * torch.arange(5))
+    with pytest.raises(AssertionError, match="converged without a certificate"):
+        check_certificate(case.problem(), replace(solution, potentials=moved))
+    with pytest.raises(AssertionError, match=r"bounds: .*optimal_value"):
+        check_certificate(case.problem(), solution, answer=replace(found, value=found.value + 1e-4))

@@ -97,13 +97,13 @@ MISUSE = {
     ),
     "NaN epsilon": (lambda: problem(epsilon=NAN), r"epsilon = nan.*finite"),
     "infinite epsilon": (lambda: problem(epsilon=INF), r"epsilon = inf.*finite"),
-    "array epsilon": (lambda: problem(epsilon=np.array([0.1, 0.2])), r"epsilon = array.*one finite number"),
+    "array epsilon": (lambda: problem(epsilon=np.array([0.1, 0.2])), r"epsilon = array.*one number"),
     "tensor epsilon": (
         lambda: problem(epsilon=torch.ones(2)),
         r"epsilon has shape \(2,\)|epsilon = tensor.*one finite number",
     ),
     "word epsilon": (lambda: problem(epsilon="0.1"), r"epsilon = '0\.1'.*one finite number >= 0"),
-    "no epsilon": (lambda: problem(epsilon=None), r"epsilon = None.*one finite number"),
+    "no epsilon": (lambda: problem(epsilon=None), r"epsilon = None.*one number"),
     "zero tensor epsilon": (
         lambda: problem(epsilon=torch.tensor(0.0)),
         r"tensor equal to 0.*pass the number 0.*gradient",
@@ -295,7 +295,7 @@ def test_feasible_without_total_support_converges(name, epsilon):
 def test_extreme_epsilon_is_an_answer_or_a_status(case, epsilon, shift):
     base, sides = numbers(case.problem()), {"rows": case.rows, "columns": case.columns, "mass": case.mass}
     problem = Problem(base.cost + shift, base.a, base.b, epsilon=epsilon, **sides)
-    solution = solve(problem, Sinkhorn(max_steps=100), throw=False)
+    solution = solve(problem, Sinkhorn(max_steps=30), throw=False)
     if solution.converged:
         assert np.isfinite(solution.value) and np.isfinite(solution.plan).all()
         assert solution.certificate.holds

@@ -2,40 +2,38 @@
 
 import numpy as np
 import pytest
-from catalogue import CASES, over, select
-from hypothesis import given
+from catalogue import CASES, answer, over, select
+from hypothesis import given, settings
 from scipy import sparse
 from scipy.optimize import linprog
 
-from iotsolve import Problem, solve
+from iotsolve import FREE, KL, Problem, solve
 from iotsolve.testing import check_certificate, problems, reference
 from iotsolve.testing.references import objective, rounding, terms, violation
 
 
-def assert_same(problem, solution, answer, *, value=1e-6, plan=1e-4):
-    assert abs(solution.value - answer.value) <= value * answer.scale
-    np.testing.assert_allclose(solution.plan, answer.plan, rtol=0, atol=plan * answer.plan.sum())
+def assert_same(solution, found, *, value=1e-6, plan=1e-4):
+    assert abs(solution.value - found.value) <= value * found.scale
+    np.testing.assert_allclose(solution.plan, found.plan, rtol=0, atol=plan * found.plan.sum())
 
 
 @over(CASES)
 @pytest.mark.parametrize("epsilon", [0.3, 0.05])
 def test_entropic_value_and_plan_agree_with_cvxpy(case, epsilon):
-    problem = case.problem(epsilon=epsilon)
-    assert_same(problem, solve(problem), reference(problem))
+    assert_same(solve(case.problem(epsilon=epsilon)), answer(case, epsilon=epsilon))
 
 
 @over(CASES)
 def test_empty_bins_and_forbidden_arcs_agree_with_cvxpy(case):
-    problem = case.problem(empty=True, forbidden=True, seed=1)
-    solution = solve(problem)
-    assert_same(problem, solution, reference(problem))
+    options = {"empty": True, "forbidden": True, "seed": 1}
+    solution = solve(case.problem(**options))
+    assert_same(solution, answer(case, **options))
     assert not solution.plan[1].any() and not solution.plan[:, 2].any() and solution.plan[0, 1] == 0
 
 
 @over(select(exact_too=True))
 def test_exact_value_and_plan_agree_with_highs(case):
-    problem = case.problem(epsilon=0.0)
-    assert_same(problem, solve(problem), reference(problem), value=1e-9, plan=1e-9)
+    assert_same(solve(case.problem(epsilon=0.0)), answer(case, epsilon=0.0), value=1e-9, plan=1e-9)
 
 
 @over(CASES)
@@ -136,5 +134,55 @@ def test_the_certificate_encloses_the_answer(problem):
 
 @given(problem=problems(exact=True))
 def test_exact_problems_are_always_solved(problem):
-    solution, answer = solve(problem), reference(problem)
-    assert abs(solution.value - answer.value) <= 1e-9 * answer.scale + rounding(problem)
+    solution, found = solve(problem), reference(problem)
+    assert abs(solution.value - found.value) <= 1e-9 * found.scale + rounding(problem)
+
+
+@over(CASES)
+def test_every_pair_of_marginals_can_be_drawn(case):
+    mass = case.mass is not None
+
+    @given(problem=problems(rows=case.rows, columns=case.columns, mass=mass, largest_scale=1))
+    @settings(max_examples=10)
+    def look(problem):
+        assert (problem.rows, problem.columns) == (case.rows, case.columns) and (problem.mass is not None) == mass
+
+    look()
+
+
+@given(
+    problem=problems(
+        exact=False, mass=False, rows=KL(2.0), columns=FREE, shape=(3, 4), forbidden=False, largest_scale=1
+    )
+)
+def test_what_is_drawn_can_be_restricted(problem):
+    assert problem.epsilon > 0 and problem.mass is None and problem.shape == (3, 4)
+    assert problem.rows == KL(2.0) and problem.columns == FREE and problem.cost.dense().isfinite().all()
+
+
+AWKWARD = {
+    "an empty bin": lambda p: bool((p.a == 0).any()),
+    "a forbidden arc": lambda p: bool(p.cost.dense().isinf().any()),
+    "equal costs": lambda p: p.shape != (1, 1) and float(p.cost.range()) == 0,
+    "a negative cost": lambda p: bool((p.cost.dense() < 0).any()),
+    "repeated rows": lambda p: p.shape[0] > 1 and bool((p.cost.dense()[0] == p.cost.dense()[1]).all()),
+    "a huge unit": lambda p: float(p.cost.range()) > 1e5,
+    "a tiny unit": lambda p: 0 < float(p.cost.range()) < 1e-5,
+    "a small epsilon": lambda p: 0 < p.epsilon < 0.05 * float(p.cost.range()),
+    "no entropy": lambda p: p.is_exact,
+    "a mass": lambda p: p.mass is not None,
+    "the largest size": lambda p: p.shape == (8, 8),
+    "two soft sides": lambda p: not p.rows.is_hard and not p.columns.is_hard,
+}
+
+
+def test_what_is_drawn_is_awkward():
+    seen = set()
+
+    @given(problem=problems())
+    @settings(max_examples=300)
+    def look(problem):
+        seen.update(name for name, shows in AWKWARD.items() if shows(problem))
+
+    look()
+    assert seen == set(AWKWARD)

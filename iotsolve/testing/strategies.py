@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -106,16 +107,18 @@ def problems(
 
     @st.composite
     def build(draw: st.DrawFn) -> Problem:
-        entropic = not (draw(st.booleans()) if exact is None else exact)
+        curved = any(isinstance(given, KL) for given in (rows, columns))
+        entropic = (curved or draw(st.booleans())) if exact is None else not exact
         sides = tuple(given or draw(marginals(exact=not entropic)) for given in (rows, columns))
         answer = draw(_answers(shape, forbidden))
         with_mass = draw(st.booleans()) if mass is None else mass
-        epsilon = draw(st.floats(smallest_epsilon, 5.0)) * (answer.range or 1.0) if entropic else 0.0
-        if not with_mass:
-            answer = _bounded(answer, sides, epsilon)
-            with_mass = not entropic and not _asks(answer, sides)
-        if with_mass and mass is False:
-            answer, with_mass = replace(answer, cost=answer.cost - answer.cost[answer.plan > 0].max() - 1.0), False
+        epsilon = draw(_epsilons(smallest_epsilon)) * (answer.range or 1.0) if entropic else 0.0
+        if not with_mass and not _bounding(sides):
+            answer = answer.shifted(-answer.cost.min() - epsilon)  # no gain above epsilon: the mass stays small
+        if not with_mass and not entropic and not _asks(answer, sides):
+            with_mass = mass is None
+            assume(with_mass or _bounding(sides))
+            answer = answer if with_mass else answer.shifted(-answer.cost[answer.plan > 0].max() - 1.0)
         a, b = (draw(_weights_for(side, r)) for side, r in zip(sides, answer.marginals, strict=True))
         digits = int(math.log10(largest_scale))
         unit = 10.0 ** draw(st.integers(-digits, digits))
@@ -147,6 +150,9 @@ class _Answer:
     def range(self) -> float:
         return float(np.ptp(self.cost[np.isfinite(self.cost)]))
 
+    def shifted(self, amount: float) -> _Answer:
+        return _Answer(self.cost + amount, self.plan)
+
 
 def _hundredths(lowest: float, highest: float) -> st.SearchStrategy[float]:
     """Numbers that are equal or clearly apart: next to a kink, first-order methods crawl and rounding decides."""
@@ -155,6 +161,10 @@ def _hundredths(lowest: float, highest: float) -> st.SearchStrategy[float]:
 
 def _sizes() -> st.SearchStrategy[int]:
     return st.integers(1, _LARGEST)
+
+
+def _epsilons(smallest: float) -> st.SearchStrategy[float]:
+    return st.one_of(st.just(smallest), st.floats(smallest, 5.0))
 
 
 def _amounts() -> st.SearchStrategy[float]:
@@ -172,11 +182,9 @@ def _answers(draw: st.DrawFn, shape: Sequence[int] | None, forbidden: bool) -> _
     return _Answer(cost, plan)
 
 
-def _bounded(answer: _Answer, sides: tuple[Marginal, ...], epsilon: float) -> _Answer:
-    """Costs at which the mass stays small although neither side bounds it: gains of at most epsilon."""
-    if any(side.is_hard and math.isfinite(float(side.bounds[1])) for side in sides):
-        return answer
-    return replace(answer, cost=answer.cost - answer.cost.min() - epsilon)
+def _bounding(sides: tuple[Marginal, ...]) -> bool:
+    """Whether a side sets a limit to the mass."""
+    return any(math.isfinite(float(side.bounds[1])) for side in sides)
 
 
 def _asks(answer: _Answer, sides: tuple[Marginal, ...]) -> bool:
