@@ -116,13 +116,12 @@ def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:
 def _network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
     import ot
 
-    scale, base = (
-        a.sum(),
-        cost.min(),
-    )  # unit mass and costs from 0 up: what the simplex's own tolerances and big M expect
-    plan, log = ot.emd(a / scale, b / b.sum(), cost - base, numItermax=max_steps, log=True, check_marginals=False)
+    # Unit mass and costs from 0 to 1: what the simplex's own tolerances and big M expect.
+    scale, base, unit = a.sum(), cost.min(), float(np.ptp(cost)) or 1.0
+    scaled = (cost - base) / unit
+    plan, log = ot.emd(a / scale, b / b.sum(), scaled, numItermax=max_steps, log=True, check_marginals=False)
     status = {1: Status.CONVERGED, 3: Status.MAX_STEPS}.get(log["result_code"], Status.STALLED)
-    return plan * scale, log["u"] + base, log["v"], 0.0, status, 0
+    return plan * scale, unit * log["u"] + base, unit * log["v"], 0.0, status, 0
 
 
 def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,13 +152,16 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
         total = sparse.csr_matrix(np.r_[np.ones(len(i)), np.zeros(matrix.shape[1] - len(i))])
         matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, number(problem.mass)]
     options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    result = linprog(prices, A_eq=matrix, b_eq=right, bounds=np.c_[lower, upper], method="highs-ds", options=options)
+    unit = float(np.abs(prices).max()) or 1.0  # HiGHS's tolerances are absolute
+    result = linprog(
+        prices / unit, A_eq=matrix, b_eq=right, bounds=np.c_[lower, upper], method="highs-ds", options=options
+    )
     plan = np.zeros_like(cost)
     if result.x is None:
         status = {1: Status.MAX_STEPS, 2: Status.INFEASIBLE}.get(result.status, Status.STALLED)
         return plan, np.zeros(n), np.zeros(m), 0.0, status, int(result.nit)
     plan[i, j] = result.x[arcs].clip(min=0.0)
-    y = result.eqlin.marginals
+    y = unit * result.eqlin.marginals
     lam = float(y[n + m]) if problem.mass is not None else 0.0
     return plan, y[:n], y[n : n + m], lam, Status.CONVERGED, int(result.nit)
 

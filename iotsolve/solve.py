@@ -71,8 +71,10 @@ def solve(
     plan = None if outcome.plan is None else outcome.plan.reshape(problem.shape)
     tolerance = solver.tolerance if isinstance(solver, Sinkhorn) else None
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
+    if problem.is_exact:  # nobody else has judged what the linear solvers claim
+        solution = replace(solution, status=_certified(status, solution.certificate.holds))
     if throw and not np.all(solution.converged):
-        raise SolveError(next(s for s in outcome.status if s is not Status.CONVERGED), solution)
+        raise SolveError(next(s for s in np.ravel(solution.status) if s is not Status.CONVERGED), solution)
     return solution
 
 
@@ -94,11 +96,23 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) ->
             raise ValueError(
                 f"{name} = {value!r}: must be an object of type {known}. Was the class passed without brackets?"
             )
+    if isinstance(gradient, Implicit) and problem.is_exact:
+        raise ValueError(
+            "gradient = Implicit() with epsilon = 0: the plan of a linear program is piecewise constant and has no useful "
+            "derivative. Use epsilon > 0, or Envelope() for the value."
+        )
     if isinstance(solver, Exact) != problem.is_exact:
         raise ValueError(
             f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0 and "
             "Sinkhorn() epsilon > 0. Change the one or the other, or leave the solver out."
         )
+
+
+def _certified(status: Any, holds: Any) -> Any:
+    """The status, in which CONVERGED without a certificate becomes STALLED."""
+    if isinstance(status, Status):
+        return Status.STALLED if status is Status.CONVERGED and not holds else status
+    return np.where((status == Status.CONVERGED) & ~np.asarray(holds), Status.STALLED, status)
 
 
 def _pick(problem: Problem) -> Solver:

@@ -175,10 +175,10 @@ def _usable(problem: Problem, p: Potentials) -> Tensor:
 def _exponent_error(problem: Problem, p: Potentials) -> Tensor:
     """Relative error of a plan's entries from the rounding of its potentials alone: digits lost in ``(f + g - C) / eps``.
 
-    A quarter of the worst case, which entries of either sign never reach together.
+    Half the worst case, which entries of either sign do not reach together.
     """
     size = sum(torch.where(x.isfinite(), x, 0.0).abs().amax(-1) for x in (p.f, p.g)) + p.lam.abs()
-    return torch.finfo(p.f.dtype).eps / 4 * size / problem.epsilon
+    return torch.finfo(p.f.dtype).eps / 2 * size / problem.epsilon
 
 
 def _store(final: Potentials, p: Potentials, index: Tensor) -> None:

@@ -62,10 +62,14 @@ def _check_cost(values: Tensor) -> None:
 
 
 def as_weights(name: str, weights: Any, size: int, cost: Tensor) -> Tensor:
-    """Weights of one side in the cost's dtype and device; uniform of total 1 if not given."""
+    """Weights of one side on the cost's device, uniform of total 1 if not given; in its dtype, float32 for half precision.
+
+    Half-precision weights do not sum to one: 20 times bfloat16's 1/20 is 1.002, and no plan has two such totals.
+    """
+    dtype = torch.float32 if cost.dtype in (torch.float16, torch.bfloat16) else cost.dtype
     if weights is None:
-        return torch.full((size,), 1.0 / size, dtype=cost.dtype, device=cost.device)
-    weights = _tensor(name, weights).to(dtype=cost.dtype, device=cost.device)
+        return torch.full((size,), 1.0 / size, dtype=dtype, device=cost.device)
+    weights = _tensor(name, weights).to(dtype=dtype, device=cost.device)
     side = "rows" if name == "a" else "columns"
     if weights.dim() < 1 or weights.shape[-1] != size:
         raise ValueError(
@@ -109,6 +113,11 @@ def _tensor(name: str, x: Any) -> Tensor:
         if x.is_complex():
             raise ValueError(f"{name} is complex ({x.dtype}): it must be real. Pass its real part or its modulus.")
         return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array, whose mask would be lost. Forbid masked arcs with cost.filled(np.inf), or empty "
+            "masked bins with weights.filled(0.0)."
+        )
     try:
         array = np.asarray(x)
     except ValueError as error:
