@@ -152,7 +152,8 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
         total = sparse.csr_matrix(np.r_[np.ones(len(i)), np.zeros(matrix.shape[1] - len(i))])
         matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, number(problem.mass)]
     options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    unit = float(np.abs(prices).max()) or 1.0  # HiGHS's tolerances are absolute
+    # HiGHS's tolerances are absolute; a power of two scales without rounding, so that a multiplier at rho is rho exactly.
+    unit = 2.0 ** math.floor(math.log2(float(np.abs(prices).max()) or 1.0))
     result = linprog(
         prices / unit, A_eq=matrix, b_eq=right, bounds=np.c_[lower, upper], method="highs-ds", options=options
     )

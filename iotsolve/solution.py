@@ -66,9 +66,8 @@ class Certificate:
     @property
     def relative_violation(self) -> Any:
         """Sum of the violations, less what the mismatch makes unavoidable, over the mass of the plan."""
-        return _ratio_or_infinity(
-            np.asarray(self.row_violation + self.column_violation + self.mass_violation), self.mass
-        )
+        total = np.asarray(self.row_violation + self.column_violation + self.mass_violation)
+        return _ratio_or_infinity(np.maximum(total - 2 * self.mismatch, 0.0), self.mass)
 
     @property
     def holds(self) -> Any:

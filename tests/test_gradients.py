@@ -5,7 +5,7 @@ import pytest
 import torch
 from catalogue import CASES, PRECISE, answer, over, select, with_leaves
 
-from iotsolve import FIXED, Envelope, Implicit, Problem, Sinkhorn, inverse_loss, solve
+from iotsolve import FIXED, KL, TV, Envelope, Implicit, Problem, Sinkhorn, inverse_loss, solve
 from iotsolve.testing import check_gradient, reference
 from iotsolve.testing.laws import derivative, random_direction
 from iotsolve.testing.references import gibbs_plan, objective
@@ -179,18 +179,49 @@ def test_implicit_differentiates_the_value_like_envelope(name):
     torch.testing.assert_close(implicit, envelope, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["fixed-fixed", "kl-kl", "tv-between-mass"])
-def test_implicit_in_a_batch_is_implicit_one_by_one(name):
-    singles = [with_leaves(CASES[name].problem(seed=seed)) for seed in range(3)]
-    cost = torch.stack([p.cost.dense() for p in singles]).requires_grad_()
-    a, b = torch.stack([p.a for p in singles]), torch.stack([p.b for p in singles])
-    case = CASES[name]
-    batch = Problem(cost, a, b, epsilon=0.3, rows=case.rows, columns=case.columns, mass=case.mass)
-    (together,) = torch.autograd.grad((solve(batch, PRECISE, gradient=Implicit(), throw=False).plan ** 2).sum(), cost)
-    for i, single in enumerate(singles):
-        leaf = single.cost.dense().requires_grad_()
-        (alone,) = torch.autograd.grad((solve(single, PRECISE, gradient=Implicit(), throw=False).plan ** 2).sum(), leaf)
-        torch.testing.assert_close(together[i], alone, rtol=1e-6, atol=1e-9)
+def shared_batch(name, size):
+    """A batch that shares weights, epsilon and marginals: the leaves, the problem, and the same problems one by one."""
+    case, first = CASES[name], with_leaves(CASES[name].problem(empty=True))
+    leaves = {k: v.requires_grad_() for k, v in first.tensors().items()}
+    cost = torch.stack([with_leaves(case.problem(seed=seed)).cost.dense() for seed in range(size)])
+    leaves["cost"] = cost.requires_grad_()
+
+    def problem(matrix):
+        sides = {"rows": first.rows, "columns": first.columns, "mass": first.mass}
+        return Problem(matrix, leaves["a"], leaves["b"], epsilon=leaves["epsilon"], **sides)
+
+    return leaves, problem(cost), [problem(matrix) for matrix in cost]
+
+
+@pytest.mark.parametrize("name", ["fixed-fixed", "kl-kl", "tv-between-mass", "at_most-fixed", "free-tv"])
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit()], ids=["envelope", "implicit"])
+def test_a_batch_is_differentiated_like_its_problems(name, gradient):
+    leaves, batch, singles = shared_batch(name, 3)
+    output = "value" if isinstance(gradient, Envelope) else "transport_cost"
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    def found(problem):
+        return getattr(solve(problem, PRECISE, gradient=gradient, throw=False), output)
+
+    total = (upstream * found(batch)).sum()
+    loop = sum(u * found(single) for u, single in zip(upstream, singles, strict=True))
+    together, apart = (torch.autograd.grad(x, list(leaves.values()), materialize_grads=True) for x in (total, loop))
+    for key, one, other in zip(leaves, together, apart, strict=True):
+        assert one.shape == leaves[key].shape
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit()], ids=["envelope", "implicit"])
+def test_gradients_come_in_the_dtype_of_the_input(dtype, gradient):
+    double = with_leaves(CASES["kl-tv"].problem())
+    exact = double.cost.dense().requires_grad_()
+    low = exact.detach().to(dtype).requires_grad_()
+    for cost in (exact, low):
+        problem = Problem(cost, double.a.detach(), double.b.detach(), epsilon=0.3, rows=KL(0.7), columns=TV(0.4))
+        solve(problem, gradient=gradient).value.backward()
+    assert low.grad.dtype == dtype
+    torch.testing.assert_close(low.grad.double(), exact.grad, rtol=0.1, atol=1e-2)
 
 
 @pytest.mark.parametrize(
