@@ -408,7 +408,7 @@ def _swapped(problem: Problem) -> Problem:
         problem.b,
         problem.a,
         epsilon=problem.epsilon,
-        rows=problem.rows,
-        columns=problem.columns,
+        rows=problem.sides[0],
+        columns=problem.sides[1],
         mass=problem.mass,
     )

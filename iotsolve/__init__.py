@@ -10,7 +10,7 @@ from iotsolve.costs import Dense
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Implicit
 from iotsolve.inverse import inverse_loss
-from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, TV, Between
+from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Certificate, Solution, SolveError, certify
@@ -24,9 +24,11 @@ __all__ = [
     "FIXED",
     "FREE",
     "KL",
+    "L2",
     "TV",
     "Between",
     "Certificate",
+    "ChiSquared",
     "Dense",
     "Envelope",
     "Exact",

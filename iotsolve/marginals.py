@@ -13,10 +13,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["AT_MOST", "FIXED", "FREE", "KL", "TV", "Between", "Marginal", "Scalar", "kl_divergence", "number"]
+__all__ = [
+    "AT_MOST",
+    "FIXED",
+    "FREE",
+    "KL",
+    "L2",
+    "TV",
+    "Between",
+    "ChiSquared",
+    "Marginal",
+    "Piece",
+    "Scalar",
+    "kl_divergence",
+    "number",
+]
 
 Scalar = float | Tensor
 
@@ -59,8 +74,31 @@ def kl_divergence(x: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One variable per bin, ``0 <= x <= cap``, that adds ``sign * x`` to the marginal at a convex price.
+
+    It pays ``price x + entropy KL(x | a) + bend x^2 / 2``. What a side is to a solver that moves marginals rather than
+    potentials: a linear program has prices alone, an interior point takes them all.
+    """
+
+    sign: float
+    cap: np.ndarray
+    price: np.ndarray
+    entropy: float = 0.0
+    bend: np.ndarray | float = 0.0
+
+
+@dataclass(frozen=True)
 class Marginal:
     """One side's penalty. Subclasses give the formulas; nothing else in the library knows which one it has."""
+
+    def at(self, a: Tensor) -> Marginal:
+        """The side once its weights are known: itself, unless its formula per unit of weight depends on the weight."""
+        return self
+
+    def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
+        """The marginal as a constant and bounded variables: ``P 1 = base + sum sign x``."""
+        raise NotImplementedError
 
     @property
     def bounds(self) -> tuple[Scalar, Scalar]:
@@ -224,6 +262,11 @@ class Between(Marginal):
         lo, hi = (torch.as_tensor(x, dtype=f.dtype, device=f.device) for x in self.bounds)
         return torch.where(f >= 0, lo, hi)
 
+    def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
+        lo, hi = number(self.lo), number(self.hi)
+        spare = np.full_like(a, math.inf) if math.isinf(hi) else (hi - lo) * a
+        return lo * a, [] if self.is_fixed else [Piece(1.0, spare, 0.0 * a)]
+
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         if self.is_free:
             return torch.zeros_like(s)
@@ -288,6 +331,9 @@ class KL(Marginal):
     def softness(self) -> Scalar | None:
         return 1.0 / self.rho
 
+    def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
+        return 0.0 * a, [Piece(1.0, np.full_like(a, math.inf), 0.0 * a, entropy=number(self.rho))]
+
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho * kl_divergence(r, a)
 
@@ -335,6 +381,10 @@ class TV(Marginal):
     def floor(self) -> Scalar:
         return -self.rho
 
+    def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
+        unbounded, price = np.full_like(a, math.inf), np.full_like(a, number(self.rho))
+        return a, [Piece(1.0, unbounded, price), Piece(-1.0, unbounded, price)]
+
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho * (r - a).abs()
 
@@ -372,6 +422,119 @@ class TV(Marginal):
         if not isinstance(self.rho, Tensor):
             return f
         return torch.where(f.abs() >= self.rho.detach(), f / self.rho.detach() * self.rho, f)
+
+
+@dataclass(frozen=True)
+class ChiSquared(Marginal):
+    """Soft side paying ``rho / 2 * sum (P 1 - a)^2 / a``: the chi-squared divergence of the marginal from its weights.
+
+    Args:
+        rho: strength in cost units, positive and finite; ``rho -> inf`` is FIXED, ``rho -> 0`` is FREE.
+
+    Raises:
+        ValueError: if rho is not positive and finite.
+
+    Example:
+        >>> side = ChiSquared(1.0)
+        >>> f = side.aprox(torch.tensor(0.5), 0.25)  # 1 - f / rho = exp((f - s) / epsilon)
+        >>> bool(torch.isclose(1 - f, torch.exp((f - 0.5) / 0.25)))
+        True
+    """
+
+    rho: Scalar
+
+    def __post_init__(self) -> None:
+        _check_rho("ChiSquared", self.rho)
+
+    def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
+        rho = np.asarray(self.rho.detach().cpu().numpy() if isinstance(self.rho, Tensor) else self.rho)
+        bend = np.divide(rho, a, out=np.ones_like(a), where=a > 0)
+        return 0.0 * a, [Piece(1.0, np.full_like(a, math.inf), -rho + 0.0 * a, bend=bend)]
+
+    def divergence(self, r: Tensor, a: Tensor) -> Tensor:
+        empty = a <= 0
+        usual = self.rho / 2 * (r - a) ** 2 / torch.where(empty, 1.0, a)
+        return torch.where(empty, torch.where(r > 0, math.inf, 0.0), usual)
+
+    def conjugate(self, f: Tensor) -> Tensor:
+        held = torch.minimum(f, _like(self.rho, f))
+        return held * (1 - held / (2 * self.rho))
+
+    def response(self, f: Tensor) -> Tensor:
+        return (1 - f / self.rho).clamp(min=0.0)
+
+    def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
+        if number(epsilon) == 0:
+            return torch.minimum(s, _like(self.rho, s))
+        rho = _like(self.rho, s)
+        w = _wright_omega(torch.log(rho / epsilon) + (rho - s) / epsilon)
+        f = rho - epsilon * w
+        # rho - epsilon w loses digits where f is far below rho: one Newton step on the equation in f itself
+        small = f < rho / 2
+        x = torch.where(small, f, 0.0).detach()
+        off = x - torch.where(small, s, 0.0) - epsilon * torch.log1p(-x / rho)
+        return torch.where(small, x - off / (1 + epsilon / (rho - x)), f)
+
+    def curvature(self, f: Tensor) -> Tensor:
+        return torch.where(f < self.rho, 1 / _like(self.rho, f), 0.0).to(f)
+
+    def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        t = r / torch.where(a > 0, a, 1.0)
+        off = t - self.response(f)
+        beyond = torch.where(r > 0, (f - self.rho).clamp(min=0.0) * r, 0.0)
+        return torch.where(a > 0, a * off**2 * self.rho / 2 + beyond, torch.where(r > 0, math.inf, 0.0))
+
+
+@dataclass(frozen=True)
+class L2(Marginal):
+    """Soft side paying ``rho / 2 * sum (P 1 - a)^2``: the squared Euclidean distance of the marginal from its weights.
+
+    Unlike the other penalties it is no divergence: it does not scale with the weights. Bin by bin it is the chi-squared
+    penalty of strength ``rho a_i``.
+
+    Args:
+        rho: strength in cost units per unit of mass, positive and finite.
+
+    Raises:
+        ValueError: if rho is not positive and finite.
+
+    Example:
+        >>> L2(2.0).at(torch.tensor([0.5, 1.5]))
+        ChiSquared(rho=tensor([1., 3.]))
+    """
+
+    rho: Scalar
+
+    def __post_init__(self) -> None:
+        _check_rho("L2", self.rho)
+
+    def at(self, a: Tensor) -> Marginal:
+        side = object.__new__(ChiSquared)  # one strength per bin: nothing a user could have asked for
+        object.__setattr__(side, "rho", torch.where(a > 0, self.rho * a, _ALMOST_FREE))
+        return side
+
+    def divergence(self, r: Tensor, a: Tensor) -> Tensor:
+        return self.rho / 2 * (r - a) ** 2
+
+
+_ALMOST_FREE = 1e-30  # the strength of an empty bin, whose potential tends to 0 with its weight
+
+
+def _wright_omega(x: Tensor) -> Tensor:
+    """``w`` with ``w + log w = x``, by Newton's method; the last step carries the derivative."""
+    with torch.no_grad():
+        low = x.clamp(max=1.0)
+        y = low
+        for _ in range(6):  # in log w, from above: y + exp(y) = x
+            y = y - (y + y.exp() - low) / (1 + y.exp())
+        high = x.clamp(min=1.0)
+        w = high - high.log()
+        for _ in range(4):
+            w = w - (w + w.log() - high) * (w / (1 + w))
+        w = torch.where(x > 1, w, torch.where(x == -math.inf, 0.0, y.exp()))
+    there = (w > 0) & w.isfinite()
+    safe, target = torch.where(there, w, 1.0), torch.where(there, x, 1.0)
+    return torch.where(there, safe - (safe + safe.log() - target) * (safe / (1 + safe)), w)
 
 
 def _check_rho(name: str, rho: Scalar) -> None:

@@ -84,6 +84,7 @@ class Problem:
     columns: Marginal
     mass: Scalar | None
     as_numpy: bool
+    sides: tuple[Marginal, Marginal]
 
     def __init__(
         self,
@@ -117,9 +118,10 @@ class Problem:
         columns: Marginal,
         mass: Scalar | None,
     ) -> None:
-        values = dict(
-            cost=Dense(matrix), a=a, b=b, epsilon=epsilon, rows=rows, columns=columns, mass=mass, as_numpy=False
-        )
+        values = dict(cost=Dense(matrix), a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False)
+        values |= dict(sides=(rows, columns), rows=rows, columns=columns)
+        if isinstance(rows, Marginal) and isinstance(columns, Marginal):  # else validation has the word
+            values |= dict(rows=rows.at(a), columns=columns.at(b))
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -171,15 +173,15 @@ class Problem:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the problem by name: the inputs a gradient can flow to."""
         named = {"cost": self.cost.dense(), "a": self.a, "b": self.b, "epsilon": self.epsilon, "mass": self.mass}
-        named |= {f"rows.{k}": v for k, v in self.rows.tensors().items()}
-        named |= {f"columns.{k}": v for k, v in self.columns.tensors().items()}
+        for name, side in zip(("rows", "columns"), self.sides, strict=True):
+            named |= {f"{name}.{k}": v for k, v in side.tensors().items()}
         return {k: v for k, v in named.items() if isinstance(v, Tensor)}
 
     def with_tensors(self, named: dict[str, Tensor]) -> Problem:
         """The same problem with some of :meth:`tensors` replaced, unvalidated."""
         sides = {
-            side: replace(getattr(self, side), **{k.split(".")[1]: v for k, v in named.items() if k.startswith(side)})
-            for side in ("rows", "columns")
+            name: replace(side, **{k.split(".")[1]: v for k, v in named.items() if k.startswith(name)})
+            for name, side in zip(("rows", "columns"), self.sides, strict=True)
         }
         problem = Problem.unchecked(
             named.get("cost", self.cost.dense()),

@@ -100,7 +100,7 @@ def check_problem(problem: Problem) -> None:
         if not isinstance(getattr(problem, side), Marginal):
             raise ValueError(
                 f"{side} = {getattr(problem, side)!r}: must be a marginal object, one of FIXED, FREE, AT_MOST, Between(lo, hi), "
-                "KL(rho), TV(rho) from iotsolve."
+                "KL(rho), TV(rho), ChiSquared(rho), L2(rho) from iotsolve."
             )
     _check_totals(problem)
     _check_reachable(problem)
@@ -251,7 +251,7 @@ def _check_bounded(problem: Problem) -> None:
             f"unbounded: arc ({i}, {j}) costs {float(matrix[gaining][0]):.6g} and both sides together charge {price:.6g} per "
             "further unit, so more mass always pays. Pass mass=, bound a side with AT_MOST, or use epsilon > 0."
         )
-    if all(_asks_nothing(side) for side in (problem.rows, problem.columns)) and not (reached & (matrix < 0)).any():
+    if all(_asks_nothing(side) for side in problem.sides) and not (reached & (matrix < 0)).any():
         raise ValueError(
             "no side asks for any mass and no cost is negative, so the optimal plan is zero: pass mass= to say how much is moved."
         )
