@@ -117,14 +117,14 @@ class Solution:
     """The result of :func:`iotsolve.solve`. Everything but the potentials is computed when first looked at.
 
     NumPy came in, NumPy goes out; a torch cost gives tensors on its device and in its dtype, and what may be differentiated
-    is decided by ``gradient``.
+    is decided by ``differentiation``, the choice made at the solve.
     """
 
     problem: Problem
     potentials: Potentials
     status: Any
     steps: Any
-    gradient: Gradient
+    differentiation: Gradient
     exact_plan: Tensor | None = None
     tolerance: float | None = None
 
@@ -138,11 +138,11 @@ class Solution:
     @cached_property
     def value(self) -> Any:
         """Optimal objective, entropy and penalties included, shape ``(...)``."""
-        return self.problem.leave(self.gradient.value(self.problem, self.potentials, self.exact_plan))
+        return self.problem.leave(self.differentiation.value(self.problem, self.potentials, self.exact_plan))
 
     @cached_property
     def _live(self) -> Potentials:
-        return self.gradient.potentials(self.problem, self.potentials)
+        return self.differentiation.potentials(self.problem, self.potentials)
 
     @property
     def f(self) -> Any:
@@ -162,7 +162,7 @@ class Solution:
     @cached_property
     def _plan(self) -> Tensor:
         if self.exact_plan is not None:
-            return self.gradient.plan(self.problem, self.exact_plan)
+            return self.differentiation.plan(self.problem, self.exact_plan)
         working = self.problem if self.problem.dtype == self._live.f.dtype else self.problem.to(self._live.f.dtype)
         with calm(working.cost.dense()):
             return working.plan(self._live)
