@@ -15,7 +15,7 @@ Every problem drawn has an answer; what to do about one that a solver cannot rea
 
 from iotsolve.testing.laws import check_certificate, check_duality, check_gradient
 from iotsolve.testing.references import Reference, reference
-from iotsolve.testing.strategies import costs, marginals, problems, weights
+from iotsolve.testing.strategies import costs, marginals, points, problems, weights
 
 __all__ = [
     "Reference",
@@ -24,6 +24,7 @@ __all__ = [
     "check_gradient",
     "costs",
     "marginals",
+    "points",
     "problems",
     "reference",
     "weights",

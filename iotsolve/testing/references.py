@@ -14,15 +14,17 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 from scipy.sparse import csr_matrix
-from scipy.special import kl_div
+from scipy.special import kl_div, logsumexp
 
-from iotsolve.marginals import KL, TV, Between, Marginal
+from iotsolve.marginals import KL, L2, TV, Between, ChiSquared, Marginal
 from iotsolve.problem import Problem
 
 __all__ = [
     "Numbers",
     "Reference",
+    "best_potentials",
     "dual_objective",
+    "envelope",
     "gibbs_plan",
     "numbers",
     "objective",
@@ -35,6 +37,7 @@ __all__ = [
 _CLARABEL = {"tol_gap_rel": 1e-12, "tol_gap_abs": 1e-13, "tol_feas": 1e-12, "max_iter": 500, "accept_unknown": True}
 _HIGHS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 _WORST_GAP = 1e-8
+SOFT = (KL, TV, ChiSquared, L2)
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,18 @@ class Reference:
         value: optimal objective.
         plan: an optimal plan, shape ``(n, m)``; the only one if ``epsilon > 0``.
         scale: sum of the absolute terms of the objective: what an error of the value is large or small against.
+        f: optimal potentials of the rows, shape ``(n,)``, cost units, in the library's gauge; an empty bin has the limit
+            as its weight vanishes, and one that nothing reaches may have ``inf``.
+        g: optimal potentials of the columns, shape ``(m,)``.
+        lam: multiplier of ``mass``, cost units; 0 without it.
     """
 
     value: float
     plan: np.ndarray
     scale: float
+    f: np.ndarray
+    g: np.ndarray
+    lam: float
 
 
 def numbers(problem: Problem) -> Numbers:
@@ -89,7 +99,7 @@ def numbers(problem: Problem) -> Numbers:
 
     mass = None if problem.mass is None else float(problem.mass)
     arrays = (leave(x) for x in (problem.cost.dense(), problem.a, problem.b))
-    return Numbers(*arrays, float(problem.epsilon), problem.rows, problem.columns, mass)
+    return Numbers(*arrays, float(problem.epsilon), *problem.sides, mass)
 
 
 # -- the formulas ------------------------------------------------------------------------------------------------------
@@ -128,7 +138,7 @@ def violation(problem: Problem, plan: Any) -> float:
 def rounding(problem: Problem) -> float:
     """Error of an objective whose terms cancel or vanish: all prices times all masses, at twelve digits."""
     data = numbers(problem)
-    strengths = [float(side.rho) for side in (data.rows, data.columns) if isinstance(side, KL | TV)]
+    strengths = [float(side.rho) for side in (data.rows, data.columns) if isinstance(side, SOFT)]
     prices = abs(data.cost[data.arcs]).max(initial=0.0) + data.epsilon + sum(strengths)
     return 1e-12 * float(prices * (data.a.sum() + data.b.sum() + (data.mass or 0.0)))
 
@@ -156,32 +166,160 @@ def dual_objective(problem: Problem, f: Any, g: Any, lam: Any = 0.0) -> float:
     return value if np.all(f[i] + g[j] + lam - data.cost[i, j] <= 1e-13 * size) else -math.inf
 
 
+def envelope(problem: Problem, answer: Reference) -> dict[str, np.ndarray]:
+    """Derivatives of the value in ``cost``, ``a`` and ``b`` at an answer: the definitions' table of gradients.
+
+    A subgradient where there are several; under FIXED/FIXED up to the constants that the tie of the totals leaves open.
+    """
+    data = numbers(problem)
+    found = {"cost": answer.plan}
+    for name, side, potential, weights, others, s in _sides(data, answer.f, answer.g, answer.lam):
+        varies = isinstance(side, L2)  # with the weight: then phi's own derivative in it counts too
+        slope = np.minimum(potential, float(side.rho) * weights) if varies else _phi(side, potential, weights)
+        if data.epsilon:
+            slope = slope + data.epsilon * (others.sum() - _density(potential, s, data.epsilon))
+        found[name] = slope
+    return found
+
+
+def best_potentials(problem: Problem, f: Any, g: Any, lam: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """For every bin the potential that maximises the dual while the other side's stay: found by bisection.
+
+    For an empty bin, which the dual does not see, the limit as its weight vanishes.
+    """
+    data = numbers(problem)
+    rows, columns = (_best(side, s, weights, data.epsilon) for _, side, _, weights, _, s in _sides(data, f, g, lam))
+    return rows, columns
+
+
+def _sides(data: Numbers, f: Any, g: Any, lam: Any) -> list[tuple[Any, ...]]:
+    """Of both sides: the name of the weights, marginal object, potentials, weights, the others' weights, soft-minima."""
+    f, g, lam = np.asarray(f, dtype=np.float64), np.asarray(g, dtype=np.float64), float(lam)
+    rows = _softmin(data.cost, g + lam, data.b, data.epsilon)
+    columns = _softmin(data.cost.T, f + lam, data.a, data.epsilon)
+    return [("a", data.rows, f, data.a, data.b, rows), ("b", data.columns, g, data.b, data.a, columns)]
+
+
+def _softmin(cost: np.ndarray, potential: np.ndarray, weights: np.ndarray, epsilon: float) -> np.ndarray:
+    """``-eps log sum_j b_j exp((g_j - C_ij) / eps)``, the minimum at ``eps = 0``; ``inf`` where nothing is reached."""
+    there = (weights > 0) & np.isfinite(potential)
+    if not there.any():
+        return np.full(len(cost), math.inf)
+    slack = potential[there] - cost[:, there]
+    if not epsilon:
+        return -slack.max(1)
+    with np.errstate(divide="ignore"):
+        return -epsilon * logsumexp(slack / epsilon, axis=1, b=weights[there])
+
+
+def _density(potential: np.ndarray, s: np.ndarray, epsilon: float) -> np.ndarray:
+    """``exp((f - s) / eps)``, the marginal per unit of weight; 0 where nothing arrives."""
+    reached = np.isfinite(s) & np.isfinite(potential)
+    with np.errstate(over="ignore"):
+        return np.where(reached, np.exp(np.where(reached, potential - np.where(reached, s, 0.0), 0.0) / epsilon), 0.0)
+
+
+def _best(side: Marginal, s: np.ndarray, weights: np.ndarray, epsilon: float) -> np.ndarray:
+    """The maximiser of ``phi(f) - eps exp((f - s) / eps)``: where the marginal asked for crosses the one that arrives."""
+    floor, cap = _floor(side), _cap(side, weights)
+    reached = np.isfinite(s)
+    if not epsilon:
+        return np.maximum(np.minimum(s, cap), floor)
+    near = np.where(reached, s, 0.0)
+    spread = epsilon * sum(abs(math.log(x)) for x in _bounds(side) if 0 < x < math.inf)
+    low, high = np.minimum(near, 0.0) - spread, np.maximum(near, 0.0) + spread
+    for _ in range(100):
+        middle = (low + high) / 2
+        wanted = _demand(side, middle, weights) > _density(middle, near, epsilon)
+        low, high = np.where(wanted, middle, low), np.where(wanted, high, middle)
+    return np.where(reached, high, cap)
+
+
 def _penalty(side: Marginal, r: np.ndarray, weights: np.ndarray) -> float:
     if isinstance(side, KL):
         return float(side.rho) * float(kl_div(r, weights).sum())
     if isinstance(side, TV):
         return float(side.rho) * float(np.abs(r - weights).sum())
+    if isinstance(side, ChiSquared):
+        full = weights > 0
+        squares = (r - weights)[full] ** 2 / weights[full]
+        return float(side.rho) / 2 * float(squares.sum()) if not r[~full].any() else math.inf
+    if isinstance(side, L2):
+        return float(side.rho) / 2 * float(((r - weights) ** 2).sum())
     return 0.0
 
 
 def _conjugate(side: Marginal, f: np.ndarray, weights: np.ndarray) -> float:
-    f, weights = f[weights > 0], weights[weights > 0]
-    if isinstance(side, KL):
-        return float(side.rho) * float(weights @ (1 - np.exp(-f / float(side.rho))))
+    full = weights > 0
+    phi = _phi(side, f[full], weights[full])
+    return float(weights[full] @ phi) if np.all(phi > -math.inf) else -math.inf
+
+
+def _phi(side: Marginal, f: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """``min_t psi(t) + f t``, per unit of weight."""
+    f = np.where(f < _floor(side), -math.inf, f)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if isinstance(side, KL):
+            return -float(side.rho) * np.expm1(-f / float(side.rho))
+        if isinstance(side, TV):
+            return np.minimum(f, float(side.rho))
+        if isinstance(side, ChiSquared | L2):
+            strength = _strength(side, weights)
+            held = np.minimum(f, strength)
+            return held - np.divide(held**2, 2 * strength, out=np.zeros_like(held), where=strength > 0)
+    lo, hi = _bounds(side)
+    upper = np.minimum(f, 0.0) if math.isinf(hi) else hi * np.minimum(f, 0.0)
+    return upper + (lo * np.maximum(f, 0.0) if lo else 0.0)
+
+
+def _demand(side: Marginal, f: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The marginal, per unit of weight, that the potential asks for: ``phi'``."""
+    with np.errstate(over="ignore"):
+        if isinstance(side, KL):
+            return np.exp(-f / float(side.rho))
+        if isinstance(side, TV):
+            return np.where(f < -float(side.rho), math.inf, np.where(f < float(side.rho), 1.0, 0.0))
+        if isinstance(side, ChiSquared | L2):
+            strength = _strength(side, weights)
+            share = np.divide(f, strength, out=np.where(f < 0, -math.inf, math.inf), where=strength > 0)
+            return np.maximum(1.0 - share, 0.0)
+    lo, hi = _bounds(side)
+    return np.where(f < 0, hi, lo)
+
+
+def _bounds(side: Marginal) -> tuple[float, float]:
+    return (float(side.lo), float(side.hi)) if isinstance(side, Between) else (0.0, math.inf)
+
+
+def _strength(side: Marginal, weights: np.ndarray) -> np.ndarray:
+    """``rho`` of the chi-squared penalty that each bin pays."""
+    return float(side.rho) * (weights if isinstance(side, L2) else np.ones_like(weights))
+
+
+def _floor(side: Marginal) -> float:
+    """Smallest potential of finite conjugate."""
     if isinstance(side, TV):
-        return float(weights @ np.minimum(f, float(side.rho))) if np.all(f >= -float(side.rho)) else -math.inf
-    lo, hi = float(side.lo), float(side.hi)
-    lower = lo * float(weights @ np.maximum(f, 0)) if lo else 0.0
-    if math.isinf(hi):
-        return lower if np.all(f >= 0) else -math.inf
-    return lower + hi * float(weights @ np.minimum(f, 0))
+        return -float(side.rho)
+    return 0.0 if isinstance(side, Between) and math.isinf(_bounds(side)[1]) else -math.inf
+
+
+def _cap(side: Marginal, weights: np.ndarray) -> np.ndarray:
+    """Smallest potential from which on the conjugate is constant: that of a bin that nothing reaches."""
+    if isinstance(side, TV):
+        return np.full_like(weights, float(side.rho))
+    if isinstance(side, ChiSquared | L2):
+        return _strength(side, weights)
+    return np.full_like(weights, 0.0 if isinstance(side, Between) and not _bounds(side)[0] else math.inf)
 
 
 # -- the general solver ------------------------------------------------------------------------------------------------
 
 
 def reference(problem: Problem) -> Reference:
-    """Optimal value and plan of a problem without a batch, by cvxpy: slow, general, and written without us.
+    """Optimal value, plan and potentials of a problem without a batch, by cvxpy: slow, general, written without us.
+
+    The marginals are variables of their own, tied to the plan's by equations whose multipliers are the potentials, with
+    the signs of the definitions' Lagrangian. At ``epsilon = 0`` they are lowered by rounding until they are feasible.
 
     Args:
         problem: any regime, up to some thousand arcs. Forbidden arcs and arcs of empty bins are no variables.
@@ -198,23 +336,64 @@ def reference(problem: Problem) -> Reference:
     unit, k = _unit(data), np.arange(len(i))
     p = cp.Variable(len(i), nonneg=True)
     cost = data.cost[i, j] / unit
-    goal, constraints = cost @ p, []
+    goal, constraints, ties = cost @ p, [], []
     if data.epsilon:
         goal = goal + data.epsilon / unit * cp.sum(cp.kl_div(p, data.product[i, j]))
     for side, weights, bins in ((data.rows, data.a, i), (data.columns, data.b, j)):
         sums = csr_matrix((np.ones(len(k)), (bins, k)), shape=(len(weights), len(k))) @ p
         full = np.flatnonzero(np.bincount(bins, minlength=len(weights)))
-        rules, price = _side(side, sums[full], weights[full], unit)
+        marginal, rules, price = _side(side, weights[full], unit)
         constraints, goal = constraints + rules, goal + price
-    if data.mass is not None:
-        constraints.append(cp.sum(p) == data.mass)
+        ties.append((full, marginal == sums[full]))
+    total = None if data.mass is None else cp.Constant(data.mass) == cp.sum(p)
+    constraints += [tie for _, tie in ties] + ([] if total is None else [total])
     _run(cp.Problem(cp.Minimize(goal), constraints))
     plan = np.zeros_like(data.cost)
     plan[i, j] = np.maximum(p.value, 0.0)
     parts = terms(problem, plan)
     scale = abs(data.cost[i, j]) @ plan[i, j] + parts["rows"] + parts["columns"] + parts["entropy"]
     scale += data.epsilon * (plan.sum() + data.a.sum() * data.b.sum())
-    return Reference(float(goal.value) * unit + _constant(data), plan, float(scale))
+    lam = 0.0 if total is None else unit * float(total.dual_value)
+    f, g, lam = _potentials(problem, [(full, unit * tie.dual_value) for full, tie in ties], lam)
+    return Reference(float(goal.value) * unit + _constant(data), plan, float(scale), f, g, lam)
+
+
+def _potentials(problem: Problem, found: list[tuple[np.ndarray, np.ndarray]], lam: float) -> tuple[Any, Any, float]:
+    """Multipliers as potentials: in the domain, in the gauge, and with those of the bins that are no variables."""
+    data = numbers(problem)
+    f, g = np.full_like(data.a, -math.inf), np.full_like(data.b, -math.inf)  # -inf: not known yet
+    for potential, (full, values) in zip((f, g), found, strict=True):
+        potential[full] = values
+    known = np.isfinite(f), np.isfinite(g)
+    f, g, lam = _gauge(data, *_lowered(data, f, g, lam, known), known)
+    best_f, best_g = best_potentials(problem, f, g, lam)
+    return np.where(known[0], f, best_f), np.where(known[1], g, best_g), lam
+
+
+def _lowered(data: Numbers, f: np.ndarray, g: np.ndarray, lam: float, known: Any) -> tuple[Any, Any, float]:
+    """Potentials in the domains of both sides; at ``epsilon = 0`` lowered to ``f + g + lam <= C``, which costs rounding."""
+    f = np.where(known[0], np.maximum(f, _floor(data.rows)), f)
+    g = np.where(known[1], np.maximum(g, _floor(data.columns)), g)
+    if data.epsilon:
+        return f, g, lam
+    if data.mass is not None:
+        return f, g, lam - max(0.0, float((f[:, None] + g[None, :] + lam - data.cost)[data.arcs].max()))
+    f = np.where(known[0], np.maximum(np.minimum(f, _softmin(data.cost, g, data.b, 0.0)), _floor(data.rows)), f)
+    g = np.where(known[1], np.minimum(g, _softmin(data.cost.T, f, data.a, 0.0)), g)
+    return f, g, lam
+
+
+def _gauge(data: Numbers, f: np.ndarray, g: np.ndarray, lam: float, known: Any) -> tuple[Any, Any, float]:
+    fixed = [isinstance(side, Between) and float(side.lo) == float(side.hi) for side in (data.rows, data.columns)]
+    means = [float(w[k] @ x[k]) for x, w, k in zip((f, g), (data.a, data.b), known, strict=True)]
+    if data.mass is None:
+        shift = (means[0] - means[1]) / (data.a.sum() + data.b.sum()) if all(fixed) else 0.0
+        return f - shift, g + shift, lam
+    shifts = [
+        mean / weights.sum() if tied else 0.0
+        for mean, weights, tied in zip(means, (data.a, data.b), fixed, strict=True)
+    ]
+    return f - shifts[0], g - shifts[1], lam + sum(shifts)
 
 
 def _unit(data: Numbers) -> float:
@@ -223,16 +402,24 @@ def _unit(data: Numbers) -> float:
     return float(np.ptp(cost)) or float(abs(cost).max()) or data.epsilon or 1.0
 
 
-def _side(side: Marginal, sums: cp.Expression, weights: np.ndarray, unit: float) -> tuple[list[cp.Constraint], Any]:
-    if isinstance(side, KL):
-        return [], float(side.rho) / unit * cp.sum(cp.kl_div(sums, weights))
-    if isinstance(side, TV):
-        return [], float(side.rho) / unit * cp.sum(cp.abs(sums - weights))
-    lo, hi = float(side.lo), float(side.hi)
+def _side(side: Marginal, weights: np.ndarray, unit: float) -> tuple[Any, list[cp.Constraint], Any]:
+    """The marginal of the bins that arcs reach, as a variable or a constant, what it must satisfy and what it pays."""
+    lo, hi = _bounds(side)
     if lo == hi:
-        return [sums == lo * weights], 0.0
-    lower = [sums >= lo * weights] if lo > 0 else []
-    return lower + ([] if math.isinf(hi) else [sums <= hi * weights]), 0.0
+        return cp.Constant(lo * weights), [], 0.0
+    r = cp.Variable(len(weights))
+    if isinstance(side, Between):
+        lower = [r >= lo * weights] if lo > 0 else []
+        return r, lower + ([] if math.isinf(hi) else [r <= hi * weights]), 0.0
+    if isinstance(side, KL):
+        price = cp.sum(cp.kl_div(r, weights))
+    elif isinstance(side, TV):
+        price = cp.sum(cp.abs(r - weights))
+    elif isinstance(side, ChiSquared):
+        price = cp.sum_squares(cp.multiply(1 / np.sqrt(weights), r - weights)) / 2
+    else:
+        price = cp.sum_squares(r - weights) / 2
+    return r, [], float(side.rho) / unit * price
 
 
 def _constant(data: Numbers) -> float:

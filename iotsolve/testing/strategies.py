@@ -16,12 +16,14 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, TV, Between, Marginal
+from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Marginal
 from iotsolve.problem import Problem
 
-__all__ = ["costs", "marginals", "problems", "weights"]
+__all__ = ["costs", "marginals", "points", "problems", "weights"]
 
 _LARGEST = 8
+_CURVED = (KL, ChiSquared, L2)
+_EXACT_CURVED = False  # whether ``epsilon = 0`` can be solved with them
 
 
 def costs(
@@ -49,6 +51,29 @@ def costs(
     return build()
 
 
+def points(
+    rows: int | None = None, columns: int | None = None, *, dimensions: int | None = None
+) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
+    """Two point clouds of shapes ``(n, d)`` and ``(m, d)``, coordinates in [-1, 1], some points repeated or shared.
+
+    Args:
+        rows: number of points of the first cloud, drawn up to 8 if not given.
+        columns: number of points of the second.
+        dimensions: ``d``, drawn from 1 to 3 if not given.
+    """
+
+    @st.composite
+    def build(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+        n, m = rows or draw(_sizes()), columns or draw(_sizes())
+        d = dimensions or draw(st.integers(1, 3))
+        known = draw(hnp.arrays(np.float64, (n + m, d), elements=_hundredths(-1.0, 1.0)))
+        if draw(st.booleans()):
+            known = known[draw(hnp.arrays(np.int64, n + m, elements=st.integers(0, n + m - 1)))]
+        return known[:n], known[n:]
+
+    return build()
+
+
 def weights(size: int | None = None) -> st.SearchStrategy[np.ndarray]:
     """Weights of shape ``(size,)``: uniform, or uneven with empty bins; the total is positive and rarely 1."""
 
@@ -72,13 +97,14 @@ def marginals(*, exact: bool = False) -> st.SearchStrategy[Marginal]:
     """
     bounds = st.builds(Between, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 1.1, 2.5, math.inf]))
     plain = [st.just(FIXED), st.just(FREE), st.just(AT_MOST), bounds, st.builds(TV, st.floats(0.05, 5.0))]
-    return st.one_of(*plain, *([] if exact else [st.builds(KL, st.floats(0.05, 20.0))]))
+    curved = [st.builds(kind, st.floats(0.05, 20.0)) for kind in _CURVED]
+    return st.one_of(*plain, *(curved if _EXACT_CURVED or not exact else []))
 
 
 def problems(
     *,
-    rows: Marginal | None = None,
-    columns: Marginal | None = None,
+    rows: Marginal | st.SearchStrategy[Marginal] | None = None,
+    columns: Marginal | st.SearchStrategy[Marginal] | None = None,
     exact: bool | None = None,
     mass: bool | None = None,
     shape: Sequence[int] | None = None,
@@ -89,8 +115,8 @@ def problems(
     """Problems without a batch that have an answer, NumPy in float64.
 
     Args:
-        rows: marginal object of the rows, drawn if not given.
-        columns: marginal object of the columns, drawn if not given.
+        rows: marginal object of the rows, or a strategy for it; any that ``epsilon`` allows if not given.
+        columns: the same for the columns.
         exact: True for ``epsilon = 0`` only, False for ``epsilon > 0`` only.
         mass: True for problems with ``mass`` only, False for problems without.
         shape: ``(n, m)``, drawn up to 8 x 8 if not given.
@@ -107,9 +133,10 @@ def problems(
 
     @st.composite
     def build(draw: st.DrawFn) -> Problem:
-        curved = any(isinstance(given, KL) for given in (rows, columns))
+        given = [draw(side) if isinstance(side, st.SearchStrategy) else side for side in (rows, columns)]
+        curved = any(isinstance(side, _CURVED) for side in given) and not _EXACT_CURVED
         entropic = (curved or draw(st.booleans())) if exact is None else not exact
-        sides = tuple(given or draw(marginals(exact=not entropic)) for given in (rows, columns))
+        sides = tuple(side or draw(marginals(exact=not entropic)) for side in given)
         answer = draw(_answers(shape, forbidden))
         with_mass = draw(st.booleans()) if mass is None else mass
         epsilon = draw(_epsilons(smallest_epsilon)) * (answer.range or 1.0) if entropic else 0.0
@@ -189,7 +216,7 @@ def _bounding(sides: tuple[Marginal, ...]) -> bool:
 
 def _asks(answer: _Answer, sides: tuple[Marginal, ...]) -> bool:
     """Whether some mass pays without entropy: a side asks for it, or an arc of the plan gains."""
-    asked = any(isinstance(side, TV) or float(side.bounds[0]) > 0 for side in sides)
+    asked = any(isinstance(side, (TV, *_CURVED)) or float(side.bounds[0]) > 0 for side in sides)
     return asked or float(answer.cost[answer.plan > 0].min()) < 0
 
 
@@ -205,4 +232,4 @@ def _weights_for(draw: st.DrawFn, side: Marginal, r: np.ndarray) -> np.ndarray:
 
 
 def _in_units(side: Marginal, unit: float) -> Any:
-    return replace(side, rho=side.rho * unit) if isinstance(side, KL | TV) else side
+    return replace(side, rho=side.rho * unit) if hasattr(side, "rho") else side
