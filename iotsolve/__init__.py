@@ -8,7 +8,8 @@
 
 from iotsolve.costs import Dense
 from iotsolve.exact import Exact
-from iotsolve.gradient import Envelope, Implicit
+from iotsolve.gradient import Envelope, Gradients, Implicit, Unroll
+from iotsolve.interior import Interior
 from iotsolve.inverse import inverse_loss
 from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared
 from iotsolve.problem import Potentials, Problem
@@ -32,13 +33,16 @@ __all__ = [
     "Dense",
     "Envelope",
     "Exact",
+    "Gradients",
     "Implicit",
+    "Interior",
     "Potentials",
     "Problem",
     "Sinkhorn",
     "Solution",
     "SolveError",
     "Status",
+    "Unroll",
     "certify",
     "inverse_loss",
     "solve",

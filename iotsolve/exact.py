@@ -1,8 +1,9 @@
-"""epsilon = 0: the linear program, its plan and its duals.
+"""epsilon = 0: the plan and its duals.
 
 FIXED/FIXED goes to POT's network simplex, or to scipy's assignment when the masses are equal; a FREE side needs no program at
-all; every other pair of bounds and TV is one sparse program for HiGHS, whose multipliers are the potentials. Whatever
-solved it, the duals are made feasible by c-transforms, and the certificate does not take anybody's word.
+all; every other pair of bounds and TV is one sparse program for HiGHS, whose multipliers are the potentials; curved
+penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the duals are made feasible by c-transforms,
+and the certificate does not take anybody's word.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.interior import interior_point
 from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Outcome, Status
@@ -29,7 +31,7 @@ _Answer = tuple[np.ndarray, np.ndarray, np.ndarray, float, Status, int]
 
 @dataclass(frozen=True)
 class Exact:
-    """Exact transport (``epsilon = 0``) for FIXED, FREE, AT_MOST, Between and TV sides, with or without ``mass``.
+    """Exact transport (``epsilon = 0``) for every pair of sides, with or without ``mass``.
 
     Args:
         max_steps: pivots of the network simplex.
@@ -44,12 +46,6 @@ class Exact:
 
     def run(self, problem: Problem) -> Outcome:
         """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
-        for name, side in (("rows", problem.rows), ("columns", problem.columns)):
-            if _needs_curvature(side):
-                raise ValueError(
-                    f"epsilon = 0 with {name} = {side}: this is no linear program and is not solved yet. "
-                    "Use a small epsilon > 0, or a TV, Between, AT_MOST, FIXED or FREE side."
-                )
         answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
         like = problem.cost.dense()
         plan, f, g = (torch.stack([_tensor(x[k], like) for x in answers]) for k in range(3))
@@ -61,6 +57,9 @@ class Exact:
     def _one(self, problem: Problem) -> _Answer:
         cost, a, b = (x.cpu().numpy() for x in (problem.cost.dense(), problem.a, problem.b))
         rows, columns = problem.rows, problem.columns
+        if _is_curved(rows) or _is_curved(columns):
+            f, g, lam, plan, steps = interior_point(problem)
+            return plan, f, g, float(lam), Status.CONVERGED, steps
         ordinary = problem.mass is None and rows.bounds == columns.bounds == (1.0, 1.0)
         if ordinary and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0:
             return _assignment(cost, a)
@@ -75,8 +74,8 @@ class Exact:
         return _linear_program(problem, cost, a, b)
 
 
-def _needs_curvature(side: Marginal) -> bool:
-    """True for a penalty that is neither bounds nor piecewise linear."""
+def _is_curved(side: Marginal) -> bool:
+    """True for a penalty that is neither bounds nor piecewise linear, so that no linear program has it."""
     return not side.is_hard and math.isinf(side.recession)
 
 
@@ -133,7 +132,7 @@ def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray
 
 
 def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:
-    """``min <C, P> + slack prices`` with ``P 1 = r``, ``P' 1 = c`` and the marginals r, c as bounded columns of their own."""
+    """``min <C, P> + prices`` with ``P 1 = base + sum sign x`` on both sides, the ``x`` as bounded columns of their own."""
     from scipy import sparse
     from scipy.optimize import linprog
 
@@ -141,12 +140,12 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     i, j = np.nonzero(np.isfinite(cost) & (a[:, None] > 0) & (b[None, :] > 0))
     arcs = np.arange(len(i))
     incidence = sparse.csr_matrix((np.ones(2 * len(i)), (np.r_[i, n + j], np.r_[arcs, arcs])), shape=(n + m, len(i)))
-    sides = [_side_columns(problem.rows, a), _side_columns(problem.columns, b)]
-    blocks = [incidence, sparse.block_diag([matrix for matrix, *_ in sides])]
-    right = np.concatenate([side[1] for side in sides])
-    prices = np.concatenate([cost[i, j], *(side[2] for side in sides)])
-    lower = np.concatenate([np.zeros(len(i)), *(side[3] for side in sides)])
-    upper = np.concatenate([np.full(len(i), np.inf), *(side[4] for side in sides)])
+    (base_r, pieces_r), (base_c, pieces_c) = problem.rows.pieces(a), problem.columns.pieces(b)
+    pieces = [*((x, 0) for x in pieces_r), *((x, 1) for x in pieces_c)]
+    blocks = [incidence, *(_place(x.sign, side, n, m) for x, side in pieces)]
+    right = np.r_[base_r, base_c]
+    prices = np.concatenate([cost[i, j], *(x.price for x, _ in pieces)])
+    lower, upper = np.zeros(len(prices)), np.concatenate([np.full(len(i), np.inf), *(x.cap for x, _ in pieces)])
     matrix = sparse.hstack(blocks).tocsr()
     if problem.mass is not None:
         total = sparse.csr_matrix(np.r_[np.ones(len(i)), np.zeros(matrix.shape[1] - len(i))])
@@ -167,17 +166,10 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     return plan, y[:n], y[n : n + m], lam, Status.CONVERGED, int(result.nit)
 
 
-def _side_columns(
-    side: Marginal, weights: np.ndarray
-) -> tuple[spmatrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Matrix, right-hand side, prices and bounds of one side's own variables: the marginal, or for TV its excess and lack."""
+def _place(sign: float, side: int, n: int, m: int) -> spmatrix:
+    """``-sign x`` in the equations of one side, nothing in the other's."""
     from scipy import sparse
 
-    size, identity = len(weights), sparse.identity(len(weights), format="csr")
-    price = side.recession
-    if side.is_hard or price == 0:
-        lo, hi = (number(x) for x in side.bounds)
-        upper = np.full(size, np.inf) if math.isinf(hi) else hi * weights
-        return -identity, np.zeros(size), np.zeros(size), lo * weights, upper
-    split = sparse.hstack([-identity, identity])  # P 1 - excess + lack = a
-    return split, weights, np.full(2 * size, price), np.zeros(2 * size), np.full(2 * size, np.inf)
+    own, other = (n, m) if side == 0 else (m, n)
+    blocks = [-sign * sparse.identity(own), sparse.csr_matrix((other, own))]
+    return sparse.vstack(blocks if side == 0 else blocks[::-1])

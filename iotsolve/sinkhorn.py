@@ -113,11 +113,18 @@ class Sinkhorn:
         return [top * self.annealing**k for k in range(1, count + 1) if top * self.annealing**k > target]
 
     def init(self, problem: Problem, start: Potentials | None) -> SinkhornState:
-        if start is None:
+        """The state of the start; a given one comes with all its soft-minima, so that it can be judged as it is."""
+        rows, columns, given = problem.rows, problem.columns, start is not None
+        if not given:
             lam = problem.a.new_zeros(problem.batch_shape)
             start = Potentials(torch.zeros_like(problem.a), torch.zeros_like(problem.b), lam)
-        s = None if problem.rows.is_free else _softmin(problem, start.g, problem.epsilon, axis=-1)
-        return SinkhornState(start, s, None)
+        f = torch.zeros_like(start.f) if rows.is_free else start.f  # never visited
+        g = torch.zeros_like(start.g) if columns.is_free else start.g
+        s = None if rows.is_free else _softmin(problem, g, problem.epsilon, axis=-1)
+        both = given and (rows.is_free or not columns.is_free)
+        return SinkhornState(
+            Potentials(f, g, start.lam), s, _softmin(problem, f, problem.epsilon, axis=-2) if both else None
+        )
 
     def step(self, problem: Problem, state: SinkhornState, epsilon: Scalar) -> SinkhornState:
         p, s, t = state.potentials, state.s, None
@@ -179,7 +186,7 @@ def settle(problem: Problem, state: SinkhornState) -> SinkhornState:
     negligible = 16 * torch.finfo(p.f.dtype).eps * (problem.a.sum(-1) + problem.b.sum(-1))
     reach = 4 * sum(torch.where(x.isfinite(), x, 0.0).abs().amax(-1) for x in (p.f, p.g)) + 4 * p.lam.abs()
     one = torch.ones((), dtype=p.f.dtype, device=p.f.device)
-    reach = reach + 8 * sum(side.divergence(0 * one, one) for side in (rows, columns))  # kinks lie within rho
+    reach = reach + 8 * sum(side.divergence(0 * one, one).amax() for side in (rows, columns))  # kinks lie within rho
 
     def root(falling: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
         return _root(falling, torch.maximum(low, -reach), torch.minimum(high, reach), negligible)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 
 from iotsolve.costs import calm
 from iotsolve.exact import Exact
-from iotsolve.gradient import Envelope, Gradient, Implicit
+from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
+from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
@@ -20,7 +22,7 @@ from iotsolve.support import carrying_arcs
 
 __all__ = ["run", "solve"]
 
-Solver = Sinkhorn | Exact
+Solver = Sinkhorn | Interior | Exact
 
 
 def solve(
@@ -35,8 +37,10 @@ def solve(
 
     Args:
         problem: what to solve; a batch is solved problem by problem, each with its own status and step count.
-        solver: ``Sinkhorn(...)`` for ``epsilon > 0``, ``Exact()`` for ``epsilon = 0``; chosen by itself if not given.
-        gradient: how torch outputs are differentiated: ``Envelope()`` (default: the value, exactly) or ``Implicit()``.
+        solver: ``Sinkhorn(...)`` for ``epsilon > 0``, ``Exact()`` for ``epsilon = 0``, ``Interior()`` for both; chosen by
+            itself if not given.
+        gradient: how torch outputs are differentiated: ``Envelope()`` (default: the value, exactly), ``Implicit()`` or
+            ``Unroll(steps)``.
         init: a solution or potentials of a similar problem to start from (``epsilon > 0``).
         throw: raise if a problem does not converge (default); False returns the solution with its status.
 
@@ -54,7 +58,7 @@ def solve(
     """
     solver = _pick(problem) if solver is None and isinstance(problem, Problem) else solver
     _check_arguments(problem, solver, gradient, init)
-    if isinstance(gradient, Implicit) and isinstance(solver, Sinkhorn):
+    if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
     problem = _attainable(problem)
     with torch.no_grad():
@@ -69,7 +73,7 @@ def solve(
     )
     status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
     plan = None if outcome.plan is None else outcome.plan.reshape(problem.shape)
-    tolerance = solver.tolerance if isinstance(solver, Sinkhorn) else None
+    tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
     if problem.is_exact:  # nobody else has judged what the linear solvers claim
         solution = replace(solution, status=_certified(status, solution.certificate.holds))
@@ -81,14 +85,16 @@ def solve(
 def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Outcome:
     """The solver's bare result for a detached flat batch: what a training step uses, without anything around it."""
     with calm(problem.cost.dense()):
-        return solver.run(problem) if isinstance(solver, Exact) else iterate(problem, solver, start)
+        if isinstance(solver, Sinkhorn):
+            return iterate(problem, solver, start)
+        return solver.run(problem, start) if isinstance(solver, _Automatic) else solver.run(problem)
 
 
 def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) -> None:
     for name, value, kinds in (
         ("problem", problem, (Problem,)),
-        ("solver", solver, (Sinkhorn, Exact)),
-        ("gradient", gradient, (Envelope, Implicit, type(None))),
+        ("solver", solver, (Sinkhorn, Interior, Exact, _Automatic)),
+        ("gradient", gradient, (Envelope, Implicit, Unroll, type(None))),
         ("init", init, (Solution, Potentials, type(None))),
     ):
         if not isinstance(value, kinds):
@@ -96,15 +102,15 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) ->
             raise ValueError(
                 f"{name} = {value!r}: must be an object of type {known}. Was the class passed without brackets?"
             )
-    if isinstance(gradient, Implicit) and problem.is_exact:
+    if isinstance(gradient, Implicit | Unroll) and problem.is_exact:
         raise ValueError(
-            "gradient = Implicit() with epsilon = 0: the plan of a linear program is piecewise constant and has no useful "
+            f"gradient = {gradient} with epsilon = 0: the plan of a linear program is piecewise constant and has no useful "
             "derivative. Use epsilon > 0, or Envelope() for the value."
         )
-    if isinstance(solver, Exact) != problem.is_exact:
+    if isinstance(solver, Sinkhorn if problem.is_exact else Exact):
         raise ValueError(
-            f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0 and "
-            "Sinkhorn() epsilon > 0. Change the one or the other, or leave the solver out."
+            f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0, "
+            "Sinkhorn() epsilon > 0, Interior() both. Change the one or the other, or leave the solver out."
         )
 
 
@@ -116,7 +122,44 @@ def _certified(status: Any, holds: Any) -> Any:
 
 
 def _pick(problem: Problem) -> Solver:
-    return Exact() if problem.is_exact else Sinkhorn()
+    return Exact() if problem.is_exact else _Automatic()
+
+
+@dataclass(frozen=True)
+class _Automatic:
+    """First order while it is quick; what it leaves goes to the interior point where that fits, and back to be finished."""
+
+    tolerance: float | None = None
+    stationary: bool = False
+
+    def run(self, problem: Problem, start: Potentials | None) -> Outcome:
+        n, m = problem.shape[-2:]
+        if n * m > _FITS:
+            return iterate(problem, Sinkhorn(stationary=self.stationary), start)
+        first = iterate(problem, Sinkhorn(max_steps=_QUICK, stationary=self.stationary), start)
+        second = _continued(problem, first, lambda left, _: Interior(stationary=self.stationary).run(left))
+        return _continued(problem, second, lambda left, p: iterate(left, Sinkhorn(stationary=self.stationary), p))
+
+
+_FITS = 10**6  # arcs
+_QUICK = 96  # sweeps, annealing included: about the price of an interior point
+
+
+def _continued(problem: Problem, done: Outcome, go_on: Callable[[Problem, Potentials], Outcome]) -> Outcome:
+    """The outcome with what ran out of steps or stalled taken further."""
+    left = [i for i, status in enumerate(done.status) if status in (Status.MAX_STEPS, Status.STALLED)]
+    if not left:
+        return done
+    index, p = torch.as_tensor(left, device=problem.cost.device), done.potentials
+    more = go_on(problem.select(index), Potentials(p.f[index], p.g[index], p.lam[index]))
+    status, steps = list(done.status), list(done.steps)
+    for k, i in enumerate(left):
+        status[i], steps[i] = more.status[k], done.steps[i] + more.steps[k]
+    new = (
+        x.index_copy(0, index, y)
+        for x, y in zip((p.f, p.g, p.lam), (more.potentials.f, more.potentials.g, more.potentials.lam), strict=True)
+    )
+    return Outcome(Potentials(*new), status, steps)
 
 
 def _start(problem: Problem, init: Solution | Potentials) -> Potentials:

@@ -121,10 +121,11 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
     highest = torch.full_like(final.lam, -torch.inf)
 
-    for k in range(1, method.max_steps + 1):
+    for k in range(1 if start is None else 0, method.max_steps + 1):  # a start that is good enough takes no step
         annealing, late = k <= len(schedule), k - len(schedule)
-        state = method.step(problem, state, schedule[k - 1] if annealing else problem.epsilon)
-        if annealing or (not _due(late) and k < method.max_steps):
+        if k:
+            state = method.step(problem, state, schedule[k - 1] if annealing else problem.epsilon)
+        if (annealing and k) or (not _due(late) and k < method.max_steps):
             continue
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
@@ -136,7 +137,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         if not done.any():
             if k == method.max_steps:
                 break
-            state = method.settle(problem, state) if late & (late - 1) == 0 or late % 64 == 0 else state
+            state = method.settle(problem, state) if k and (late & (late - 1) == 0 or late % 64 == 0) else state
             continue
         for i in done.nonzero().flatten().tolist():
             sharp = error[i] <= tolerance / 2 and not blunt[i]
@@ -158,7 +159,7 @@ _PATIENCE = 30  # checks without progress
 
 
 def _due(k: int) -> bool:
-    return k in (1, 2, 4) or k % 8 == 0
+    return k in (1, 2, 4) or k % 8 == 0  # 0 too
 
 
 def _usable(problem: Problem, p: Potentials) -> Tensor:
