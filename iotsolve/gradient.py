@@ -1,23 +1,30 @@
 """How a solution is differentiated: a choice, made at the call, and the library's only autograd functions.
 
 ``Envelope`` differentiates the value alone, exactly and for the price of one plan. ``Implicit`` differentiates everything
-the potentials determine, by one linear system. What a choice cannot differentiate raises when asked; it never returns a
-gradient with a part missing.
+the potentials determine, by one linear system; ``Unroll`` does the same through the solver's own last sweeps. What a choice
+cannot differentiate raises when asked; it never returns a gradient with a part missing.
+
+A potential is *held* where a kink of its side keeps it (a bound that is not active, TV at its clamp, a FREE side); it is
+*idle* where its bin carries no mass, so that it follows the other side and nothing follows it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from iotsolve.costs import Dense, Scalar, calm
+from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem, log_scaling, weighted
+from iotsolve.sinkhorn import Sinkhorn
 
-__all__ = ["Envelope", "Gradient", "Implicit"]
+__all__ = ["Envelope", "Gradient", "Gradients", "Implicit", "Unroll"]
 
 
 class Gradient(Protocol):
@@ -32,9 +39,10 @@ class Gradient(Protocol):
 class Envelope:
     """Differentiate the value by the envelope theorem: the dual at frozen potentials.
 
-    Exact at convergence in cost, a, b, epsilon, mass and the marginals' parameters. Plan, potentials and marginals carry no
-    gradient: asking for one raises a RuntimeError that says so. Under FIXED/FIXED only directions with equal change of the
-    two totals are meaningful. At epsilon = 0 the result is one subgradient: that of the plan and potentials returned.
+    Exact at convergence in cost, a, b, epsilon, mass and the marginals' parameters; at epsilon > 0 twice differentiable, by
+    the implicit function theorem. Plan, potentials and marginals carry no gradient: asking for one raises a RuntimeError
+    that says so. Under FIXED/FIXED only directions with equal change of the two totals are meaningful. At epsilon = 0 the
+    result is one subgradient: that of the plan and potentials returned.
 
     Example:
         >>> import torch
@@ -54,7 +62,7 @@ class Envelope:
         return _refuse(problem, p)
 
     def plan(self, problem: Problem, plan: Tensor) -> Tensor:
-        return _Refuse.apply(plan, *_inputs(problem)[1]) if _live(problem) else plan
+        return _Refuse.apply(_VALUE_ONLY, plan, *_inputs(problem)[1]) if _live(problem) else plan
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Implicit:
 
     Exact at convergence, for epsilon > 0, away from kinks; bins held by a kink (a bound not active, TV at its clamp) do not
     move. The error is that of the marginals, not its square: solve to a marginal tolerance you would accept in the
-    gradient. Bins of weight 0 keep their potential fixed.
+    gradient. At a bin of weight 0 the derivative is that towards positive weights.
 
     Example:
         >>> import torch
@@ -79,12 +87,51 @@ class Implicit:
         return Envelope().value(problem, p, plan)
 
     def potentials(self, problem: Problem, p: Potentials) -> Potentials:
-        if problem.is_exact:
-            return _refuse(problem, p)
-        if not _live(problem):
-            return p
-        names, tensors = _inputs(problem)
-        return problem.gauge(Potentials(*_ImplicitPotentials.apply(problem.detach(), p, names, *tensors)))
+        return _follow(problem, p, _pull_implicit)
+
+    def plan(self, problem: Problem, plan: Tensor) -> Tensor:
+        return Envelope().plan(problem, plan)
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """Differentiate the same outputs as :class:`Implicit` through the last sweeps of :class:`Sinkhorn`, by autograd.
+
+    The sweeps start from the potentials found, detached: they move nothing and only carry derivatives, which converge to
+    those of ``Implicit`` at the rate at which the sweeps contract. The value is differentiated as by ``Envelope``. They are
+    run in the backward pass, in float64, and ``steps`` times some matrices of the cost's size are kept while it lasts.
+
+    Args:
+        steps: number of sweeps, at least 1.
+
+    Raises:
+        ValueError: if ``steps`` is no whole number or below 1.
+
+    Example:
+        >>> import torch
+        >>> from iotsolve import Problem, solve
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+        >>> def derivative(choice):
+        ...     plan = solve(Problem(cost, epsilon=0.5), gradient=choice).plan
+        ...     return torch.autograd.grad(plan[0, 0], cost)[0]
+        >>> bool(torch.allclose(derivative(Unroll(20)), derivative(Implicit())))
+        True
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(
+                f"Unroll(steps={self.steps!r}): must be a whole number of sweeps, at least 1. How many are enough depends on "
+                "how fast the sweeps contract; solution.steps says how many the solver took. Implicit() needs no such number."
+            )
+
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
+        return Envelope().value(problem, p, plan)
+
+    def potentials(self, problem: Problem, p: Potentials) -> Potentials:
+        return _follow(problem, p, lambda *arguments: _pull_sweeps(self.steps, *arguments))
 
     def plan(self, problem: Problem, plan: Tensor) -> Tensor:
         return Envelope().plan(problem, plan)
@@ -99,30 +146,51 @@ def _live(problem: Problem) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors().values())
 
 
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity, connected to the inputs by a derivative that is not to be had."""
+
+    @staticmethod
+    def forward(ctx, message: str, x: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.message = message
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        raise RuntimeError(ctx.message)
+
+
+_VALUE_ONLY = (
+    "gradient=Envelope() differentiates solution.value only; a loss of the plan, the potentials, the marginals or the "
+    "transport cost was sent backward. Solve with gradient=Implicit() (epsilon > 0), or detach that output."
+)
+_ONCE = (
+    "this derivative was differentiated once more than the library can. The value can be differentiated twice (epsilon > 0), "
+    "the plan, the potentials, the marginals and the transport cost once. Was create_graph=True passed once too often? "
+    "Differences of the last derivative can stand in for the next one."
+)
+_LINEAR = (
+    "a gradient at epsilon = 0 was differentiated again: plan and potentials of a linear program jump from vertex to vertex "
+    "and have no useful derivative. Use epsilon > 0 for Hessian products."
+)
+
+
 def _refuse(problem: Problem, p: Potentials) -> Potentials:
     if not _live(problem):
         return p
-    return Potentials(*(_Refuse.apply(x, *_inputs(problem)[1]) for x in (p.f, p.g, p.lam)))
+    return Potentials(*(_Refuse.apply(_VALUE_ONLY, x, *_inputs(problem)[1]) for x in (p.f, p.g, p.lam)))
 
 
-def _moved(problem: Problem, p: Potentials) -> Potentials:
-    return Potentials(problem.rows.moved(p.f), problem.columns.moved(p.g), p.lam)
+def _final(message: str, found: Sequence[Tensor | None], *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients found, which raise if they are differentiated in turn."""
+    if not torch.is_grad_enabled():
+        return tuple(found)
+    return tuple(None if x is None else _Refuse.apply(message, x, *inputs) for x in found)
 
 
-def _pull(
-    ctx: Any, scalar, names: tuple[str, ...], tensors: tuple[Tensor, ...], needed: tuple[bool, ...], dtype: torch.dtype
-):
-    """Gradients of ``scalar(problem)`` in the tensors asked for: the backward pass, evaluated as a formula of its own."""
-    with calm(ctx.problem.cost.dense()), torch.enable_grad():
-        leaves = {
-            n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)
-        }
-        wanted = [leaves[n] for n, need in zip(names, needed, strict=True) if need]
-        value = scalar(ctx.problem.with_tensors(leaves))
-        if not value.requires_grad:
-            return (None,) * len(names)
-        found = iter(torch.autograd.grad(value, wanted, allow_unused=True))
-    return tuple(next(found) if need else None for need in needed)
+# -- the value ---------------------------------------------------------------------------------------------------------
 
 
 class _EnvelopeValue(torch.autograd.Function):
@@ -136,32 +204,106 @@ class _EnvelopeValue(torch.autograd.Function):
             return _lagrangian(problem.to(p.f.dtype), p, plan)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        p, plan, upstream = ctx.p, ctx.plan, upstream.to(ctx.p.f.dtype)
-        needed = ctx.needs_input_grad[4:]
-        if plan is None:
-            wanted = {name for name, need in zip(ctx.names, needed, strict=True) if need}
-            found = _entropic(ctx.problem.to(p.f.dtype), p, upstream, wanted)
-            r, c = found.pop("r"), found.pop("c")
+        needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
+        if torch.is_grad_enabled() and ctx.plan is None:
+            return (None,) * 4 + _differentiable_gradient(ctx, upstream, needed, tensors)
+        return (None,) * 4 + _final(_LINEAR, _gradient(ctx, upstream.detach(), needed, tensors), upstream, *tensors)
 
-            def scalar(problem: Problem) -> Tensor:
-                moved = _moved(problem, p)
-                return (upstream * (problem.dual_sides(moved) - weighted(r, moved.f) - weighted(c, moved.g))).sum()
-        else:
-            found = {}
 
-            def scalar(problem: Problem) -> Tensor:
-                return (_lagrangian(problem, _moved(problem, p), plan) * upstream).sum()
+def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The Lagrangian's partial derivatives at frozen potentials; the entropy's, in closed form, keep no plan."""
+    p, plan, upstream = ctx.p, ctx.plan, upstream.to(ctx.p.f.dtype)
+    if plan is None:
+        wanted = {name for name, need in zip(ctx.names, needed, strict=True) if need}
+        found = _entropic(ctx.problem.to(p.f.dtype), p, upstream, wanted)
+        r, c = found.pop("r"), found.pop("c")
 
-        sides = _pull(ctx, scalar, ctx.names, ctx.saved_tensors, needed, p.f.dtype)
-        total = (_add(found.get(name), side) for name, side in zip(ctx.names, sides, strict=True))
-        like = zip(total, ctx.saved_tensors, strict=True)
-        return (None,) * 4 + tuple(None if x is None else x.to(t.dtype) for x, t in like)
+        def scalar(problem: Problem) -> Tensor:
+            moved = _moved(problem, p)
+            return (upstream * (_dual_sides(problem, moved) - weighted(r, moved.f) - weighted(c, moved.g))).sum()
+    else:
+        found = {}
+
+        def scalar(problem: Problem) -> Tensor:
+            return (_lagrangian(problem, _moved(problem, p), plan) * upstream).sum()
+
+    sides = _pull(ctx.problem, scalar, ctx.names, needed, tensors, p.f.dtype)
+    total = [_add(found.get(name), side) for name, side in zip(ctx.names, sides, strict=True)]
+    return [None if x is None else x.to(t.dtype) for x, t in zip(total, tensors, strict=True)]
+
+
+def _differentiable_gradient(
+    ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The same derivatives with a history: of the inputs themselves, and of the potentials that follow them.
+
+    They are taken with respect to other names of the inputs, so that the potentials' own dependence, to which the value is
+    stationary, is not followed here; the second derivative follows it.
+    """
+    p = ctx.p.to(torch.float64)
+    with calm(ctx.problem.cost.dense()), torch.enable_grad():
+        problem = ctx.problem.with_tensors(dict(zip(ctx.names, tensors, strict=True)))
+        following = _gauged_and_following(problem, p, _pull_implicit)
+        names = {name: t.view_as(t) for name, t in zip(ctx.names, tensors, strict=True)}
+        twin = _smooth_twin(ctx.problem.with_tensors(names).to(torch.float64), p)
+        value = _lagrangian(twin, _moved(twin, following), None)
+        wanted = [names[n] for n, need in zip(ctx.names, needed, strict=True) if need]
+        value = (upstream.double() * value).sum()
+        found = iter(torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in needed)
+
+
+def _pull(
+    problem: Problem,
+    scalar: Callable[[Problem], Tensor],
+    names: Sequence[str],
+    needed: Sequence[bool],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``scalar(problem)`` in the tensors asked for: the backward pass, evaluated as a formula of its own."""
+    with calm(problem.cost.dense()), torch.enable_grad():
+        leaves = {
+            n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)
+        }
+        wanted = [leaves[n] for n, need in zip(names, needed, strict=True) if need]
+        value = scalar(problem.with_tensors(leaves))
+        if not value.requires_grad:
+            return (None,) * len(names)
+        found = iter(torch.autograd.grad(value, wanted, allow_unused=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return y if x is None else x if y is None else x + y
+
+
+def _moved(problem: Problem, p: Potentials) -> Potentials:
+    return Potentials(problem.rows.moved(p.f), problem.columns.moved(p.g), p.lam)
+
+
+def _lagrangian(problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
+    """The dual; at epsilon = 0 with <C - f - g - lam, P> in place of the entropy, which is 0 and whose derivative is not."""
+    if plan is None:
+        return _dual_sides(problem, p) + problem.dual_entropy(p)
+    slack, _ = problem.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
+    return _dual_sides(problem, p) - (slack * plan).sum((-2, -1))
+
+
+def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
+    """``problem.dual_sides`` without the NaN that the derivative of a conjugate has at ``f = inf``.
+
+    A bin that nothing can reach pays for being empty, whatever its potential.
+    """
+    total = 0.0 if problem.mass is None else p.lam * problem.mass
+    for side, weights, f in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
+        reached = f.isfinite()
+        terms = side.conjugate(torch.where(reached, f, 0.0))
+        if not reached.all():
+            terms = torch.where(reached, terms, side.divergence(torch.zeros_like(f), torch.ones_like(f)))
+        total = total + (weights * terms).sum(-1)
+    return total
 
 
 def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
@@ -205,64 +347,128 @@ def _density(
     """``sum_j b_j exp((f_i + g_j - C_ij) / eps)``: the marginal per unit of weight, at empty bins too."""
     if (weights > 0).all():
         return marginal / weights
-    return torch.exp((own - cost.softmin(log_scaling(others, other, eps), eps, axis=axis)) / eps)
+    density = torch.exp((own - cost.softmin(log_scaling(others, other, eps), eps, axis=axis)) / eps)
+    return torch.where(own.isfinite(), density, 0.0)
 
 
-def _lagrangian(problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
-    """The dual; at epsilon = 0 with <C - f - g - lam, P> in place of the entropy, which is 0 and whose derivative is not."""
-    if plan is None:
-        return problem.dual_sides(p) + problem.dual_entropy(p)
-    slack, _ = problem.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
-    return problem.dual_sides(p) - (slack * plan).sum((-2, -1))
+# -- the potentials ----------------------------------------------------------------------------------------------------
+
+Pull = Callable[..., tuple[Tensor | None, ...]]
 
 
-class _ImplicitPotentials(torch.autograd.Function):
+def _follow(problem: Problem, p: Potentials, pull: Pull) -> Potentials:
+    """The potentials, with the derivatives in the problem's tensors that ``pull`` finds."""
+    if problem.is_exact:
+        return _refuse(problem, p)
+    return _moved(problem, _gauged_and_following(problem, p, pull)) if _live(problem) else p
+
+
+def _gauged_and_following(problem: Problem, p: Potentials, pull: Pull) -> Potentials:
+    """All but what a held potential owes to its penalty's parameter, which :func:`_moved` adds."""
+    names, tensors = _inputs(problem)
+    return problem.gauge(Potentials(*_FollowingPotentials.apply(problem.detach(), p, pull, names, *tensors)))
+
+
+class _FollowingPotentials(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, p: Potentials, names: tuple[str, ...], *tensors: Tensor):
-        ctx.problem, ctx.p, ctx.names = problem, p, names
+    def forward(ctx, problem: Problem, p: Potentials, pull: Pull, names: tuple[str, ...], *tensors: Tensor):
+        ctx.problem, ctx.p, ctx.pull, ctx.names = problem, p, pull, names
         ctx.save_for_backward(*tensors)
-        return p.f.clone(), p.g.clone(), p.lam.clone()
+        with calm(problem.cost.dense()):
+            f, g = _with_idle(problem.to(torch.float64), p.to(torch.float64))
+        return f.to(p.f.dtype, copy=True), g.to(p.g.dtype, copy=True), p.lam.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, up_f: Tensor, up_g: Tensor, up_lam: Tensor):
-        p = ctx.p.to(torch.float64)
-        with calm(ctx.problem.cost.dense()):
-            upstream = (up.double() for up in (up_f, up_g, up_lam))
-            u, v, w, held_f, held_g = implicit_adjoint(ctx.problem.to(torch.float64), p, *upstream)
-
-        def scalar(problem: Problem) -> Tensor:
-            moved = _moved(problem, p)
-            plan = problem.plan(moved)
-            asked = (u * problem.a * problem.rows.response(p.f)).sum(-1) + (
-                v * problem.b * problem.columns.response(p.g)
-            ).sum(-1)
-            if problem.mass is not None:
-                asked = asked + w * problem.mass
-            had = (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum((-2, -1))
-            return (asked - had).sum() + (held_f * moved.f).sum() + (held_g * moved.g).sum()
-
-        tensors = ctx.saved_tensors
-        found = _pull(ctx, scalar, ctx.names, tensors, ctx.needs_input_grad[3:], torch.float64)
-        return (None,) * 3 + tuple(None if x is None else x.to(t.dtype) for x, t in zip(found, tensors, strict=True))
+    def backward(ctx, *upstream: Tensor):
+        needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
+        ups = Potentials(*(up.detach().double() for up in upstream))
+        with torch.no_grad():
+            problem, p = ctx.problem.to(torch.float64), ctx.p.to(torch.float64)
+            found = ctx.pull(problem, p, ups, ctx.names, needed, tensors)
+            found = [None if x is None else x.to(t.dtype) for x, t in zip(found, tensors, strict=True)]
+        return (None,) * 4 + _final(_ONCE, found, *upstream, *tensors)
 
 
-def implicit_adjoint(problem: Problem, p: Potentials, up_f: Tensor, up_g: Tensor, up_lam: Tensor):
-    """Solve Hessian(dual) (u, v, w) = upstream over the bins that move; also the upstream of the bins that are held.
+def _pull_implicit(
+    problem: Problem,
+    p: Potentials,
+    upstream: Potentials,
+    names: Sequence[str],
+    needed: Sequence[bool],
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """The adjoint of the optimality conditions: idle bins first, which depend on the others, then the others by one solve."""
+    idle_f, idle_g = _idle(problem, p)
+    eliminated: tuple[Tensor | None, ...] = (None,) * len(names)
+    if idle_f.any() or idle_g.any():
+        x = Potentials(*(t.clone().requires_grad_() for t in (p.f, p.g, p.lam)))
+        parts: list[Tensor] = []
 
-    Shapes as the potentials', float64; any batch.
-    """
+        def of_idle(live: Problem) -> Tensor:
+            f, g = _idle_potentials(_smooth_twin(live, p), x)
+            total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
+            parts.extend(torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True))
+            return total
+
+        eliminated = _pull(problem, of_idle, names, needed, tensors, torch.float64)
+        upstream = Potentials(
+            torch.where(idle_f, 0.0, upstream.f) + torch.where(p.f.isfinite(), parts[0], 0.0),
+            torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
+            upstream.lam + parts[2],
+        )
+    with calm(problem.cost.dense()):
+        u, v, w = _adjoint(problem, p, upstream, (_moving(problem.rows, p.f), _moving(problem.columns, p.g)))
+
+    def scalar(live: Problem) -> Tensor:
+        plan = live.plan(_moved(live, p))
+        asked = (u * live.a * live.rows.response(_finite(p.f))).sum(-1)
+        asked = asked + (v * live.b * live.columns.response(_finite(p.g))).sum(-1)
+        if live.mass is not None:
+            asked = asked + w * live.mass
+        had = (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum((-2, -1))
+        return (asked - had).sum()
+
+    found = _pull(problem, scalar, names, needed, tensors, torch.float64)
+    return tuple(_add(x, y) for x, y in zip(found, eliminated, strict=True))
+
+
+def _pull_sweeps(
+    steps: int,
+    problem: Problem,
+    p: Potentials,
+    upstream: Potentials,
+    names: Sequence[str],
+    needed: Sequence[bool],
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """The solver's own sweeps, followed by autograd."""
+    solver = Sinkhorn()
+    free_f, free_g = _moving(problem.rows, p.f), _moving(problem.columns, p.g)
+
+    def scalar(live: Problem) -> Tensor:
+        twin = _smooth_twin(live, p)
+        state = solver.init(twin, p)
+        for _ in range(steps):
+            state = solver.step(twin, state, twin.epsilon)
+        found = state.potentials
+        total = (
+            torch.where(free_f, upstream.f * found.f, 0.0).sum() + torch.where(free_g, upstream.g * found.g, 0.0).sum()
+        )
+        return total + (upstream.lam * found.lam).sum()
+
+    return _pull(problem, scalar, names, needed, tensors, torch.float64)
+
+
+def _adjoint(
+    problem: Problem, p: Potentials, upstream: Potentials, moving: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve Hessian(dual) (u, v, w) = upstream over the bins that move and carry mass; shapes as the potentials'."""
     flat = problem.flat()
     f, g, lam = p.f.reshape(flat.a.shape), p.g.reshape(flat.b.shape), p.lam.reshape(-1)
-    plan = flat.plan(Potentials(f, g, lam))
+    plan, eps = flat.plan(Potentials(f, g, lam)), flat.epsilon
     r, c = plan.sum(-1), plan.sum(-2)
+    keep_f, keep_g = (r > 0) & moving[0].reshape(f.shape), (c > 0) & moving[1].reshape(g.shape)
     bend_f, bend_g = flat.rows.curvature(f), flat.columns.curvature(g)
-    keep_f, keep_g = (r > 0) & bend_f.isfinite() & f.isfinite(), (c > 0) & bend_g.isfinite() & g.isfinite()
-    if flat.rows.is_free:
-        keep_f = torch.zeros_like(keep_f)
-    if flat.columns.is_free:
-        keep_g = torch.zeros_like(keep_g)
-    eps = flat.epsilon
     system = DualSystem(
         plan,
         r + eps * torch.where(keep_f, flat.a * bend_f, 0.0),
@@ -271,21 +477,147 @@ def implicit_adjoint(problem: Problem, p: Potentials, up_f: Tensor, up_g: Tensor
         keep_g,
         flat.mass is not None,
     )
-    rhs = up_f.reshape(f.shape), up_g.reshape(g.shape), up_lam.reshape(lam.shape)
-    u, v, w = system.solve(torch.where(keep_f, rhs[0], 0.0), torch.where(keep_g, rhs[1], 0.0), rhs[2])
-    held_f, held_g = torch.where(keep_f, 0.0, rhs[0]), torch.where(keep_g, 0.0, rhs[1])
-    shaped = (eps * u).reshape(p.f.shape), (eps * v).reshape(p.g.shape), (eps * w).reshape(p.lam.shape)
-    return *shaped, held_f.reshape(p.f.shape), held_g.reshape(p.g.shape)
+    right_f, right_g = upstream.f.reshape(f.shape), upstream.g.reshape(g.shape)
+    solved = system.solve(
+        torch.where(keep_f, right_f, 0.0), torch.where(keep_g, right_g, 0.0), upstream.lam.reshape(lam.shape)
+    )
+    shapes = (p.f.shape, p.g.shape, p.lam.shape)
+    return tuple((eps * x).reshape(shape) for x, shape in zip(solved, shapes, strict=True))
 
 
-class _Refuse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, *inputs: Tensor) -> Tensor:
-        return x.clone()
+# -- bins that are held, idle or out of reach --------------------------------------------------------------------------
 
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        raise RuntimeError(
-            "gradient=Envelope() differentiates solution.value only; a loss of the plan, the potentials, the marginals or the "
-            "transport cost was sent backward. Solve with gradient=Implicit() (epsilon > 0), or detach that output."
+
+def _moving(side: Marginal, f: Tensor) -> Tensor:
+    """Bins whose potential no kink holds."""
+    if side.is_free:
+        return torch.zeros_like(f, dtype=torch.bool)
+    return side.curvature(f).isfinite() & f.isfinite()
+
+
+def _idle(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
+    """Bins that move and carry nothing, for want of weight or because the little that is asked for underflows."""
+    return (
+        _moving(problem.rows, p.f) & (problem.a * problem.rows.response(_finite(p.f)) == 0),
+        _moving(problem.columns, p.g) & (problem.b * problem.columns.response(_finite(p.g)) == 0),
+    )
+
+
+def _idle_potentials(twin: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
+    """Every bin's potential as the other side's determine it: one update each, from the same potentials."""
+    eps, lam = twin.epsilon, p.lam.unsqueeze(-1)
+    s = twin.cost.softmin(log_scaling(twin.b, p.g, eps), eps, axis=-1)
+    t = twin.cost.softmin(log_scaling(twin.a, p.f, eps), eps, axis=-2)
+    return twin.rows.aprox(s - lam, eps), twin.columns.aprox(t - lam, eps)
+
+
+def _with_idle(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
+    """``f`` and ``g`` with those of idle bins brought up to date."""
+    idle_f, idle_g = _idle(problem, p)
+    if not (idle_f.any() or idle_g.any()):
+        return p.f, p.g
+    f, g = _idle_potentials(_smooth_twin(problem, p), p)
+    return torch.where(idle_f, f, p.f), torch.where(idle_g, g, p.g)
+
+
+def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
+    """The same problem where every derivative exists and is finite; float64.
+
+    Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
+    at which they carry exactly 0. So do the arcs between two empty bins on which the plan per unit of both weights, their
+    only trace, would overflow.
+    """
+    a, b, matrix = problem.a, problem.b, problem.cost.dense()
+    empty_a, empty_b = a.detach() <= 0, b.detach() <= 0
+    slack, allowed = Dense(matrix.detach()).slack(p.f + p.lam.unsqueeze(-1), p.g)
+    eps = number(problem.epsilon)
+    allowed = matrix.isfinite() & ~(empty_a.unsqueeze(-1) & empty_b.unsqueeze(-2) & allowed & (slack > 600 * eps))
+    sizes = [float(torch.where(x.isfinite(), x, 0.0).abs().max()) for x in (matrix.detach(), p.f, p.g, p.lam)]
+    one = torch.ones((), dtype=a.dtype, device=a.device)
+    softness = [float(side.divergence(0 * one, one).detach().max()) for side in (problem.rows, problem.columns)]
+    return problem.with_tensors(
+        {
+            "cost": torch.where(allowed, matrix, 1e4 * (sum(sizes) + sum(softness) + eps)),
+            "a": a + empty_a.to(a.dtype) * _SPECK,
+            "b": b + empty_b.to(b.dtype) * _SPECK,
+        }
+    )
+
+
+_SPECK = 1e-100  # its square and its inverse's are in range
+
+
+def _finite(f: Tensor) -> Tensor:
+    return torch.where(f.isfinite(), f, 0.0)
+
+
+# -- without torch -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Derivatives of one number in every datum of a problem; float64 NumPy arrays and floats.
+
+    Attributes:
+        cost: shape ``(..., n, m)``; 0 at forbidden arcs.
+        a: shape ``(..., n)``, towards positive weights at empty bins.
+        b: shape ``(..., m)``.
+        epsilon: summed over a batch, which shares it; None at ``epsilon = 0``.
+        mass: summed over a batch; None if the problem has no ``mass``.
+        rows: by the name of the parameter, summed over a batch: ``rho``, or the bounds ``lo`` and ``hi`` that are positive
+            and finite; empty for FIXED and FREE.
+        columns: the same.
+
+    Example:
+        >>> import numpy as np
+        >>> from iotsolve import KL, Problem, solve
+        >>> found = solve(Problem(np.eye(2), epsilon=0.5, rows=KL(1.0))).gradient()
+        >>> found.cost.shape, list(found.rows), found.columns, found.mass
+        ((2, 2), ['rho'], {}, None)
+    """
+
+    cost: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    epsilon: float | None
+    mass: float | None
+    rows: dict[str, float]
+    columns: dict[str, float]
+
+
+def as_leaves(problem: Problem) -> Problem:
+    """The same problem in float64 tensors, every number of it a leaf of its own."""
+
+    def leaf(x: Scalar) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float64).detach().clone().requires_grad_()
+
+    def of_leaves(side: Marginal) -> Marginal:
+        given = {field.name: getattr(side, field.name) for field in fields(side)}
+        settled = side.is_fixed or side.is_free
+        return replace(
+            side, **{k: leaf(x) if 0 < number(x) < np.inf and not settled else number(x) for k, x in given.items()}
         )
+
+    rows, columns = (of_leaves(side) for side in problem.sides)
+    return Problem.unchecked(
+        leaf(problem.cost.dense()),
+        leaf(problem.a),
+        leaf(problem.b),
+        epsilon=0.0 if problem.is_exact else leaf(problem.epsilon),
+        rows=rows,
+        columns=columns,
+        mass=None if problem.mass is None else leaf(problem.mass),
+    )
+
+
+def gradients(scalar: Tensor, leaves: Problem) -> Gradients:
+    """Derivatives of ``scalar`` in the tensors of a problem of :func:`as_leaves`."""
+    named = leaves.tensors()
+    found = torch.autograd.grad(scalar, list(named.values()), materialize_grads=True)
+    arrays = {name: x.cpu().numpy()[()] for name, x in zip(named, found, strict=True)}
+
+    def of(side: str) -> dict[str, float]:
+        return {name.partition(".")[2]: float(x) for name, x in arrays.items() if name.startswith(f"{side}.")}
+
+    epsilon, mass = (float(arrays[name]) if name in arrays else None for name in ("epsilon", "mass"))
+    return Gradients(arrays["cost"], arrays["a"], arrays["b"], epsilon, mass, of("rows"), of("columns"))

@@ -7,23 +7,21 @@ the optimal value between ``dual`` and ``primal``, whoever found the potentials 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from iotsolve.costs import calm
+from iotsolve.gradient import Gradient, Gradients, Implicit, as_leaves, gradients
 from iotsolve.marginals import number
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Status
 from iotsolve.validation import default_tolerance
-
-if TYPE_CHECKING:
-    from iotsolve.gradient import Gradient
 
 __all__ = ["Certificate", "Solution", "SolveError", "certify"]
 
@@ -194,6 +192,45 @@ class Solution:
         finite = torch.where(cost.isfinite(), cost, 0.0)  # inside: 0 * inf would be NaN in the gradient
         return self.problem.leave((finite * self._plan).sum((-2, -1)))
 
+    def gradient(self, of: str = "value", weights: Any = None) -> Gradients:
+        """Derivatives of one output, or of a weighted sum of its entries, in every datum: autograd for NumPy users.
+
+        Exact at convergence, by the envelope theorem for the value and the implicit function theorem for the rest.
+
+        Args:
+            of: ``"value"``, ``"plan"``, ``"f"``, ``"g"``, ``"mass_multiplier"``, ``"row_marginal"``, ``"column_marginal"``,
+                ``"mass"`` or ``"transport_cost"``; at ``epsilon = 0`` the value only.
+            weights: finite, of the output's shape; may be left out where the output is one number per problem, and is 1.
+
+        Raises:
+            ValueError: on an unknown output, weights of another shape, or an output without a derivative.
+
+        Example:
+            >>> from iotsolve import Problem, solve
+            >>> solution = solve(Problem(np.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.5))
+            >>> bool(np.allclose(solution.gradient().cost, solution.plan))
+            True
+            >>> solution.gradient(of="plan", weights=np.eye(2)).cost.shape
+            (2, 2)
+        """
+        if of not in _DIFFERENTIABLE:
+            raise ValueError(f"of = {of!r}: no output of that name. Take one of {', '.join(_DIFFERENTIABLE)}.")
+        if of != "value" and self.problem.is_exact:
+            raise ValueError(
+                f"of = {of!r} with epsilon = 0: the plan of a linear program is piecewise constant and has no useful "
+                "derivative. Use epsilon > 0, or of='value'."
+            )
+        with torch.enable_grad():
+            plan = None if self.exact_plan is None else self.exact_plan.double()
+            p = self.potentials.detach().to(torch.float64)
+            twin = replace(
+                self, problem=as_leaves(self.problem), potentials=p, exact_plan=plan, differentiation=Implicit()
+            )
+            output = getattr(twin, of)
+            weights = _weights(of, weights, output)
+            # a potential of +inf, at a bin that nothing can reach, is constant
+            return gradients((weights * torch.where(output.isfinite(), output, 0.0)).sum(), twin.problem)
+
     @cached_property
     def certificate(self) -> Certificate:
         """Bounds and errors, float64, from the problem and the potentials alone."""
@@ -205,6 +242,32 @@ class Solution:
         if not isinstance(self.status, Status):
             return f"Solution({np.size(self.status)} problems of {n} x {m}: {int(np.sum(self.converged))} converged)"
         return f"Solution({n} x {m}, value {float(self.value):.6g}, {self.status.name} in {self.steps} steps)"
+
+
+_DIFFERENTIABLE = (
+    *("value", "plan", "f", "g", "mass_multiplier"),
+    *("row_marginal", "column_marginal", "mass", "transport_cost"),
+)
+
+
+def _weights(of: str, weights: Any, output: Tensor) -> Tensor:
+    if weights is None:
+        if of in ("value", "mass", "mass_multiplier", "transport_cost"):
+            return torch.ones_like(output)
+        raise ValueError(
+            f"weights = None: {of} has shape {tuple(output.shape)} and needs weights of that shape, to say which sum of its "
+            "entries is differentiated."
+        )
+    try:
+        given = torch.as_tensor(weights, dtype=output.dtype, device=output.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"weights = {weights!r}: must be an array of real numbers of {of}'s shape.") from error
+    if given.shape != output.shape or not given.isfinite().all():
+        raise ValueError(
+            f"weights has shape {tuple(given.shape)}: must be {tuple(output.shape)}, that of {of}, and finite. "
+            "Was it made for another output, or transposed?"
+        )
+    return given
 
 
 def certify(
