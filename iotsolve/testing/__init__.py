@@ -13,7 +13,7 @@ Needs the extra ``testing``: ``pip install iotsolve[testing]``. A solver of your
 Every problem drawn has an answer; what to do about one that a solver cannot reach is for its status to say.
 """
 
-from iotsolve.testing.laws import check_certificate, check_duality, check_gradient
+from iotsolve.testing.laws import check_certificate, check_duality, check_gradient, check_limits
 from iotsolve.testing.references import Reference, reference
 from iotsolve.testing.strategies import costs, marginals, points, problems, weights
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_certificate",
     "check_duality",
     "check_gradient",
+    "check_limits",
     "costs",
     "marginals",
     "points",

@@ -6,28 +6,35 @@ Each raises an AssertionError that shows the problem and the numbers, and nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.exact import Exact
+from iotsolve.marginals import FIXED, FREE
 from iotsolve.problem import Problem
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution
 from iotsolve.solve import solve
 from iotsolve.testing.references import (
+    SOFT,
+    Numbers,
     Reference,
     dual_objective,
     numbers,
     objective,
     reference,
     rounding,
+    softmax_value,
     violation,
 )
 
-__all__ = ["check_certificate", "check_duality", "check_gradient", "derivative", "random_direction"]
+__all__ = ["check_certificate", "check_duality", "check_gradient", "check_limits", "derivative", "random_direction"]
 
 _PRECISE = Sinkhorn(tolerance=1e-13, max_steps=20_000)
 _STEP = 2e-4  # the derivative of a clamped side has kinks of its own: the fewer of them are crossed the better
@@ -114,6 +121,137 @@ def check_gradient(
         stated, size = float(products.sum()), abs(found) + float(products.abs().sum())
         near = abs(stated - found) <= tolerance * size + rounding(problem) / _STEP
         claim(f"derivative along {names}", near, stated=stated, differences=found)
+
+
+def check_limits(
+    problem: Problem,
+    *,
+    solver: Sinkhorn | Exact | Callable[[Problem], float] | None = None,
+    factors: Sequence[float] = (4.0, 32.0, 256.0),
+    tolerance: float = 1e-7,
+) -> None:
+    """Strong penalties, weak penalties and small epsilon: values lie between bounds that close at a known rate.
+
+    Where the limit has the value ``V``, a plan ``P`` and potentials ``f``, ``g``, all by the general solver:
+
+    - rho to infinity, meeting FIXED: ``dual_rho(f, g) <= value(rho) <= V``. The bounds close like
+      ``sum a f^2 / (2 rho)`` for KL and chi-squared, L2 alike in its units, and for TV altogether once ``rho >= |f|``.
+    - rho to 0, meeting FREE: ``V <= value(rho) <= V + D_rho(P 1 | a)``, closing in proportion to ``rho``.
+    - epsilon to 0, meeting the linear program: ``V <= value(eps) <= V + eps KL(P | a x b)``, closing in proportion to
+      ``eps``: the divergence is at most the plan's mass times the logarithm of the least weights' inverse product.
+
+    On the way values never fall as the parameter grows and are concave in it. A problem whose sides are FREE, or FREE and
+    tied to its weights, has its value in closed form, a soft-max.
+
+    Args:
+        problem: without a batch. A limit without an answer is passed over; for FIXED, weights of soft sides are first
+            brought to a common total.
+        solver: what is judged: a solver of the library, or a function from a problem to its value, NaN where it did not
+            converge.
+        factors: by which rho is multiplied and divided, and epsilon divided.
+        tolerance: of a value, relative to the absolute terms that it is the sum of.
+    """
+    value = solver if callable(solver) else _value_by(solver)
+    _check_softmax(problem, value, tolerance)
+    for limit in _limits(numbers(problem)):
+        _check_softmax(limit.problem, value, tolerance)
+        try:
+            answer = reference(limit.problem)
+        except RuntimeError:  # the general solver is not sure of this one
+            continue
+        room = tolerance * (answer.scale + abs(answer.value)) + rounding(limit.problem)
+        points = []
+        for factor in (1.0, *factors):
+            moved = limit.approach(factor)
+            found = math.nan if moved is None else value(moved)
+            if not math.isnan(found):
+                low, high = limit.bounds(moved, answer)
+                slack = room + rounding(moved)
+                holds = low - slack <= found <= high + slack
+                _Claims(moved)(limit.law, holds, lower=low, value=found, upper=high, limit=answer.value)
+                points.append((limit.parameter(factor), found))
+        _check_concave(_Claims(problem), limit.law, sorted(points), room)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A limit problem, the problems on the way to it, and what bounds their values."""
+
+    law: str
+    problem: Problem
+    approach: Callable[[float], Problem | None]
+    parameter: Callable[[float], float]
+    bounds: Callable[[Problem, Reference], tuple[float, float]]
+
+
+def _limits(data: Numbers) -> Iterator[_Limit]:
+    soft = [isinstance(side, SOFT) for side in (data.rows, data.columns)]
+
+    def sides(kind: Any) -> dict[str, Any]:
+        return {name: kind(getattr(data, name)) for name, yes in zip(("rows", "columns"), soft, strict=True) if yes}
+
+    def stronger(factor: float) -> dict[str, Any]:
+        return sides(lambda side: replace(side, rho=float(side.rho) * factor))
+
+    def below(moved: Problem, answer: Reference) -> tuple[float, float]:
+        return dual_objective(moved, answer.f, answer.g, answer.lam), answer.value
+
+    def above(moved: Problem, answer: Reference) -> tuple[float, float]:
+        return answer.value, objective(moved, answer.plan)
+
+    tied = _tied(data, soft)
+    ways = [
+        ("rho to infinity", tied, sides(lambda _: FIXED), stronger, float, below),
+        ("rho to 0", data, sides(lambda _: FREE), lambda k: stronger(1 / k), lambda k: 1 / k, above),
+        ("epsilon to 0", data, {"epsilon": 0.0}, lambda k: {"epsilon": data.epsilon / k}, lambda k: 1 / k, above),
+    ]
+    wanted = [any(soft), any(soft), data.epsilon > 0]
+    for (law, start, end, change, parameter, bounds), there in zip(ways, wanted, strict=True):
+        limit = _made(replace(start, **end)) if there else None
+        if limit is not None:
+            yield _Limit(law, limit, lambda k, s=start, c=change: _made(replace(s, **c(k))), parameter, bounds)
+
+
+def _tied(data: Numbers, soft: Sequence[bool]) -> Numbers:
+    """The data with the weights of soft sides brought to the total that the rest asks for."""
+    hard = [w.sum() for w, yes in zip((data.a, data.b), soft, strict=True) if not yes]
+    total = data.mass or (hard[0] if hard else data.a.sum())
+    a, b = (w * (total / w.sum()) if yes else w for w, yes in zip((data.a, data.b), soft, strict=True))
+    return replace(data, a=a, b=b)
+
+
+def _made(data: Numbers) -> Problem | None:
+    """The problem with these numbers, None if it has no answer."""
+    sides = {"rows": data.rows, "columns": data.columns}
+    try:
+        return Problem(data.cost, data.a, data.b, epsilon=data.epsilon, mass=data.mass, **sides)
+    except ValueError:
+        return None
+
+
+def _check_concave(claim: _Claims, law: str, points: list[tuple[float, float]], room: float) -> None:
+    """A minimum over plans of functions affine in the parameter, none of them falling."""
+    values = [value for _, value in points]
+    claim(f"{law}: monotone", all(v <= w + room for v, w in pairwise(values)), points=points)
+    for (x, u), (y, v), (z, w) in zip(points, points[1:], points[2:], strict=False):
+        chord = u + (y - x) / (z - x) * (w - u)
+        claim(f"{law}: concave", v >= chord - room, points=points)
+
+
+def _check_softmax(problem: Problem, value: Callable[[Problem], float], tolerance: float) -> None:
+    closed = softmax_value(problem)
+    if closed is None:
+        return
+    found, room = value(problem), 1e12 * tolerance * rounding(problem)
+    _Claims(problem)("soft-max", not abs(found - closed) > room, value=found, closed_form=closed)
+
+
+def _value_by(solver: Any) -> Callable[[Problem], float]:
+    def value(problem: Problem) -> float:
+        solution = solve(problem, solver, throw=False)
+        return float(solution.value) if solution.converged else math.nan
+
+    return value
 
 
 def random_direction(problem: Problem, names: str | tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:

@@ -30,12 +30,13 @@ __all__ = [
     "objective",
     "reference",
     "rounding",
+    "softmax_value",
     "terms",
     "violation",
 ]
 
 _CLARABEL = {"tol_gap_rel": 1e-12, "tol_gap_abs": 1e-13, "tol_feas": 1e-12, "max_iter": 500, "accept_unknown": True}
-_HIGHS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+_HIGHS = {"method": "highs", "primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 _WORST_GAP = 1e-8
 SOFT = (KL, TV, ChiSquared, L2)
 
@@ -180,6 +181,29 @@ def envelope(problem: Problem, answer: Reference) -> dict[str, np.ndarray]:
             slope = slope + data.epsilon * (others.sum() - _density(potential, s, data.epsilon))
         found[name] = slope
     return found
+
+
+def softmax_value(problem: Problem) -> float | None:
+    """The value in closed form where there is one: ``epsilon > 0``, a FREE side, the other FREE or tied to its weights."""
+    data = numbers(problem)
+    (lo_r, hi_r), (lo_c, hi_c) = _bounds(data.rows), _bounds(data.columns)
+    if any(isinstance(side, SOFT) for side in problem.sides) or not data.epsilon:
+        return None
+    product = data.a.sum() * data.b.sum()
+    if lo_r == lo_c == 0 and math.isinf(hi_r) and math.isinf(hi_c):
+        s = float(_softmin(data.cost.reshape(1, -1), np.zeros(data.cost.size), data.product.ravel(), data.epsilon)[0])
+        if data.mass is None:
+            return data.epsilon * float(product - np.exp(-s / data.epsilon))
+        return data.mass * (s + data.epsilon * math.log(data.mass)) - data.epsilon * (data.mass - product)
+    if lo_r == hi_r and lo_c == 0 and math.isinf(hi_c):
+        cost, share, weights, others = data.cost, lo_r, data.a, data.b
+    elif lo_c == hi_c and lo_r == 0 and math.isinf(hi_r):
+        cost, share, weights, others = data.cost.T, lo_c, data.b, data.a
+    else:
+        return None
+    full, target = weights > 0, share * weights[weights > 0]
+    f = _softmin(cost[full], np.zeros_like(others), others, data.epsilon) + data.epsilon * math.log(share)
+    return float(target @ f) - data.epsilon * float(target.sum() - product)
 
 
 def best_potentials(problem: Problem, f: Any, g: Any, lam: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -433,7 +457,7 @@ def _constant(data: Numbers) -> float:
 
 def _run(program: cp.Problem) -> None:
     if program.is_lp():
-        program.solve(cp.HIGHS, **_HIGHS)
+        program.solve(cp.SCIPY, scipy_options=dict(_HIGHS))  # scipy's HiGHS says nothing on stdout
     else:
         data, chain, inverse = program.get_problem_data(cp.CLARABEL, solver_opts=_CLARABEL)
         answer = chain.solve_via_data(program, data, solver_opts=_CLARABEL)
