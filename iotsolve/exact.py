@@ -89,7 +89,21 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
     f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
     ceiling = problem.cost.reduced_min(f + lam, problem.a, axis=-2)
     g = problem.columns.aprox(ceiling, 0.0)
-    return Potentials(f, g, p.lam)
+    matrix = problem.cost.dense()
+    size = torch.where(matrix.isfinite(), matrix, 0.0).abs().amax((-2, -1)).unsqueeze(-1) + lam.abs()
+    return Potentials(
+        _at_kinks(problem.rows, problem.a, f, size), _at_kinks(problem.columns, problem.b, g, size), p.lam
+    )
+
+
+def _at_kinks(side: Marginal, a: Tensor, f: Tensor, size: Tensor) -> Tensor:
+    """Potentials exactly at the kink that rounding parts them from: derivatives ask on which side of it they are."""
+    near = 8 * torch.finfo(f.dtype).eps * size
+    for piece in side.pieces(a.cpu().numpy())[1]:
+        if not piece.entropy and not np.any(piece.bend):
+            kink = torch.as_tensor(-piece.sign * piece.price, device=f.device)
+            f = torch.where((f - kink).abs() <= near, kink, f)
+    return f
 
 
 def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:

@@ -23,7 +23,8 @@ from iotsolve.solver import Outcome, Status, iterate
 
 __all__ = ["Interior", "interior_point"]
 
-_Direction = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_Direction = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of x, z, v, w
+_Multipliers = tuple[np.ndarray, np.ndarray, float]  # f, g, lam
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ _SETTLING = 64  # sweeps: most problems need one
 _ENOUGH = 1e-15  # error, total mass and cost range being 1, below which float64 has nothing to say
 _CLOSE = 1e-9  # error from which steps without progress mean that rounding has the word
 _PATIENCE = 4
-_REFINEMENTS = 2
+_DUST = 1e-6
+_REFINEMENTS = 3
 
 
 def interior_point(
@@ -141,11 +143,11 @@ class _Variables:
         self.lower = self.x * self.z - mu + dx * dz
         self.upper = np.where(self.capped, self.v * self.w - mu + dv * dw, 0.0)
         curve = self.entropy * (dx / self.x) ** 2 / 2
-        self.free = self.weight * (curve - self.residual - self.lower / self.x + self.upper / self.v)
+        self.pull = curve - self.residual - self.lower / self.x + self.upper / self.v
 
-    def direction(self, image: np.ndarray) -> _Direction:
-        """The step that goes with a step ``image`` of the multipliers."""
-        dx = self.weight * image + self.free
+    def direction(self, image: np.ndarray, fine: np.ndarray) -> _Direction:
+        """The step that goes with a step ``image + fine`` of the multipliers."""
+        dx = self.weight * ((image + self.pull) + fine)  # image and pull nearly cancel
         dz = -(self.lower + self.z * dx) / self.x
         dv = np.where(self.capped, -dx, 0.0)
         return dx, dz, dv, np.where(self.capped, -(self.upper + self.w * dv) / self.v, 0.0)
@@ -159,6 +161,13 @@ class _Variables:
         dx, dz, dv, dw = direction
         self.x, self.z = self.x + step * dx, self.z + step * dz
         self.v, self.w = self.v + step * dv, self.w + step * dw
+
+
+def _two_sum(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rounded sum and what rounding lost (Knuth)."""
+    total = x + y
+    part = total - x
+    return total, (x - (total - part)) + (y - part)
 
 
 def _reach(x: np.ndarray, dx: np.ndarray) -> float:
@@ -202,9 +211,11 @@ class _Core:
 
     def run(self, max_steps: int) -> int:
         """Newton steps until nothing is gained; leaves the best point's potentials and plan."""
-        best, kept, age, step = math.inf, None, 0, 0
-        for step in range(1, max_steps + 1):
-            for block, image in zip(self.blocks, self._images(self.f, self.g, self.lam), strict=True):
+        best, kept, age, steps = math.inf, None, 0, 0
+        while steps < max_steps:
+            steps += 1
+            zero = (np.zeros_like(self.f), np.zeros_like(self.g), 0.0)
+            for block, (image, _) in zip(self.blocks, self._images((self.f, self.g, self.lam), zero), strict=True):
                 block.linearise(image)
             residuals, products = self._residuals(), sum(block.products() for block in self.blocks)
             error = products + sum(np.abs(r).sum() for r in residuals)
@@ -217,7 +228,7 @@ class _Core:
             self._step(residuals, products)
         if kept is not None:
             (self.f, self.g), self.lam, self.plan.x, self.plan.z = kept
-        return step
+        return steps
 
     def _at_kinks(self) -> list[np.ndarray]:
         """The potentials, exactly at a kink where a variable of constant price is clearly inside its bounds."""
@@ -243,11 +254,14 @@ class _Core:
             block.move(d, length)
         self.f, self.g, self.lam = self.f + length * df, self.g + length * dg, self.lam + length * dlam
 
-    def _images(self, f: np.ndarray, g: np.ndarray, lam: float, common: float = 0.0) -> Iterator[np.ndarray]:
-        """The constraints' multipliers ``(f + common, g - common, lam)`` as every block sees them."""
-        yield f[self.i] + g[self.j] + lam
-        for potential, (_, pieces) in zip((f + common, g - common), self.sides, strict=True):
-            yield from (-sign * potential for sign, _ in pieces)
+    def _images(self, coarse: _Multipliers, fine: _Multipliers) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The multipliers ``coarse + fine`` as every block sees them, in two parts, so that ``f + g`` loses no digits."""
+        (f, g, lam), (f_fine, g_fine, lam_fine) = coarse, fine
+        lifted, lost = _two_sum(f, np.full_like(f, lam))
+        total, lost_too = _two_sum(lifted[self.i], g[self.j])
+        yield total, lost_too + (f_fine + lam_fine + lost)[self.i] + g_fine[self.j]
+        for x, x_fine, (_, pieces) in zip((f, g), (f_fine, g_fine), self.sides, strict=True):
+            yield from ((-sign * x, -sign * x_fine) for sign, _ in pieces)
 
     def _residuals(self) -> list[np.ndarray]:
         row, column, total = self._balance([block.x for block in self.blocks])
@@ -269,16 +283,18 @@ class _Core:
 
     def _directions(self, system: _Normal, residuals: list[np.ndarray]):
         """Newton's step for all variables, refined until their sums add up: weights of all sizes meet in the equations."""
-        df, dg, dlam, common = np.zeros_like(self.f), np.zeros_like(self.g), 0.0, 0.0
+        coarse = fine = (np.zeros_like(self.f), np.zeros_like(self.g), 0.0)
         for round_ in range(_REFINEMENTS + 1):
-            images = self._images(df, dg, dlam, common)
-            moves = [block.direction(image) for block, image in zip(self.blocks, images, strict=True)]
+            images = self._images(coarse, fine)
+            moves = [block.direction(*image) for block, image in zip(self.blocks, images, strict=True)]
             if round_ == _REFINEMENTS:
-                return moves, df + common, dg - common, dlam
+                return moves, *(x + y for x, y in zip(coarse, fine, strict=True))
             change = self._balance([d[0] for d in moves])
-            u, v, w = system.solve(*(-r - x for r, x in zip(residuals, change, strict=True)))
-            shift = -float(v.mean()) if system.drifts else 0.0
-            df, dg, dlam, common = df + (u - shift), dg + (v + shift), dlam + w, common + shift
+            more = system.solve(*(-r - x for r, x in zip(residuals, change, strict=True)))
+            if round_ == 0:
+                coarse = more
+            else:
+                fine = tuple(x + y for x, y in zip(fine, more, strict=True))
 
     def _longest(self, moves: list[_Direction]) -> float:
         return min(block.longest(d) for block, d in zip(self.blocks, moves, strict=True))
@@ -300,8 +316,6 @@ class _Normal:
         self.w, self.sums = w, w.sum(1)
         self.rows = self.sums + spare[0]
         share = spare[0] / self.rows
-        # (t, -t) leaves the plan alone; where nothing else holds the potentials it is kept apart, and costs f + g no digits
-        self.drifts = max(x.max() for x in spare) < self.sums.min()
         self.border, corner = w.T @ share, float(self.sums @ share)
         half = w / np.sqrt(self.rows)[:, None]
         links = half.T @ half
