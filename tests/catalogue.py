@@ -103,7 +103,7 @@ def with_leaves(problem):
         leaf(problem.a),
         leaf(problem.b),
         epsilon=leaf(problem.epsilon) if problem.epsilon else 0.0,
-        rows=side(problem.rows),
-        columns=side(problem.columns),
+        rows=side(problem.sides[0]),
+        columns=side(problem.sides[1]),
         mass=None if problem.mass is None else leaf(problem.mass),
     )
