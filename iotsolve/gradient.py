@@ -405,7 +405,7 @@ def _pull_implicit(
         parts: list[Tensor] = []
 
         def of_idle(live: Problem) -> Tensor:
-            f, g = _idle_potentials(_smooth_twin(live, p), x)
+            f, g = _idle_potentials(_smooth_twin(live, p), _moved(live, x))
             total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
             parts.extend(torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True))
             return total
