@@ -6,7 +6,7 @@
     solution = solve(Problem(cost, a, b, epsilon=0.05, rows=FIXED, columns=KL(1.0)))
 """
 
-from iotsolve.costs import Dense
+from iotsolve.costs import Dense, Points
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradients, Implicit, Unroll
 from iotsolve.interior import Interior
@@ -36,6 +36,7 @@ __all__ = [
     "Gradients",
     "Implicit",
     "Interior",
+    "Points",
     "Potentials",
     "Problem",
     "Sinkhorn",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["Dense", "calm"]
+__all__ = ["METRICS", "Cost", "Dense", "Points", "calm"]
 
 Scalar = float | Tensor
 
@@ -42,12 +43,28 @@ class Dense:
     def device(self) -> torch.device:
         return self.matrix.device
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a gradient can flow to, by name."""
+        return {"cost": self.matrix}
+
+    def with_tensors(self, named: dict[str, Tensor]) -> Dense:
+        """The same cost with other data; names it does not know are none of its business."""
+        return Dense(named.get("cost", self.matrix))
+
+    def expand(self, batch: tuple[int, ...]) -> Dense:
+        return Dense(self.matrix.expand(*batch, *self.matrix.shape[-2:]))
+
+    def all_finite(self) -> bool:
+        """True without forbidden arcs."""
+        return bool(self.matrix.isfinite().all())
+
     def dense(self) -> Float[Tensor, "*batch n m"]:
         """The cost as a matrix, shape ``(..., n, m)``."""
         return self.matrix
 
-    def with_matrix(self, matrix: Tensor) -> Dense:
-        return Dense(matrix)
+    def blocks(self) -> Iterator[tuple[slice, Dense]]:
+        """The cost in blocks of rows that fit into memory: here all of it."""
+        yield slice(0, self.matrix.shape[-2]), self
 
     def entries(self, index: tuple[Tensor, ...]) -> Tensor:
         """``C`` at the given batch, row and column indices, shape ``(k,)``."""
@@ -98,15 +115,148 @@ class Dense:
         return torch.where(allowed, total, 0.0), allowed
 
 
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().sum(-1)
+
+
+def _root(squared: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0: the subgradient of smallest norm, where autograd would give NaN."""
+    apart = squared > 0
+    return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sqeuclidean": _squared,
+    "euclidean": lambda x, y: _root(_squared(x, y)),
+    "cosine": _cosine,
+    "dot": lambda x, y: -(x * y).sum(-1),
+}
+
+
+@dataclass(frozen=True)
+class Points:
+    """The cost between two clouds of points, never held as a matrix: read in blocks of rows, in memory O((n + m) d).
+
+    Args:
+        x: points of the rows, shape ``(..., n, d)``, NumPy or torch, finite.
+        y: points of the columns, shape ``(..., m, d)``.
+        metric: ``"sqeuclidean"`` (squared distance), ``"euclidean"``, ``"cosine"`` (1 - cosine, in [0, 2]) or ``"dot"``
+            (minus the scalar product), in the units this gives.
+
+    Example:
+        >>> import numpy as np
+        >>> from iotsolve import Problem, solve
+        >>> x, y = np.zeros((1, 2)), np.array([[3.0, 4.0]])
+        >>> float(solve(Problem(Points(x, y, "euclidean"), epsilon=0.1)).value)
+        5.0
+    """
+
+    x: Any
+    y: Any
+    metric: str = "sqeuclidean"
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.x.shape[:-2], self.x.shape[-2], self.y.shape[-2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": self.x, "y": self.y}
+
+    def with_tensors(self, named: dict[str, Tensor]) -> Cost:
+        if "cost" in named:
+            return Dense(named["cost"])
+        return Points(named.get("x", self.x), named.get("y", self.y), self.metric)
+
+    def expand(self, batch: tuple[int, ...]) -> Points:
+        x, y = (z.expand(*batch, *z.shape[-2:]) for z in (self.x, self.y))
+        return Points(x, y, self.metric)
+
+    def all_finite(self) -> bool:
+        return True
+
+    def dense(self) -> Float[Tensor, "*batch n m"]:
+        """The cost as a matrix, shape ``(..., n, m)``: all of it, differentiable in the points."""
+        x, y = self.x, self.y
+        if self.metric in ("sqeuclidean", "euclidean"):
+            # About a common centre, so that far from the origin no digits are lost to the square.
+            centre = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
+            x, y = x - centre, y - centre
+            squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+            if self.metric == "sqeuclidean":
+                return squared.clamp(min=0.0)
+            return _root((x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1))
+        if self.metric == "cosine":
+            return 1 - (x / x.norm(dim=-1, keepdim=True)) @ (y / y.norm(dim=-1, keepdim=True)).mT
+        return -(x @ y.mT)
+
+    def blocks(self) -> Iterator[tuple[slice, Dense]]:
+        """The cost in blocks of rows."""
+        n, m = self.shape[-2:]
+        others = self.x[..., 0, 0].numel() * m * (self.x.shape[-1] if self.metric == "euclidean" else 1)
+        size = max(1, _BLOCK // others)
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            yield rows, Dense(Points(self.x[..., rows, :], self.y, self.metric).dense())
+
+    def entries(self, index: tuple[Tensor, ...]) -> Tensor:
+        *batch, i, j = index
+        return METRICS[self.metric](self.x[(*batch, i)], self.y[(*batch, j)])
+
+    def range(self) -> Float[Tensor, "*batch"]:
+        """An upper bound of largest minus smallest entry, without looking at pairs."""
+        if self.metric == "cosine":
+            return torch.full(self.shape[:-2], 2.0, dtype=self.dtype, device=self.device)
+        both = torch.cat([self.x, self.y], -2)
+        if self.metric == "dot":
+            return 2 * self.x.norm(dim=-1).amax(-1) * self.y.norm(dim=-1).amax(-1)
+        across = (both.amax(-2) - both.amin(-2)).square().sum(-1)
+        return across if self.metric == "sqeuclidean" else across.sqrt()
+
+    def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
+        """As of :class:`Dense`, block by block."""
+        side = self if axis == -1 else Points(self.y, self.x, self.metric)
+        return torch.cat([block.softmin(log_weights, epsilon, axis=-1) for _, block in side.blocks()], -1)
+
+    def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
+        return Dense(self.dense()).gibbs(log_rows, log_columns, epsilon)
+
+    def spent(self, plan: Tensor) -> Float[Tensor, "*batch"]:
+        return sum(block.spent(plan[..., rows, :]) for rows, block in self.blocks())
+
+    def reduced_min(self, potential: Tensor, weights: Tensor, *, axis: int) -> Tensor:
+        side = self if axis == -1 else Points(self.y, self.x, self.metric)
+        return torch.cat([block.reduced_min(potential, weights, axis=-1) for _, block in side.blocks()], -1)
+
+    def slack(self, f: Tensor, g: Tensor) -> tuple[Float[Tensor, "*batch n m"], Bool[Tensor, "*batch n m"]]:
+        return Dense(self.dense()).slack(f, g)
+
+
+Cost = Dense | Points
+
+_BLOCK = 2**21  # entries of a block: 16 MB in float64
+
+
 @contextmanager
-def calm(matrix: Tensor) -> Iterator[None]:
+def calm(cost: Cost | Tensor) -> Iterator[None]:
     """One thread for problems too small to gain from more.
 
     torch's threads spin between operations: beside any other load, two of them make a 200 x 200 problem a hundred times
     slower than one, and on an idle machine they gain nothing at that size.
     """
     threads = torch.get_num_threads()
-    small = matrix.device.type == "cpu" and matrix.numel() < _WORTH_THREADS and threads > 1
+    small = cost.device.type == "cpu" and math.prod(cost.shape) < _WORTH_THREADS and threads > 1
     if small:
         torch.set_num_threads(1)
     try:

@@ -21,6 +21,7 @@ Gauge: FIXED/FIXED has <f, a> = <g, b>; a FIXED side beside ``mass`` has a poten
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iotsolve.costs import Dense, Scalar, calm
+from iotsolve.costs import Cost, Dense, Scalar, calm
 from iotsolve.marginals import FIXED, Marginal, kl_divergence
 from iotsolve.validation import as_cost, as_scalar, as_weights, check_problem, common_batch, default_tolerance
 
@@ -56,7 +57,8 @@ class Problem:
     """An optimal-transport problem: frozen data, validated once.
 
     Args:
-        cost: shape ``(..., n, m)``, NumPy or torch; finite, or ``+inf`` for a forbidden arc.
+        cost: shape ``(..., n, m)``, NumPy or torch; finite, or ``+inf`` for a forbidden arc. Or :class:`Points`, which is
+            never held as a matrix.
         a: weights of the rows, shape ``(n,)`` or ``(..., n)``, non-negative; uniform ``1/n`` by default.
         b: weights of the columns, shape ``(m,)`` or ``(..., m)``; uniform ``1/m`` by default.
         epsilon: strength of the entropy in cost units, ``>= 0``; 0 (default) is exact transport.
@@ -76,7 +78,7 @@ class Problem:
         (2, 2)
     """
 
-    cost: Dense
+    cost: Cost
     a: Float[Tensor, "*batch n"]
     b: Float[Tensor, "*batch m"]
     epsilon: Scalar
@@ -97,20 +99,20 @@ class Problem:
         columns: Marginal = FIXED,
         mass: Scalar | None = None,
     ) -> None:
-        dense, as_numpy = as_cost(cost)
-        n, m = dense.shape[-2:]
-        a, b = as_weights("a", a, n, dense), as_weights("b", b, m, dense)
+        cost, as_numpy = as_cost(cost)
+        n, m = cost.shape[-2:]
+        a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
         epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
         mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
-        batch = common_batch(dense, a, b)
-        self._set(dense.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
+        batch = common_batch(cost, a, b)
+        self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
         object.__setattr__(self, "as_numpy", as_numpy)
-        with calm(dense):
+        with calm(cost):
             check_problem(self)
 
     def _set(
         self,
-        matrix: Tensor,
+        cost: Cost | Tensor,
         a: Tensor,
         b: Tensor,
         epsilon: Scalar,
@@ -118,7 +120,8 @@ class Problem:
         columns: Marginal,
         mass: Scalar | None,
     ) -> None:
-        values = dict(cost=Dense(matrix), a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False)
+        cost = Dense(cost) if isinstance(cost, Tensor) else cost
+        values = dict(cost=cost, a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False)
         values |= dict(sides=(rows, columns), rows=rows, columns=columns)
         if isinstance(rows, Marginal) and isinstance(columns, Marginal):  # else validation has the word
             values |= dict(rows=rows.at(a), columns=columns.at(b))
@@ -128,7 +131,7 @@ class Problem:
     @classmethod
     def unchecked(
         cls,
-        matrix: Tensor,
+        cost: Cost | Tensor,
         a: Tensor,
         b: Tensor,
         *,
@@ -139,7 +142,7 @@ class Problem:
     ) -> Problem:
         """The same object without validation and without a look at the data: for training steps that build thousands."""
         problem = object.__new__(cls)
-        problem._set(matrix, a, b, epsilon, rows, columns, mass)
+        problem._set(cost, a, b, epsilon, rows, columns, mass)
         return problem
 
     # -- shape and place ---------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class Problem:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the problem by name: the inputs a gradient can flow to."""
-        named = {"cost": self.cost.dense(), "a": self.a, "b": self.b, "epsilon": self.epsilon, "mass": self.mass}
+        named = self.cost.tensors() | {"a": self.a, "b": self.b, "epsilon": self.epsilon, "mass": self.mass}
         for name, side in zip(("rows", "columns"), self.sides, strict=True):
             named |= {f"{name}.{k}": v for k, v in side.tensors().items()}
         return {k: v for k, v in named.items() if isinstance(v, Tensor)}
@@ -184,7 +187,7 @@ class Problem:
             for name, side in zip(("rows", "columns"), self.sides, strict=True)
         }
         problem = Problem.unchecked(
-            named.get("cost", self.cost.dense()),
+            self.cost.with_tensors(named),
             named.get("a", self.a),
             named.get("b", self.b),
             epsilon=named.get("epsilon", self.epsilon),
@@ -206,14 +209,15 @@ class Problem:
 
     def flat(self) -> Problem:
         """The same problems with exactly one batch dimension."""
-        n, m = self.shape[-2:]
+        cost = {name: x.reshape(-1, *x.shape[-2:]) for name, x in self.cost.tensors().items()}
         return self.with_tensors(
-            {"cost": self.cost.dense().reshape(-1, n, m), "a": self.a.reshape(-1, n), "b": self.b.reshape(-1, m)}
+            {**cost, "a": self.a.reshape(-1, self.shape[-2]), "b": self.b.reshape(-1, self.shape[-1])}
         )
 
     def select(self, index: Tensor | int) -> Problem:
         """The problems at ``index`` along the first batch dimension."""
-        return self.with_tensors({"cost": self.cost.dense()[index], "a": self.a[index], "b": self.b[index]})
+        cost = {name: x[index] for name, x in self.cost.tensors().items()}
+        return self.with_tensors({**cost, "a": self.a[index], "b": self.b[index]})
 
     # -- the mathematics ---------------------------------------------------------------------------------------------
 
@@ -223,6 +227,13 @@ class Problem:
             return self.a.unsqueeze(-1) * self._density(p) * self.b.unsqueeze(-2)
         rows = log_scaling(self.a, p.f + p.lam.unsqueeze(-1), self.epsilon)
         return self.cost.gibbs(rows, log_scaling(self.b, p.g, self.epsilon), self.epsilon)
+
+    def plan_blocks(self, p: Potentials) -> Iterator[tuple[slice, Tensor]]:
+        """The plan in the blocks of rows in which its cost is read."""
+        rows = log_scaling(self.a, p.f + p.lam.unsqueeze(-1), self.epsilon)
+        columns = log_scaling(self.b, p.g, self.epsilon)
+        for part, block in self.cost.blocks():
+            yield part, block.gibbs(rows[..., part], columns, self.epsilon)
 
     def log_plan(self, p: Potentials) -> Float[Tensor, "*batch n m"]:
         """``log P``, ``-inf`` at arcs that carry nothing."""
@@ -297,8 +308,11 @@ class Problem:
         value = self.dual_sides(p)
         if not self.is_exact:
             return value + self.dual_entropy(p)
-        slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
-        excess = torch.where(allowed & (self._reference(()) > 0), slack, -math.inf).amax((-2, -1))
+        excess = torch.full_like(p.lam, -math.inf)
+        for rows, block in self.cost.blocks():
+            slack, allowed = block.slack(p.f[..., rows] + p.lam.unsqueeze(-1), p.g)
+            used = allowed & (self.a[..., rows] > 0).unsqueeze(-1) & (self.b > 0).unsqueeze(-2)
+            excess = torch.maximum(excess, torch.where(used, slack, -math.inf).amax((-2, -1)))
         rounding = 64 * torch.finfo(p.f.dtype).eps * (p.f.abs().amax(-1) + p.g.abs().amax(-1) + p.lam.abs())
         return torch.where(excess <= rounding, value, -math.inf)
 
@@ -312,7 +326,7 @@ class Problem:
         if self._traced(p):
             total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
         else:
-            total = self.plan(p).sum((-2, -1))
+            total = sum(plan.sum((-2, -1)) for _, plan in self.plan_blocks(p))
         return -self.epsilon * (total - self.a.sum(-1) * self.b.sum(-1))
 
     def duality_gap(self, plan: Tensor, p: Potentials) -> Tensor:

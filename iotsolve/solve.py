@@ -84,7 +84,7 @@ def solve(
 
 def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Outcome:
     """The solver's bare result for a detached flat batch: what a training step uses, without anything around it."""
-    with calm(problem.cost.dense()):
+    with calm(problem.cost):
         if isinstance(solver, Sinkhorn):
             return iterate(problem, solver, start)
         return solver.run(problem, start) if isinstance(solver, _Automatic) else solver.run(problem)
@@ -181,9 +181,9 @@ def _attainable(problem: Problem) -> Problem:
 
     No plan and no value is lost by it, and the gradient in the cost of such an arc is 0.
     """
-    matrix = problem.cost.dense()
-    if problem.is_exact or not (problem.rows.is_fixed and problem.columns.is_fixed) or matrix.isfinite().all():
+    if problem.is_exact or not (problem.rows.is_fixed and problem.columns.is_fixed) or problem.cost.all_finite():
         return problem
+    matrix = problem.cost.dense()
     n, m = problem.shape[-2:]
     filled = ((problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2)).reshape(-1, n, m)
     allowed = (matrix.detach().isfinite().reshape(-1, n, m) & filled).cpu().numpy()

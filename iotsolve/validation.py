@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense, calm
+from iotsolve.costs import METRICS, Cost, Dense, Points, calm
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.support import largest_mass
 
@@ -30,22 +30,63 @@ def default_tolerance(dtype: torch.dtype) -> float:
     return 1e-8 if dtype == torch.float64 else 1e-5
 
 
-def as_cost(cost: Any) -> tuple[Tensor, bool]:
-    """The cost as a floating tensor, without a copy where possible, and whether it came from NumPy."""
+def as_cost(cost: Any) -> tuple[Cost, bool]:
+    """The cost in floating tensors, without a copy where possible, and whether it came from NumPy."""
+    if isinstance(cost, Points):
+        return _as_points(cost)
     if isinstance(cost, Dense):
         cost = cost.dense()
     as_numpy = not isinstance(cost, Tensor)
-    matrix = _tensor("cost", cost)
-    if not matrix.is_floating_point():
-        matrix = matrix.to(torch.float64 if as_numpy else torch.get_default_dtype())
+    matrix = _floating("cost", cost, as_numpy)
     if matrix.dim() < 2 or 0 in matrix.shape:
         raise ValueError(
             f"cost has shape {tuple(matrix.shape)}: it must be (..., n, m) with n, m >= 1. "
-            "For two vectors of positions build the matrix first, for example (x[:, None] - y[None, :]) ** 2."
+            "For the points behind a cost pass Points(x, y, metric)."
         )
     with calm(matrix):
         _check_cost(matrix.detach())
-    return matrix, as_numpy
+    return Dense(matrix), as_numpy
+
+
+def _floating(name: str, x: Any, as_numpy: bool) -> Tensor:
+    tensor = _tensor(name, x)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64 if as_numpy else torch.get_default_dtype())
+
+
+def _as_points(cost: Points) -> tuple[Points, bool]:
+    if cost.metric not in METRICS:
+        raise ValueError(
+            f"metric = {cost.metric!r}: must be one of {', '.join(METRICS)}. Any other cost can be passed as a matrix."
+        )
+    as_numpy = not (isinstance(cost.x, Tensor) or isinstance(cost.y, Tensor))
+    x, y = (_floating(name, z, as_numpy) for name, z in (("x", cost.x), ("y", cost.y)))
+    if min(x.dim(), y.dim()) < 2 or 0 in (*x.shape, *y.shape) or x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"points x {tuple(x.shape)} and y {tuple(y.shape)}: must be (..., n, d) and (..., m, d) with the same d >= 1. "
+            "Points on a line are columns: x[:, None]."
+        )
+    for name, z in (("x", x), ("y", y)):
+        bad = ~z.detach().isfinite()
+        if bad.any():
+            raise ValueError(
+                f"{name}{_first(bad)} = {float(z.detach()[bad][0])}: points must be finite. Drop the points with missing values."
+            )
+        if cost.metric == "cosine" and (z.detach().norm(dim=-1) == 0).any():
+            raise ValueError(
+                f"{name}{_first(z.detach().norm(dim=-1) == 0)} is the zero vector: it has no direction, so no cosine. Drop it."
+            )
+    try:
+        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except RuntimeError as error:
+        raise ValueError(
+            f"points x {tuple(x.shape)} and y {tuple(y.shape)} have leading dimensions that do not broadcast: each must be the "
+            "batch's, or absent."
+        ) from error
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric).expand(batch)
+    if not float(points.range().detach().max()) < math.inf:
+        raise ValueError(f"points so far apart that their {cost.metric} cost overflows {dtype}: rescale them.")
+    return points, as_numpy
 
 
 def _check_cost(values: Tensor) -> None:
@@ -61,7 +102,7 @@ def _check_cost(values: Tensor) -> None:
         )
 
 
-def as_weights(name: str, weights: Any, size: int, cost: Tensor) -> Tensor:
+def as_weights(name: str, weights: Any, size: int, cost: Cost) -> Tensor:
     """Weights of one side on the cost's device, uniform of total 1 if not given; in its dtype, float32 for half precision.
 
     Half-precision weights do not sum to one: 20 times bfloat16's 1/20 is 1.002, and no plan has two such totals.
@@ -156,7 +197,7 @@ def as_scalar(name: str, x: Any, *, hint: str) -> Scalar:
     return x if isinstance(x, Tensor) else value
 
 
-def common_batch(cost: Tensor, a: Tensor, b: Tensor) -> torch.Size:
+def common_batch(cost: Cost, a: Tensor, b: Tensor) -> torch.Size:
     """The leading dimensions that cost and weights broadcast to."""
     try:
         return torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1])
@@ -196,9 +237,9 @@ def _check_totals(problem: Problem) -> None:
 
 def _check_reachable(problem: Problem) -> None:
     """A bin that must receive mass needs at least one allowed arc to a bin that has some."""
-    matrix = problem.cost.dense().detach()
-    if matrix.isfinite().all():
+    if problem.cost.all_finite():
         return
+    matrix = problem.cost.dense().detach()
     allowed = matrix.isfinite() & (problem.a.detach() > 0).unsqueeze(-1) & (problem.b.detach() > 0).unsqueeze(-2)
     for name, side, weights, axis in (("row", problem.rows, problem.a, -1), ("column", problem.columns, problem.b, -2)):
         stranded = (weights.detach() > 0) & ~allowed.any(axis)
@@ -241,17 +282,21 @@ def _check_feasible(problem: Problem, allowed: Tensor) -> None:
 
 def _check_bounded(problem: Problem) -> None:
     """At epsilon = 0 without ``mass``: neither infinite gain nor the zero plan."""
-    matrix = problem.cost.dense().detach()
-    reached = (problem.a.detach() > 0).unsqueeze(-1) & (problem.b.detach() > 0).unsqueeze(-2) & matrix.isfinite()
-    price = problem.rows.recession + problem.columns.recession
-    gaining = reached & (matrix + price < 0)
-    if gaining.any():
-        i, j = gaining.nonzero()[0][-2:].tolist()
-        raise ValueError(
-            f"unbounded: arc ({i}, {j}) costs {float(matrix[gaining][0]):.6g} and both sides together charge {price:.6g} per "
-            "further unit, so more mass always pays. Pass mass=, bound a side with AT_MOST, or use epsilon > 0."
-        )
-    if all(_asks_nothing(side) for side in problem.sides) and not (reached & (matrix < 0)).any():
+    price, gains = problem.rows.recession + problem.columns.recession, False
+    for rows, block in problem.cost.blocks():
+        matrix = block.dense().detach()
+        a, b = problem.a.detach()[..., rows] > 0, problem.b.detach() > 0
+        reached = a.unsqueeze(-1) & b.unsqueeze(-2) & matrix.isfinite()
+        gaining = reached & (matrix + price < 0)
+        if gaining.any():
+            i, j = gaining.nonzero()[0][-2:].tolist()
+            raise ValueError(
+                f"unbounded: arc ({rows.start + i}, {j}) costs {float(matrix[gaining][0]):.6g} and both sides together charge "
+                f"{price:.6g} per further unit, so more mass always pays. Pass mass=, bound a side with AT_MOST, or use "
+                "epsilon > 0."
+            )
+        gains = gains or bool((reached & (matrix < 0)).any())
+    if all(_asks_nothing(side) for side in problem.sides) and not gains:
         raise ValueError(
             "no side asks for any mass and no cost is negative, so the optimal plan is zero: pass mass= to say how much is moved."
         )
