@@ -15,18 +15,25 @@ Every problem drawn has an answer; what to do about one that a solver cannot rea
 
 from iotsolve.testing.laws import check_certificate, check_duality, check_gradient, check_limits
 from iotsolve.testing.references import Reference, reference
+from iotsolve.testing.solvers import Answer, check_solver
 from iotsolve.testing.strategies import costs, marginals, points, problems, weights
+from iotsolve.testing.verification import REGIMES, Report, verify
 
 __all__ = [
+    "REGIMES",
+    "Answer",
     "Reference",
+    "Report",
     "check_certificate",
     "check_duality",
     "check_gradient",
     "check_limits",
+    "check_solver",
     "costs",
     "marginals",
     "points",
     "problems",
     "reference",
+    "verify",
     "weights",
 ]

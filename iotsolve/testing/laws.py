@@ -127,7 +127,7 @@ def check_limits(
     problem: Problem,
     *,
     solver: Sinkhorn | Exact | Callable[[Problem], float] | None = None,
-    factors: Sequence[float] = (4.0, 32.0, 256.0),
+    factors: Sequence[float] = (1.0, 8.0, 64.0, 512.0),
     tolerance: float = 1e-7,
 ) -> None:
     """Strong penalties, weak penalties and small epsilon: values lie between bounds that close at a known rate.
@@ -161,7 +161,7 @@ def check_limits(
             continue
         room = tolerance * (answer.scale + abs(answer.value)) + rounding(limit.problem)
         points = []
-        for factor in (1.0, *factors):
+        for factor in factors:
             moved = limit.approach(factor)
             found = math.nan if moved is None else value(moved)
             if not math.isnan(found):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import cvxpy as cp
@@ -29,6 +29,7 @@ __all__ = [
     "numbers",
     "objective",
     "reference",
+    "repaired",
     "rounding",
     "softmax_value",
     "terms",
@@ -100,7 +101,11 @@ def numbers(problem: Problem) -> Numbers:
 
     mass = None if problem.mass is None else float(problem.mass)
     arrays = (leave(x) for x in (problem.cost.dense(), problem.a, problem.b))
-    return Numbers(*arrays, float(problem.epsilon), *problem.sides, mass)
+    return Numbers(*arrays, float(problem.epsilon), *map(_plain, problem.sides), mass)
+
+
+def _plain(side: Marginal) -> Marginal:
+    return replace(side, **{field.name: float(getattr(side, field.name)) for field in fields(side)})
 
 
 # -- the formulas ------------------------------------------------------------------------------------------------------
@@ -214,6 +219,15 @@ def best_potentials(problem: Problem, f: Any, g: Any, lam: Any = 0.0) -> tuple[n
     data = numbers(problem)
     rows, columns = (_best(side, s, weights, data.epsilon) for _, side, _, weights, _, s in _sides(data, f, g, lam))
     return rows, columns
+
+
+def repaired(problem: Problem, f: Any, g: Any, lam: Any = 0.0) -> tuple[np.ndarray, np.ndarray, float]:
+    """Potentials lowered into the dual's domain, and at ``epsilon = 0`` to ``f + g + lam <= C``; empty bins say nothing."""
+    data = numbers(problem)
+    known = data.a > 0, data.b > 0
+    f = np.where(known[0], np.asarray(f, dtype=np.float64), -math.inf)
+    g = np.where(known[1], np.asarray(g, dtype=np.float64), -math.inf)
+    return _lowered(data, f, g, float(lam), known)
 
 
 def _sides(data: Numbers, f: Any, g: Any, lam: Any) -> list[tuple[Any, ...]]:

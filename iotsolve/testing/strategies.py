@@ -109,6 +109,7 @@ def problems(
     mass: bool | None = None,
     shape: Sequence[int] | None = None,
     smallest_epsilon: float = 0.02,
+    largest_epsilon: float = 5.0,
     forbidden: bool = True,
     largest_scale: float = 1e6,
 ) -> st.SearchStrategy[Problem]:
@@ -121,6 +122,7 @@ def problems(
         mass: True for problems with ``mass`` only, False for problems without.
         shape: ``(n, m)``, drawn up to 8 x 8 if not given.
         smallest_epsilon: least epsilon in ranges of the cost.
+        largest_epsilon: greatest epsilon in ranges of the cost.
         forbidden: whether arcs may be forbidden.
         largest_scale: cost, epsilon and rho are multiplied by a power of ten between its inverse and itself.
 
@@ -139,7 +141,7 @@ def problems(
         sides = tuple(side or draw(marginals(exact=not entropic)) for side in given)
         answer = draw(_answers(shape, forbidden))
         with_mass = draw(st.booleans()) if mass is None else mass
-        epsilon = draw(_epsilons(smallest_epsilon)) * (answer.range or 1.0) if entropic else 0.0
+        epsilon = draw(_epsilons(smallest_epsilon, largest_epsilon)) * (answer.range or 1.0) if entropic else 0.0
         if not with_mass and not _bounding(sides):
             answer = answer.shifted(-answer.cost.min() - epsilon)  # no gain above epsilon: the mass stays small
         if not with_mass and not entropic and not _asks(answer, sides):
@@ -190,8 +192,8 @@ def _sizes() -> st.SearchStrategy[int]:
     return st.integers(1, _LARGEST)
 
 
-def _epsilons(smallest: float) -> st.SearchStrategy[float]:
-    return st.one_of(st.just(smallest), st.floats(smallest, 5.0))
+def _epsilons(smallest: float, largest: float) -> st.SearchStrategy[float]:
+    return st.one_of(st.just(smallest), st.floats(smallest, largest))
 
 
 def _amounts() -> st.SearchStrategy[float]:
