@@ -200,7 +200,7 @@ class _EnvelopeValue(torch.autograd.Function):
     ) -> Tensor:
         ctx.problem, ctx.p, ctx.plan, ctx.names = problem, p, plan, names
         ctx.save_for_backward(*tensors)
-        with calm(problem.cost.dense()):
+        with calm(problem.cost):
             return _lagrangian(problem.to(p.f.dtype), p, plan)
 
     @staticmethod
@@ -242,7 +242,7 @@ def _differentiable_gradient(
     stationary, is not followed here; the second derivative follows it.
     """
     p = ctx.p.to(torch.float64)
-    with calm(ctx.problem.cost.dense()), torch.enable_grad():
+    with calm(ctx.problem.cost), torch.enable_grad():
         problem = ctx.problem.with_tensors(dict(zip(ctx.names, tensors, strict=True)))
         following = _gauged_and_following(problem, p, _pull_implicit)
         names = {name: t.view_as(t) for name, t in zip(ctx.names, tensors, strict=True)}
@@ -263,7 +263,7 @@ def _pull(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``scalar(problem)`` in the tensors asked for: the backward pass, evaluated as a formula of its own."""
-    with calm(problem.cost.dense()), torch.enable_grad():
+    with calm(problem.cost), torch.enable_grad():
         leaves = {
             n: t.detach().to(dtype).requires_grad_(need) for n, t, need in zip(names, tensors, needed, strict=True)
         }
@@ -287,8 +287,13 @@ def _lagrangian(problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
     """The dual; at epsilon = 0 with <C - f - g - lam, P> in place of the entropy, which is 0 and whose derivative is not."""
     if plan is None:
         return _dual_sides(problem, p) + problem.dual_entropy(p)
-    slack, _ = problem.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
-    return _dual_sides(problem, p) - (slack * plan).sum((-2, -1))
+    lifted = p.f + p.lam.unsqueeze(-1)
+    if plan.is_sparse:
+        i, j = plan.indices()
+        spent = (plan.values() * (lifted[i] + p.g[j] - problem.cost.entries((i, j)))).sum()
+    else:
+        spent = (problem.cost.slack(lifted, p.g)[0] * plan).sum((-2, -1))
+    return _dual_sides(problem, p) - spent
 
 
 def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
@@ -309,15 +314,31 @@ def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
 def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
     """Derivatives of the entropic term ``-eps (sum P - sum a sum b)`` at frozen potentials, with the marginals of P.
 
-    In closed form, so that a backward pass costs one plan and keeps none. At an empty bin ``P 1 / a`` is the limit, by one
-    more soft-min.
+    In closed form and block by block, so that a backward pass costs one plan and keeps none. At an empty bin ``P 1 / a`` is
+    the limit, by one more soft-min.
     """
-    with calm(problem.cost.dense()), torch.no_grad():
-        plan, eps = problem.plan(p), problem.epsilon
-        r, c = plan.sum(-1), plan.sum(-2)
-        found = {"r": r, "c": c}
-        side = upstream.unsqueeze(-1)
-        lifted = p.f + p.lam.unsqueeze(-1)
+    with calm(problem.cost), torch.no_grad():
+        eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
+        data = {name: x.detach() for name, x in problem.cost.tensors().items()}
+        found = {name: torch.zeros_like(x) for name, x in data.items() if name in needed}
+        behind = {name: data[name].requires_grad_() for name in found if name != "cost"}  # what a cost is computed from
+        blocks = problem.cost.with_tensors(data).blocks()
+        rows, c, spent = [], torch.zeros_like(p.g), torch.zeros_like(p.lam)
+        for part, plan in problem.plan_blocks(p):
+            with torch.enable_grad():
+                _, block = next(blocks)
+            rows.append(plan.sum(-1))
+            c = c + plan.sum(-2)
+            if "epsilon" in needed:
+                spent = spent + block.spent(plan)
+            plan = plan.mul_(upstream[..., None, None])
+            if "cost" in needed:
+                found["cost"][..., part, :] = plan
+            elif behind:
+                further = torch.autograd.grad(block.dense(), list(behind.values()), plan)
+                found |= {name: found[name] + x for name, x in zip(behind, further, strict=True)}
+        found["r"] = r = torch.cat(rows, -1)
+        found["c"] = c
         if "a" in needed:
             density = _density(r, problem.a, lifted, problem.cost, problem.b, p.g, eps, axis=-1)
             found["a"] = side * eps * (problem.b.sum(-1, keepdim=True) - density)
@@ -325,11 +346,9 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
             density = _density(c, problem.b, p.g, problem.cost, problem.a, lifted, eps, axis=-2)
             found["b"] = side * eps * (problem.a.sum(-1, keepdim=True) - density)
         if "epsilon" in needed:
-            slack = weighted(r, lifted) + weighted(c, p.g) - problem.cost.spent(plan)
+            slack = weighted(r, lifted) + weighted(c, p.g) - spent
             excess = r.sum(-1) - problem.a.sum(-1) * problem.b.sum(-1)
             found["epsilon"] = (upstream * (slack / eps - excess)).sum().reshape(problem.epsilon.shape)
-        if "cost" in needed:
-            found["cost"] = plan.mul_(upstream[..., None, None])
     return found
 
 
@@ -337,7 +356,7 @@ def _density(
     marginal: Tensor,
     weights: Tensor,
     own: Tensor,
-    cost: Dense,
+    cost: Cost,
     others: Tensor,
     other: Tensor,
     eps: Scalar,
@@ -374,7 +393,7 @@ class _FollowingPotentials(torch.autograd.Function):
     def forward(ctx, problem: Problem, p: Potentials, pull: Pull, names: tuple[str, ...], *tensors: Tensor):
         ctx.problem, ctx.p, ctx.pull, ctx.names = problem, p, pull, names
         ctx.save_for_backward(*tensors)
-        with calm(problem.cost.dense()):
+        with calm(problem.cost):
             f, g = _with_idle(problem.to(torch.float64), p.to(torch.float64))
         return f.to(p.f.dtype, copy=True), g.to(p.g.dtype, copy=True), p.lam.clone()
 
@@ -416,7 +435,7 @@ def _pull_implicit(
             torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
             upstream.lam + parts[2],
         )
-    with calm(problem.cost.dense()):
+    with calm(problem.cost):
         u, v, w = _adjoint(problem, p, upstream, (_moving(problem.rows, p.f), _moving(problem.columns, p.g)))
 
     def scalar(live: Problem) -> Tensor:
