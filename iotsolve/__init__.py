@@ -6,6 +6,7 @@
     solution = solve(Problem(cost, a, b, epsilon=0.05, rows=FIXED, columns=KL(1.0)))
 """
 
+from iotsolve.certificate import Certificate, certify
 from iotsolve.costs import Dense, Points
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradients, Implicit, Unroll
@@ -14,7 +15,7 @@ from iotsolve.inverse import inverse_loss
 from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
-from iotsolve.solution import Certificate, Solution, SolveError, certify
+from iotsolve.solution import Solution, SolveError
 from iotsolve.solve import solve
 from iotsolve.solver import Status
 

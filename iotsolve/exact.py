@@ -1,9 +1,9 @@
 """epsilon = 0: the plan and its duals.
 
-FIXED/FIXED goes to POT's network simplex, or to scipy's assignment when the masses are equal; a FREE side needs no program at
-all; every other pair of bounds and TV is one sparse program for HiGHS, whose multipliers are the potentials; curved
-penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the duals are made feasible by c-transforms,
-and the certificate does not take anybody's word.
+Points on a line are matched in order. FIXED/FIXED goes to POT's network simplex, or to scipy's assignment when the masses are
+equal; a FREE side needs no program at all; every other pair of bounds and TV is one sparse program for HiGHS, whose
+multipliers are the potentials; curved penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the
+duals are made feasible by c-transforms, and the certificate does not take anybody's word.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.costs import Points
 from iotsolve.interior import interior_point
 from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
@@ -46,6 +47,8 @@ class Exact:
 
     def run(self, problem: Problem) -> Outcome:
         """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
+        if _is_line(problem):
+            return _on_a_line(problem)
         answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
         like = problem.cost.dense()
         plan, f, g = (torch.stack([_tensor(x[k], like) for x in answers]) for k in range(3))
@@ -74,6 +77,42 @@ class Exact:
         return _linear_program(problem, cost, a, b)
 
 
+def _is_line(problem: Problem) -> bool:
+    """One balanced problem between points of the line, at a cost convex in their difference."""
+    cost, ordinary = problem.cost, problem.rows.bounds == problem.columns.bounds == (1.0, 1.0) and problem.mass is None
+    on_line = isinstance(cost, Points) and cost.x.shape[-1] == 1 and cost.metric in ("sqeuclidean", "euclidean", "dot")
+    return ordinary and on_line and problem.batch_shape[0] == 1
+
+
+def _on_a_line(problem: Problem) -> Outcome:
+    """Sorted points are matched in order (the monotone rearrangement), weights and all, in O((n + m) log (n + m)).
+
+    The plan is a staircase of n + m - 1 arcs. Potentials follow it by the cost's differences, empty bins included, and are
+    feasible because the cost of sorted points is a Monge array.
+    """
+    double = problem.to(torch.float64)
+    x, y, a, b = double.cost.x[0, :, 0], double.cost.y[0, :, 0], double.a[0], double.b[0]
+    rows, columns = x.argsort(stable=True), y.argsort(stable=True)
+    n, m, total = len(a), len(b), a.sum()
+    steps = torch.cat([a[rows].cumsum(0)[:-1] / total, b[columns].cumsum(0)[:-1] / b.sum()])
+    order = steps.argsort(stable=True)
+    down = order < n - 1  # a step down to the next row, else right to the next column
+    zero = torch.zeros(1, dtype=torch.int64, device=a.device)
+    i, j = (torch.cat([zero, moves.cumsum(0)]) for moves in (down, ~down))
+    levels = torch.cat([steps.new_zeros(1), steps[order].clamp(max=1.0), steps.new_ones(1)])
+    values, index = levels.diff() * total, torch.stack([rows[i], columns[j]])
+    price = double.cost.entries((torch.zeros_like(i), *index))
+    change = price.diff()
+    f, g = (torch.cat([change.new_zeros(1), torch.where(moves, change, 0.0).cumsum(0)]) for moves in (down, ~down))
+    f, g = f + price[0], g
+    potentials = torch.empty_like(a).index_put_((index[0],), f), torch.empty_like(b).index_put_((index[1],), g)
+    kept = values > 0
+    where = torch.cat([torch.zeros_like(i).unsqueeze(0), index])[:, kept]
+    plan = torch.sparse_coo_tensor(where, values[kept], (1, n, m), check_invariants=False).coalesce()
+    p = Potentials(potentials[0].unsqueeze(0), potentials[1].unsqueeze(0), a.new_zeros(1))
+    return Outcome(p.to(problem.dtype), [Status.CONVERGED], [0], plan.to(problem.dtype))
+
+
 def _is_curved(side: Marginal) -> bool:
     """True for a penalty that is neither bounds nor piecewise linear, so that no linear program has it."""
     return not side.is_hard and math.isinf(side.recession)
@@ -89,8 +128,7 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
     f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
     ceiling = problem.cost.reduced_min(f + lam, problem.a, axis=-2)
     g = problem.columns.aprox(ceiling, 0.0)
-    matrix = problem.cost.dense()
-    size = torch.where(matrix.isfinite(), matrix, 0.0).abs().amax((-2, -1)).unsqueeze(-1) + lam.abs()
+    size = torch.maximum(*(torch.where(x.isfinite(), x, 0.0).abs().amax(-1, keepdim=True) for x in (f, g))) + lam.abs()
     return Potentials(
         _at_kinks(problem.rows, problem.a, f, size), _at_kinks(problem.columns, problem.b, g, size), p.lam
     )

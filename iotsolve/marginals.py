@@ -510,14 +510,13 @@ class L2(Marginal):
 
     def at(self, a: Tensor) -> Marginal:
         side = object.__new__(ChiSquared)  # one strength per bin: nothing a user could have asked for
-        object.__setattr__(side, "rho", torch.where(a > 0, self.rho * a, _ALMOST_FREE))
+        object.__setattr__(
+            side, "rho", torch.where(a > 0, self.rho * a, torch.finfo(a.dtype).tiny)
+        )  # tends to FREE with the weight
         return side
 
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho / 2 * (r - a) ** 2
-
-
-_ALMOST_FREE = 1e-30  # the strength of an empty bin, whose potential tends to 0 with its weight
 
 
 def _wright_omega(x: Tensor) -> Tensor:

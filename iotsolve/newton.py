@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from iotsolve.plans import Plan
+
 __all__ = ["DualSystem"]
 
 
@@ -20,13 +22,13 @@ class DualSystem:
     Hessian of the dual. Held bins (``keep`` False) have ``u = 0``.
 
     Args:
-        plan: ``P``, shape ``(B, n, m)``, float64.
+        plan: ``P``, shape ``(B, n, m)``, float64; a tensor, or a :class:`Plan` that is only read.
         row_diagonal, column_diagonal: ``R (B, n)`` and ``S (B, m)``, positive where kept.
         keep_rows, keep_columns: bins that move.
         with_mass: whether the multiplier of ``mass`` moves.
     """
 
-    plan: Float[Tensor, "b n m"]
+    plan: Plan | Tensor
     row_diagonal: Float[Tensor, "b n"]
     column_diagonal: Float[Tensor, "b m"]
     keep_rows: Bool[Tensor, "b n"]
@@ -42,9 +44,9 @@ class DualSystem:
         consistent right-hand side needs no special case. ``enough`` is a residual, in the unit of the marginals, below which
         nothing is gained.
         """
-        keep_u, keep_v = self.keep_rows.to(self.plan.dtype), self.keep_columns.to(self.plan.dtype)
+        keep_u, keep_v = self.keep_rows.to(rows.dtype), self.keep_columns.to(rows.dtype)
         keep_w = float(self.with_mass)
-        r, c = self.plan.sum(-1), self.plan.sum(-2)
+        r, c = self.plan.marginals() if isinstance(self.plan, Plan) else (self.plan.sum(-1), self.plan.sum(-2))
         total = r.sum(-1)
         inverse = keep_u / torch.where(self.keep_rows, self.row_diagonal, 1.0)
 
@@ -54,12 +56,12 @@ class DualSystem:
         def schur(x: Tensor) -> Tensor:
             v, w = x[..., :-1] * keep_v, x[..., -1] * keep_w
             u = eliminate(v, w)
-            top = keep_v * (self.column_diagonal * v + c * w.unsqueeze(-1) - _times(self.plan.mT, u))
+            top = keep_v * (self.column_diagonal * v + c * w.unsqueeze(-1) - _times_back(self.plan, u))
             bottom = keep_w * ((c * v).sum(-1) + total * w - (r * u).sum(-1))
             return torch.cat([top, bottom.unsqueeze(-1)], -1)
 
         u0 = inverse * rows
-        right_columns = keep_v * (columns - _times(self.plan.mT, u0))
+        right_columns = keep_v * (columns - _times_back(self.plan, u0))
         right_mass = keep_w * (mass - (r * u0).sum(-1))
         right = torch.cat([right_columns, right_mass.unsqueeze(-1)], -1)
         diagonal = torch.cat([torch.where(self.keep_columns, self.column_diagonal, 1.0), total.unsqueeze(-1)], -1)
@@ -68,8 +70,12 @@ class DualSystem:
         return u0 - eliminate(v, w), v, w
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+def _times(plan: Plan | Tensor, v: Tensor) -> Tensor:
+    return plan.times(v) if isinstance(plan, Plan) else (plan @ v.unsqueeze(-1)).squeeze(-1)
+
+
+def _times_back(plan: Plan | Tensor, u: Tensor) -> Tensor:
+    return plan.times_back(u) if isinstance(plan, Plan) else (plan.mT @ u.unsqueeze(-1)).squeeze(-1)
 
 
 def _conjugate_gradients(

@@ -72,10 +72,14 @@ def solve(
         outcome.potentials.lam.reshape(batch),
     )
     status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
-    plan = None if outcome.plan is None else outcome.plan.reshape(problem.shape)
+    plan = outcome.plan
+    if plan is not None:
+        plan = plan[0].coalesce() if plan.is_sparse else plan.reshape(problem.shape)
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
-    if problem.is_exact:  # nobody else has judged what the linear solvers claim
+    if (
+        problem.is_exact and not plan.is_sparse
+    ):  # nobody else has judged what the solvers claim; a closed form needs no judge
         solution = replace(solution, status=_certified(status, solution.certificate.holds))
     if throw and not np.all(solution.converged):
         raise SolveError(next(s for s in np.ravel(solution.status) if s is not Status.CONVERGED), solution)

@@ -283,6 +283,9 @@ def _check_feasible(problem: Problem, allowed: Tensor) -> None:
 def _check_bounded(problem: Problem) -> None:
     """At epsilon = 0 without ``mass``: neither infinite gain nor the zero plan."""
     price, gains = problem.rows.recession + problem.columns.recession, False
+    idle = all(_asks_nothing(side) for side in problem.sides)
+    if math.isinf(price) and not idle:
+        return
     for rows, block in problem.cost.blocks():
         matrix = block.dense().detach()
         a, b = problem.a.detach()[..., rows] > 0, problem.b.detach() > 0
@@ -296,7 +299,7 @@ def _check_bounded(problem: Problem) -> None:
                 "epsilon > 0."
             )
         gains = gains or bool((reached & (matrix < 0)).any())
-    if all(_asks_nothing(side) for side in problem.sides) and not gains:
+    if idle and not gains:
         raise ValueError(
             "no side asks for any mass and no cost is negative, so the optimal plan is zero: pass mass= to say how much is moved."
         )

@@ -1,0 +1,316 @@
+"""How right a solution is: bounds of the optimal value and errors of the plan.
+
+Computed in float64 from the problem and the potentials alone, by code no solver uses: weak duality puts the optimal value
+between ``dual`` and ``primal``, whoever found the potentials and however. A plan is read in passes and never held.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iotsolve.costs import calm
+from iotsolve.marginals import kl_divergence, number
+from iotsolve.newton import DualSystem
+from iotsolve.plans import Chunk, Factors, Plan, plan_of
+from iotsolve.problem import Potentials, Problem
+from iotsolve.validation import default_tolerance
+
+__all__ = ["Certificate", "certify"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds of the optimal value and the errors of the plan; float64, NumPy arrays where the problem has a batch.
+
+    Attributes:
+        primal: objective of a feasible plan (the plan, rounded onto its constraints); ``inf`` if none was found.
+        dual: objective of the potentials, repaired into the dual's domain; ``dual <= optimal value <= primal``.
+        gap: ``primal - dual``, summed from non-negative terms without cancellation.
+        scale: sum of the absolute terms of the dual: what the gap is large or small against.
+        rounding: what sums of terms of this size, in the problem's own dtype, can be off by; a smaller gap says nothing.
+        row_violation: L1 distance of the unrounded row marginal from what a hard side allows; 0 on a soft side.
+        column_violation: the same for the columns.
+        mass_violation: distance of the total from ``mass``; 0 without it.
+        mismatch: by how much the totals asked for differ, by the rounding of the weights; no plan can violate less.
+        mass: total mass of the plan.
+        tolerance: relative error that counts as certified.
+    """
+
+    primal: Any
+    dual: Any
+    gap: Any
+    scale: Any
+    rounding: Any
+    row_violation: Any
+    column_violation: Any
+    mass_violation: Any
+    mismatch: Any
+    mass: Any
+    tolerance: float
+
+    @property
+    def relative_gap(self) -> Any:
+        """``gap / scale``."""
+        return _ratio_or_infinity(self.gap, self.scale)
+
+    @property
+    def relative_violation(self) -> Any:
+        """Sum of the violations, less what the mismatch makes unavoidable, over the mass of the plan."""
+        total = np.asarray(self.row_violation + self.column_violation + self.mass_violation)
+        return _ratio_or_infinity(np.maximum(total - 2 * self.mismatch, 0.0), self.mass)
+
+    @property
+    def holds(self) -> Any:
+        """True where gap and violations are both within tolerance, or the gap within rounding."""
+        close = np.asarray(self.gap) <= np.maximum(self.tolerance * np.asarray(self.scale), self.rounding)
+        return close[()] & np.isfinite(self.gap) & (self.relative_violation <= self.tolerance)
+
+    def __str__(self) -> str:
+        if np.ndim(self.gap):
+            worst = np.max(self.relative_gap)
+            return f"{int(np.sum(self.holds))} of {np.size(self.holds)} certified, worst relative gap {worst:.1e}"
+        verdict = "certified" if self.holds else "NOT certified"
+        return (
+            f"{verdict}: {self.dual:.12g} <= optimal value <= {self.primal:.12g} (gap {self.gap:.1e}), "
+            f"violations rows {self.row_violation:.1e}, columns {self.column_violation:.1e}, mass {self.mass_violation:.1e}"
+        )
+
+
+def _ratio_or_infinity(error: Any, size: Any) -> Any:
+    """``error / size``; 0 where there is no error, ``inf`` where it is not to be had."""
+    error, size = np.broadcast_arrays(error, size)
+    sound = (size > 0) & np.isfinite(error) & np.isfinite(size)
+    return np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=sound)[()]
+
+
+def certify(
+    problem: Problem, f: Any, g: Any, lam: Any = 0.0, *, plan: Any = None, tolerance: float | None = None
+) -> Certificate:
+    """Certificate of anybody's potentials: ours, another library's, a guess.
+
+    Args:
+        problem: the problem they are meant to solve.
+        f: potentials of the rows, shape ``(..., n)``, cost units. Projected into the dual's domain first.
+        g: potentials of the columns, shape ``(..., m)``.
+        lam: multiplier of ``mass``, shape ``(...)``.
+        plan: needed at ``epsilon = 0`` only, where potentials do not determine a plan; without a batch also sparse COO.
+        tolerance: relative error that counts as certified; by default what the problem's dtype allows.
+
+    Example:
+        >>> import numpy as np
+        >>> from iotsolve import Problem, certify
+        >>> problem = Problem(np.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.5)
+        >>> bool(certify(problem, np.zeros(2), np.zeros(2)).gap > 0)
+        True
+    """
+    with calm(problem.cost), torch.no_grad():
+        return _certify(problem, f, g, lam, plan, tolerance)
+
+
+def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
+    double = problem.detach().to(torch.float64).flat()
+    n, m = problem.shape[-2:]
+
+    def enter(name: str, x: Any, *shape: int) -> Tensor:
+        x = problem.enter(name, x, *shape).detach().double()
+        if x.is_sparse:
+            return x if x.dim() == 3 else torch.stack([x])
+        return x.expand((*problem.batch_shape, *shape)).reshape(-1, *shape)
+
+    f, g = double.rows.project(enter("f", f, n)), double.columns.project(enter("g", g, m))
+    p = Potentials(f, g, enter("lam", lam))
+    if problem.is_exact:
+        p = _repair(double, p)
+        plan = plan_of(double, p, double.a.new_zeros(double.shape) if exact is None else enter("plan", exact, n, m))
+    else:
+        plan = plan_of(double, p)
+    r, c = plan.marginals()
+    rows, columns, mass = double.violations(r, c)
+    known = ~(p.f.isnan().any(-1) | p.g.isnan().any(-1) | p.lam.isnan())
+    dual = torch.where(known, double.dual_at(p), -math.inf)
+    rounded, feasible, gap = _round(plan, p)
+    sane = dual.isfinite() & gap.isfinite()
+    gap = torch.where(feasible & sane, gap.clamp(min=0.0), math.inf)
+    # dual + gap has the better digits near the optimum, and none where the gap dwarfs the value it should lead back to
+    close = sane & (gap <= 1e-6 * dual.abs())
+    primal = dual + gap if bool((close | ~feasible).all()) else torch.where(close, dual + gap, _primal(plan, rounded))
+    primal = torch.where(feasible, primal, math.inf)
+    entropy = torch.zeros_like(dual) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double)).abs()
+    scale = double.dual_scale(p) + entropy
+    rounding_error = 4 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
+    numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
+    as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
+    return Certificate(*as_arrays, tolerance=default_tolerance(problem.dtype) if tolerance is None else tolerance)
+
+
+def _product(problem: Problem) -> Tensor:
+    return problem.a.sum(-1) * problem.b.sum(-1)
+
+
+def _primal(plan: Plan, factors: Factors) -> Tensor:
+    """Objective of the rounded plan."""
+    problem = plan.problem
+    r, c = plan.marginals(factors.on)
+    value = problem.rows.divergence(r, problem.a).sum(-1) + problem.columns.divergence(c, problem.b).sum(-1)
+
+    def transport(chunk: Chunk) -> Tensor:
+        x = factors.on(chunk)
+        return torch.where(x > 0, torch.where(x > 0, chunk.cost, 0.0) * x, 0.0)
+
+    def entropy(chunk: Chunk) -> Tensor:
+        return kl_divergence(factors.on(chunk), chunk.rows(problem.a) * chunk.columns(problem.b))
+
+    value = value + plan.sum(transport)
+    return value if problem.is_exact else value + problem.epsilon * plan.sum(entropy)
+
+
+def _gap(plan: Plan, factors: Factors, p: Potentials) -> Tensor:
+    """``primal(rounded) - dual``, as a sum of non-negative terms, for a rounded plan that satisfies the hard sides.
+
+    eps KL(Q | P_fg) + FY_rows(Q 1, f) + FY_cols(Q' 1, g); at eps = 0 the first term is <C - f - g - lam, Q>. Where the plan
+    of the potentials has underflowed, its logarithm has not.
+    """
+    problem = plan.problem
+    f, g = p.f + p.lam.unsqueeze(-1), p.g
+
+    def slack(chunk: Chunk) -> Tensor:
+        u, v = chunk.rows(f), chunk.columns(g)
+        known = u.isfinite() & v.isfinite() & chunk.cost.isfinite()
+        return torch.where(known, u + v - torch.where(known, chunk.cost, 0.0), 0.0)
+
+    def unused(chunk: Chunk) -> Tensor:
+        x = factors.on(chunk)
+        return torch.where(x > 0, -slack(chunk) * x, 0.0)
+
+    def change(chunk: Chunk) -> Tensor:
+        old, new = chunk.values, factors.on(chunk)
+        near = old * _change_cost(torch.where(old > 0, new / torch.where(old > 0, old, 1.0) - 1.0, 0.0))
+        added = (old <= 0) & (new > 0)
+        if not added.any():
+            return near
+        weights = chunk.rows(problem.a.log()) + chunk.columns(problem.b.log())
+        log_old = torch.where(chunk.cost.isfinite(), slack(chunk) / problem.epsilon + weights, -math.inf)
+        return torch.where(added, new * (new.log() - log_old) - new, near)
+
+    first = plan.sum(unused) if problem.is_exact else problem.epsilon * plan.sum(change)
+    return first + problem.side_gaps(*plan.marginals(factors.on), p)
+
+
+def _change_cost(x: Tensor) -> Tensor:
+    """``(1 + x) log(1 + x) - x``: what a relative change of an entry costs in KL; no cancellation near 0."""
+    return torch.where(x > -1, (1 + x) * torch.log1p(torch.where(x > -1, x, 0.0)), 0.0) - x
+
+
+def _repair(problem: Problem, p: Potentials) -> Potentials:
+    """Dual-feasible potentials at epsilon = 0, never worse than those given: lower f to its c-transform where it is too high."""
+    ceiling = problem.cost.reduced_min(p.g + p.lam.unsqueeze(-1), problem.b, axis=-1)
+    f = torch.where(problem.a > 0, torch.minimum(p.f, ceiling), p.f)
+    low = f < problem.rows.project(f)  # where the domain forbids so low a potential, the columns give way
+    f = problem.rows.project(f)
+    ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
+    g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(p.g, ceiling), p.g)
+    return Potentials(f, problem.columns.project(g), p.lam)
+
+
+def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
+    """What makes the plan feasible on its own support, whether it does, and the gap then; the better of two.
+
+    ``P o (1 + u + v)`` with the marginals the potentials ask for costs second order in the violation; alternating scalings
+    onto the hard sides do what is left, and serve alone where a bound is nearly but not quite active. The rank-one fill of
+    Altschuler, Weed, Rigollet (NeurIPS 2017) is for fixed sides that those did not reach.
+    """
+    problem, identity = plan.problem, Factors.identity(plan.problem)
+    fixed = problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None
+    starts = [_linear_correction(plan, p)] if fixed else [identity]
+    hard = problem.rows.is_hard or problem.columns.is_hard or problem.mass is not None
+    if hard and not fixed and not _exactly(problem, *plan.marginals()).all():
+        starts.append(_linear_correction(plan, p))
+    best = None
+    for start in starts:
+        rounded = _scale_onto(plan, start)
+        rounded = _fill(plan, rounded) if fixed else rounded
+        feasible, gap = _feasible(problem, *plan.marginals(rounded.on)), _gap(plan, rounded, p)
+        if best is None:
+            best = rounded, feasible, gap
+            continue
+        better = feasible & (~best[1] | ~(best[2] <= gap))
+        best = rounded.where(better, best[0]), feasible | best[1], torch.where(better, gap, best[2])
+    return best
+
+
+def _feasible(problem: Problem, r: Tensor, c: Tensor) -> Tensor:
+    off = sum(problem.violations(r, c))
+    return off <= 1e-12 * torch.maximum(problem.a.sum(-1), problem.b.sum(-1)) + 2 * problem.mismatch()
+
+
+def _exactly(problem: Problem, r: Tensor, c: Tensor) -> Tensor:
+    return sum(problem.violations(r, c)) <= _TINY * torch.maximum(problem.a.sum(-1), problem.b.sum(-1))
+
+
+_TINY = 1e-14  # relative violation of a plan that is as feasible as float64 sums can say
+
+
+def _linear_correction(plan: Plan, p: Potentials) -> Factors:
+    problem, (r, c), identity = plan.problem, plan.marginals(), Factors.identity(plan.problem)
+    pinned_rows = (r > 0) & problem.rows.pinned(r, p.f, problem.a)
+    pinned_columns = (c > 0) & problem.columns.pinned(c, p.g, problem.b)
+    system = DualSystem(plan, r, c, pinned_rows, pinned_columns, problem.mass is not None)
+    missing = problem.rows.target(r, p.f, problem.a) - r, problem.columns.target(c, p.g, problem.b) - c
+    lacking = torch.zeros_like(p.lam) if problem.mass is None else problem.mass - r.sum(-1)
+    u, v, w = system.solve(*missing, lacking, enough=0.1 * torch.finfo(torch.float64).eps * r.sum(-1))
+    corrected = replace(identity, u=u, v=v, w=w)
+
+    def unsound(chunk: Chunk) -> Tensor:
+        factor = corrected.added(chunk)
+        return ~(factor.isfinite() & ((factor > 0) | (chunk.values == 0)))
+
+    return identity.where(plan.any(unsound), corrected)
+
+
+def _scale_onto(plan: Plan, factors: Factors, *, max_steps: int = 100) -> Factors:
+    """Alternate the KL projections onto the rows', the columns' and the mass's constraint until all hold."""
+    problem = plan.problem
+    r, c = plan.marginals(factors.on)
+    for _ in range(max_steps):
+        if _exactly(problem, r, c).all():
+            break
+        if problem.rows.is_hard:
+            factors = replace(factors, alpha=factors.alpha * _ratio(problem.rows.allowed(r, problem.a), r))
+            r, c = plan.marginals(factors.on)
+        if problem.columns.is_hard:
+            factors = replace(factors, beta=factors.beta * _ratio(problem.columns.allowed(c, problem.b), c))
+            r, c = plan.marginals(factors.on)
+        if problem.mass is not None:
+            total = r.sum(-1)
+            scale = _ratio(torch.full_like(total, number(problem.mass)), total).unsqueeze(-1)
+            factors, r, c = replace(factors, alpha=factors.alpha * scale), r * scale, c * scale
+    return factors
+
+
+def _fill(plan: Plan, factors: Factors) -> Factors:
+    """Scale down to at most the marginals, then add the missing rank-one piece if it meets no forbidden arc."""
+    problem = plan.problem
+    r, c = plan.marginals(factors.on)
+    small = sum(problem.violations(r, c)) <= 1e-13 * problem.a.sum(-1)
+    if small.all():
+        return factors
+    target_r, target_c = problem.rows.allowed(r, problem.a), problem.columns.allowed(c, problem.b)
+    smaller = replace(factors, alpha=factors.alpha * _ratio(target_r, r).clamp(max=1.0))
+    r, c = plan.marginals(smaller.on)
+    smaller = replace(smaller, beta=smaller.beta * _ratio(target_c, c).clamp(max=1.0))
+    r, c = plan.marginals(smaller.on)
+    lack_r, lack_c = (target_r - r).clamp(min=0), (target_c - c).clamp(min=0)
+    total = lack_r.sum(-1, keepdim=True)
+    filled = replace(smaller, x=lack_r / torch.where(total > 0, total, 1.0), y=lack_c)
+    forbidden = plan.any(lambda chunk: (filled.piece(chunk) > 0) & ~chunk.cost.isfinite())
+    return factors.where(forbidden | small, filled)
+
+
+def _ratio(want: Tensor, have: Tensor) -> Tensor:
+    return torch.where(have > 0, want / torch.where(have > 0, have, 1.0), 1.0)

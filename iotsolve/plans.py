@@ -1,0 +1,190 @@
+"""Plans as sums and products see them: in chunks, made when read, so that none need be held.
+
+The plan of a dense cost is one chunk, computed once; that of points is computed again, block by block, at every pass; an
+exact plan may be a list of arcs. What is done to a plan (its certificate, its rounding) is written once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from iotsolve.problem import Potentials, Problem
+
+__all__ = ["Chunk", "Factors", "Plan", "plan_of"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of rows of the plan, with its costs; both ``(B, k, m)``."""
+
+    values: Tensor
+    cost: Tensor
+    part: slice
+
+    def rows(self, u: Tensor) -> Tensor:
+        """Values per row ``(B, n)`` as every entry sees them."""
+        return u[..., self.part].unsqueeze(-1)
+
+    def columns(self, v: Tensor) -> Tensor:
+        """Values per column ``(B, m)`` as every entry sees them."""
+        return v.unsqueeze(-2)
+
+    def problems(self, w: Tensor) -> Tensor:
+        """Values per problem ``(B,)`` as every entry sees them."""
+        return w[..., None, None]
+
+    def add_rows(self, total: Tensor, x: Tensor) -> None:
+        total[..., self.part] += x.sum(-1)
+
+    def add_columns(self, total: Tensor, x: Tensor) -> None:
+        total += x.sum(-2)
+
+    def add(self, total: Tensor, x: Tensor) -> None:
+        total += x.sum((-2, -1))
+
+    def add_times(self, total: Tensor, v: Tensor) -> None:
+        total[..., self.part] += (self.values @ v.unsqueeze(-1)).squeeze(-1)
+
+    def add_times_back(self, total: Tensor, u: Tensor) -> None:
+        total += (self.values.mT @ u[..., self.part].unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Arcs(Chunk):
+    """A list of arcs: values and costs ``(k,)`` at problem, row and column indices."""
+
+    index: tuple[Tensor, Tensor, Tensor]
+
+    def rows(self, u: Tensor) -> Tensor:
+        return u[self.index[0], self.index[1]]
+
+    def columns(self, v: Tensor) -> Tensor:
+        return v[self.index[0], self.index[2]]
+
+    def problems(self, w: Tensor) -> Tensor:
+        return w[self.index[0]]
+
+    def add_rows(self, total: Tensor, x: Tensor) -> None:
+        total.index_put_((self.index[0], self.index[1]), x, accumulate=True)
+
+    def add_columns(self, total: Tensor, x: Tensor) -> None:
+        total.index_put_((self.index[0], self.index[2]), x, accumulate=True)
+
+    def add(self, total: Tensor, x: Tensor) -> None:
+        total.index_put_((self.index[0],), x, accumulate=True)
+
+    def add_times(self, total: Tensor, v: Tensor) -> None:
+        self.add_rows(total, self.values * self.columns(v))
+
+    def add_times_back(self, total: Tensor, u: Tensor) -> None:
+        self.add_columns(total, self.values * self.rows(u))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``P -> alpha beta (1 + u + v + w) P + x y``: all that a rounding does to a plan. ``u, alpha, x`` per row."""
+
+    u: Tensor
+    v: Tensor
+    w: Tensor
+    alpha: Tensor
+    beta: Tensor
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def identity(cls, problem: Problem) -> Factors:
+        zero_r, zero_c = torch.zeros_like(problem.a), torch.zeros_like(problem.b)
+        return cls(zero_r, zero_c, zero_r[..., 0], zero_r + 1, zero_c + 1, zero_r, zero_c)
+
+    def on(self, chunk: Chunk) -> Tensor:
+        """The new values of a chunk."""
+        return chunk.values * self.added(chunk) * chunk.rows(self.alpha) * chunk.columns(self.beta) + self.piece(chunk)
+
+    def added(self, chunk: Chunk) -> Tensor:
+        return 1 + chunk.rows(self.u) + chunk.columns(self.v) + chunk.problems(self.w)
+
+    def piece(self, chunk: Chunk) -> Tensor:
+        return chunk.rows(self.x) * chunk.columns(self.y)
+
+    def where(self, mine: Tensor, other: Factors) -> Factors:
+        """These factors for some problems, others for the rest."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return Factors(*(torch.where(mine.reshape(-1, *[1] * (x.dim() - 1)), x, y) for x, y in pairs))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A flat batch of plans, read by passes over its chunks."""
+
+    problem: Problem
+    read: Callable[[], Iterator[Chunk]]
+
+    def sum(self, of: Callable[[Chunk], Tensor]) -> Tensor:
+        """Sum of a function of the entries, per problem: ``(B,)``."""
+        total = torch.zeros_like(self.problem.a[..., 0])
+        for chunk in self.read():
+            chunk.add(total, of(chunk))
+        return total
+
+    def any(self, of: Callable[[Chunk], Tensor]) -> Tensor:
+        """Whether some entry satisfies ``of``, per problem."""
+        return self.sum(lambda chunk: of(chunk).to(self.problem.a.dtype)) > 0
+
+    def marginals(self, of: Callable[[Chunk], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Row and column sums of a function of the entries; of the plan itself, once."""
+        return self._marginals if of is None else self._sums(of)
+
+    @cached_property
+    def _marginals(self) -> tuple[Tensor, Tensor]:
+        return self._sums(lambda chunk: chunk.values)
+
+    def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
+        r, c = torch.zeros_like(self.problem.a), torch.zeros_like(self.problem.b)
+        for chunk in self.read():
+            values = of(chunk)
+            chunk.add_rows(r, values)
+            chunk.add_columns(c, values)
+        return r, c
+
+    def times(self, v: Tensor) -> Tensor:
+        """``P v``, shape ``(B, n)``."""
+        r = torch.zeros_like(self.problem.a)
+        for chunk in self.read():
+            chunk.add_times(r, v)
+        return r
+
+    def times_back(self, u: Tensor) -> Tensor:
+        """``P' u``, shape ``(B, m)``."""
+        c = torch.zeros_like(self.problem.b)
+        for chunk in self.read():
+            chunk.add_times_back(c, u)
+        return c
+
+
+def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None) -> Plan:
+    """The plan of potentials, or an exact one, dense or sparse, of a flat problem."""
+    if exact is None:
+
+        def gibbs() -> Iterator[Chunk]:
+            blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
+            yield from (Chunk(values, cost.dense(), part) for (part, values), (_, cost) in blocks)
+
+        return Plan(problem, _once(gibbs) if "cost" in problem.cost.tensors() else gibbs)
+    if exact.is_sparse:
+        exact = exact.coalesce()
+        index = tuple(exact.indices())
+        arcs = [Arcs(exact.values(), problem.cost.entries(index), slice(None), index)]
+        return Plan(problem, lambda: iter(arcs))
+    whole = [Chunk(exact, problem.cost.dense(), slice(0, exact.shape[-2]))]
+    return Plan(problem, lambda: iter(whole))
+
+
+def _once(read: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:
+    chunks = list(read())
+    return lambda: iter(chunks)
