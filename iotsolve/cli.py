@@ -1,14 +1,16 @@
-"""The `iotsolve` command: solve a problem kept in files. What a command needs is imported in it."""
+"""The `iotsolve` command: solve a problem kept in files, verify a solver. What a command needs is imported in it."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
     from iotsolve.marginals import Marginal
     from iotsolve.solution import Solution
+    from iotsolve.testing import Report
 
-__all__ = ["app", "main", "parse_side"]
+__all__ = ["app", "find_solver", "main", "parse_side"]
 
 SIDES = "fixed, free, at-most, between:lo,hi, kl:rho or tv:rho"
 
@@ -96,6 +99,28 @@ def solve(
         typer.echo(f"iotsolve: {solution.status.value}", err=True)
 
 
+@app.command()
+def verify(
+    solver: Annotated[
+        str | None, typer.Option(help="Function to judge, as module:callable; this library if left out.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Problems drawn in each regime.")] = 50,
+    regime: Annotated[list[str] | None, typer.Option(help="A regime to draw from, may be repeated; else all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws; without it every run draws the same.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Relative error allowed.")] = 1e-6,
+) -> None:
+    """Judge a solver on random problems, against a general convex solver and the laws of optimal transport.
+
+    Exit code 0: every law holds. 1: some law is broken, and the smallest problem found is shown. 2: bad input.
+    """
+    with _one_sentence():
+        judged = None if solver is None else find_solver(solver)
+        report = _verify(judged, examples=examples, regimes=regime, seed=seed, tolerance=tolerance)
+    _print_report(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the `iotsolve` command."""
     app()
@@ -130,6 +155,78 @@ def parse_side(name: str, text: str) -> Marginal:
     except (KeyError, ValueError):
         raise ValueError(f"{name} = {text!r}: is no marginal. Write {SIDES}; lo, hi and rho are numbers.") from None
     return kind(*numbers)
+
+
+def find_solver(text: str) -> Callable[..., Any]:
+    """The function that ``module:callable`` names; modules are also looked for where the command is run.
+
+    Args:
+        text: such as ``package.module:function``.
+
+    Raises:
+        ValueError: if there is none, or its module does not import.
+
+    Example:
+        >>> find_solver("math:sqrt")(4.0)
+        2.0
+    """
+    module, colon, name = text.strip().partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"--solver {text!r}: write module:callable, such as mypackage.transport:solve.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        raise ValueError(f"--solver {text!r}: {module} has no {name}. Is it spelt so, and at the top level?") from None
+    except Exception as error:  # a stranger's module may raise anything when it is imported
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"--solver {text!r}: {module} cannot be imported ({why}). Is it installed, or here?"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"--solver {text!r}: {name} is of type {type(found).__name__}, which cannot be called.")
+    return found
+
+
+def _verify(solver: Callable[..., Any] | None, *, examples: int, regimes: list[str] | None, **options: Any) -> Report:
+    """`iotsolve.testing.verify` with a bar for each regime on stderr."""
+    try:
+        from iotsolve.testing import REGIMES, verify
+    except ModuleNotFoundError as missing:
+        raise ValueError(
+            f"verify needs {missing.name}, which is not installed: pip install 'iotsolve[testing]'."
+        ) from missing
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=examples)
+            bars.update(tasks[name], completed=done)
+
+        return verify(solver, examples=examples, regimes=regimes or list(REGIMES), progress=show, **options)
+
+
+def _print_report(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="laws of optimal transport", title_justify="left")
+    for name, justify in (("regime", "left"), ("problems", "right"), ("answered", "right"), ("verdict", "left")):
+        table.add_column(name, justify=justify)
+    for regime in report.regimes:
+        table.add_row(regime.name, str(regime.examples), str(regime.converged), regime.verdict)
+    Console().print(table, markup=False)
+    for regime in report.regimes:
+        if regime.failure is not None:
+            typer.echo(f"\n{regime.name}: the smallest failing problem found\n{regime.failure}")
 
 
 def _read(path: Path) -> np.ndarray:

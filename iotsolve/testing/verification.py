@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -222,7 +223,11 @@ def _rank(law: str) -> int:
 
 
 class _Broken(Exception):
-    pass
+    """This problem breaks the law: Hypothesis looks for a smaller one."""
+
+
+class _Enough(BaseException):
+    """Of shrinking: no Exception, so that Hypothesis lets it through."""
 
 
 def _smallest(
@@ -234,10 +239,7 @@ def _smallest(
     tolerance: float,
     shrink: int,
 ) -> Problem | None:
-    """Draw the same problems again, stop at the first that breaks the law and let Hypothesis make it smaller.
-
-    A problem seen again is judged as before, and once enough have been tried every new one passes: so shrinking ends.
-    """
+    """Draw the same problems again and let Hypothesis make the first that breaks the law smaller, for so many tries."""
     known: dict[str, bool] = {}
     smallest, tried = None, 0
     only = {law: LAWS[law]} if law in LAWS else {}
@@ -247,16 +249,16 @@ def _smallest(
         key = as_code(problem)
         if key not in known:
             tried += smallest is not None
-            known[key] = tried <= shrink and law in judge(problem, solver, laws=only, tolerance=tolerance).broken
+            if tried > shrink:
+                raise _Enough
+            known[key] = law in judge(problem, solver, laws=only, tolerance=tolerance).broken
         if known[key]:
             smallest = problem
             raise _Broken
 
-    try:
+    with contextlib.suppress(_Broken, _Enough):
         _draw(strategy, look, examples, seed)
-    except _Broken:
-        return smallest
-    return None
+    return smallest
 
 
 def _draw(strategy: st.SearchStrategy[Problem], look: Callable[[Problem], None], examples: int, seed: int) -> None:

@@ -1,0 +1,322 @@
+"""The verification kit: references with potentials, limits, and the laws that find the bugs planted here."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from catalogue import CASES, Case, answer, over
+from hypothesis import given, settings
+from typer.testing import CliRunner
+
+from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Problem, Sinkhorn, solve
+from iotsolve.cli import app, find_solver
+from iotsolve.testing import (
+    REGIMES,
+    Answer,
+    check_limits,
+    check_solver,
+    marginals,
+    points,
+    problems,
+    reference,
+    verify,
+)
+from iotsolve.testing.references import (
+    best_potentials,
+    dual_objective,
+    gibbs_plan,
+    numbers,
+    objective,
+    rounding,
+    softmax_value,
+)
+from iotsolve.testing.verification import as_code, iotsolve_solver
+
+FEW = max(settings().max_examples // 10, 1)  # every problem is solved a dozen times and twice by cvxpy
+
+# -- what can be drawn -------------------------------------------------------------------------------------------------
+
+
+def test_clouds_of_points_repeat_and_have_one_to_three_dimensions():
+    seen = set()
+
+    @given(clouds=points())
+    def look(clouds):
+        x, y = clouds
+        both = np.concatenate(clouds)
+        seen.add(f"{x.shape[1]} dimensions")
+        seen.add("repeated" if len(np.unique(both, axis=0)) < len(both) else "distinct")
+        assert x.shape[1] == y.shape[1] and abs(both).max() <= 1.0
+
+    look()
+    assert seen == {"1 dimensions", "2 dimensions", "3 dimensions", "repeated", "distinct"}
+
+
+def test_every_marginal_is_drawn():
+    seen = set()
+
+    @given(side=marginals())
+    def look(side):
+        seen.add(type(side))
+
+    look()
+    assert seen == {Between, KL, TV, ChiSquared, L2}
+
+
+# -- references --------------------------------------------------------------------------------------------------------
+
+
+@given(problem=problems())
+@settings(max_examples=4 * FEW)
+def test_the_dual_at_the_potentials_of_the_reference_is_its_value(problem):
+    found = reference(problem)
+    dual = dual_objective(problem, found.f, found.g, found.lam)
+    assert abs(dual - found.value) <= 1e-6 * found.scale + rounding(problem)
+
+
+QUADRATIC = {
+    "chi-squared": Case(ChiSquared(0.7), ChiSquared(0.7), None, 1.0, 1.3),
+    "l2-kl": Case(L2(0.9), KL(0.7), None, 1.0, 1.3),
+    "l2-tv-mass": Case(L2(0.9), TV(0.4), 0.9, 1.0, 1.3),
+    "fixed-chi-squared": Case(FIXED, ChiSquared(0.7), None, 1.0, 1.3),
+}
+
+
+@over(CASES | QUADRATIC)
+def test_potentials_of_the_reference_are_those_of_the_library(case):
+    """Empty bins and forbidden arcs included, in the same gauge: two derivations of one convention."""
+    problem = case.problem(empty=True, forbidden=True)
+    found = answer(case, empty=True, forbidden=True)
+    solution = solve(problem, Sinkhorn(tolerance=1e-13, max_steps=20_000, stationary=True), throw=False)
+    for mine, theirs in ((solution.f, found.f), (solution.g, found.g), (solution.mass_multiplier, found.lam)):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    np.testing.assert_allclose(gibbs_plan(problem, found.f, found.g, found.lam), found.plan, atol=1e-6)
+    np.testing.assert_allclose(objective(problem, found.plan), found.value, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["fixed-fixed", "kl-tv", "between-at_most-mass"])
+def test_the_best_potential_is_found_by_trying(name):
+    """Moving one potential either way lowers the dual: bisection and the definition agree."""
+    case = CASES[name]
+    problem, found = case.problem(), answer(case)
+    rng = np.random.default_rng(0)
+    g = found.g + 0.1 * rng.normal(size=6)
+    best, _ = best_potentials(problem, found.f, g, found.lam)
+    top = dual_objective(problem, best, g, found.lam)
+    for i in range(5):
+        for step in (-1e-3, 1e-3):
+            moved = best + step * (np.arange(5) == i)
+            assert dual_objective(problem, moved, g, found.lam) < top
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+SOFT = {k: case for k, case in CASES.items() if "kl" in k or "tv" in k} | QUADRATIC
+
+
+@over({k: SOFT[k] for k in ("kl-kl", "tv-free", "kl-fixed-mass", "fixed-tv", *QUADRATIC)})
+def test_limits_hold(case):
+    check_limits(case.problem())
+
+
+@given(problem=problems())
+@settings(max_examples=FEW)
+def test_limits_hold_for_whatever_is_drawn(problem):
+    check_limits(problem, factors=(1.0, 20.0))
+
+
+def off_by(size):
+    """A solver whose values are wrong by a part of themselves."""
+    return lambda problem: solve(problem).value * (1 + size)
+
+
+@pytest.mark.parametrize("name", ["kl-kl", "tv-free", "fixed-fixed"])
+@pytest.mark.parametrize("size", [1e-4, -1e-4])
+def test_limits_catch_a_wrong_value(name, size):
+    with pytest.raises(AssertionError, match=r"(rho to|epsilon to|soft-max)"):
+        check_limits(CASES[name].problem(), solver=off_by(size), factors=(1.0, 1e3, 1e6))
+
+
+def test_limits_catch_a_slope_that_rises():
+    with pytest.raises(AssertionError, match=r"rho to (0|infinity)"):
+        check_limits(CASES["kl-kl"].problem(), solver=lambda p: 0.1 * numbers(p).rows.rho ** 2)
+
+
+def test_the_soft_max_is_the_value_of_free_sides():
+    for name in ("free-free", "free-free-mass", "fixed-free", "free-fixed"):
+        case = CASES[name]
+        assert softmax_value(case.problem()) == pytest.approx(answer(case).value, rel=1e-8)
+    assert softmax_value(CASES["kl-free"].problem()) is None
+
+
+# -- bugs to be found --------------------------------------------------------------------------------------------------
+
+
+def over_iotsolve(change):
+    """A solver that answers like this library but for what ``change(answer, data...)`` does to the answer."""
+
+    def solver(*data):
+        return change(iotsolve_solver(*data), *data)
+
+    return solver
+
+
+def before_iotsolve(change):
+    """A solver that hands other data to this library: ``change(data...)``."""
+    return lambda *data: iotsolve_solver(*change(*data))
+
+
+@over_iotsolve
+def without_mass_terms(said, cost, a, b, epsilon, rows, columns, mass):
+    return replace(said, value=said.value - epsilon * (a.sum() * b.sum() - said.plan.sum()))
+
+
+@over_iotsolve
+def without_the_reference_in_the_gradient(said, cost, a, b, epsilon, rows, columns, mass):
+    density = np.divide(said.plan.sum(1), a, out=np.zeros_like(a), where=a > 0)
+    term = np.where(a > 0, epsilon * (b.sum() - density), 0.0)
+    return replace(said, gradient=said.gradient | {"a": said.gradient["a"] - term})
+
+
+@over_iotsolve
+def zero_at_empty_bins(said, cost, a, b, epsilon, rows, columns, mass):
+    return replace(said, f=np.where(a > 0, said.f, 0.0), g=np.where(b > 0, said.g, 0.0))
+
+
+@over_iotsolve
+def infeasible_at_empty_bins(said, cost, a, b, epsilon, rows, columns, mass):
+    return replace(said, f=np.where(a > 0, said.f, said.f + abs(cost[np.isfinite(cost)]).max() + 1.0))
+
+
+@before_iotsolve
+def infinity_is_ten_thousand(cost, a, b, epsilon, rows, columns, mass):
+    large = KL(1e4 * (abs(cost[np.isfinite(cost)]).max() or 1.0))
+    return cost, a, b, epsilon, large if rows == FIXED else rows, large if columns == FIXED else columns, mass
+
+
+def smoothed(cost, a, b, epsilon, rows, columns, mass):
+    """Total variation made smooth by a little entropy."""
+    little = 0.01 * (np.ptp(cost[np.isfinite(cost)]) or 1.0)
+    return iotsolve_solver(cost, a, b, little, rows, columns, mass).plan
+
+
+def kernel_in_floats(cost, a, b, epsilon, rows, columns, mass):
+    """The textbook's scaling, whose kernel underflows; divisions by zero are made zero."""
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and a.min() >= 0 and b.min() >= 0 and not np.isnan(cost).any()):
+        raise ValueError("weights")
+    if abs(a.sum() - b.sum()) > 1e-9 * a.sum():
+        raise ValueError("totals")
+    kernel, u, v = np.exp(-cost / epsilon), np.ones_like(a), np.ones_like(b)
+    for _ in range(100):
+        u = np.nan_to_num(a / (kernel @ v), posinf=0.0)
+        v = np.nan_to_num(b / (kernel.T @ u), posinf=0.0)
+    return {"plan": u[:, None] * kernel * v, "converged": None if (kernel > 0).all() else True}
+
+
+def takes_what_pays(cost, a, b, epsilon, rows, columns, mass):
+    """Partial transport that forgets how much may be moved as soon as more of it pays."""
+    said = iotsolve_solver(cost, a, b, epsilon, rows, columns, mass)
+    if not (said.plan > 0)[cost < 0].any():
+        return said
+    return replace(iotsolve_solver(cost, a, b, epsilon, rows, columns, None), value=None, lam=None, f=None, gradient=None)
+
+
+def unit_lost(cost, a, b, epsilon, rows, columns, mass):
+    """Solves for a cost of range 1, and hands out that problem's value."""
+    unit = np.ptp(cost[np.isfinite(cost)]) or 1.0
+    sides = (replace(side, rho=side.rho / unit) for side in (rows, columns))
+    said = iotsolve_solver(cost / unit, a, b, epsilon / unit, *sides, mass)
+    return Answer(value=said.value, plan=said.plan, converged=said.converged)
+
+
+@before_iotsolve
+def forgiving(cost, a, b, epsilon, rows, columns, mass):
+    a, b = (np.abs(np.nan_to_num(x, nan=0.1)) for x in (a, b))
+    if rows == columns == FIXED:
+        b = b * (a.sum() / b.sum())
+    return np.nan_to_num(cost, nan=0.0, posinf=np.inf), a, b, epsilon, rows, columns, mass
+
+
+def sure_of_itself(cost, a, b, epsilon, rows, columns, mass):
+    problem = Problem(cost, a, b, epsilon=epsilon, rows=rows, columns=columns, mass=mass)
+    solution = solve(problem, Sinkhorn(max_steps=1, annealing=None), throw=False)
+    return {"plan": solution.plan, "f": solution.f, "g": solution.g, "converged": True}
+
+
+def forbidden_is_dear(cost, a, b, epsilon, rows, columns, mass):
+    dear = 2.0 * (1.0 + abs(cost[np.isfinite(cost)]).max())
+    return iotsolve_solver(np.where(np.isinf(cost), dear, cost), a, b, epsilon, rows, columns, mass).plan
+
+
+def in_place(cost, a, b, epsilon, rows, columns, mass):
+    said = iotsolve_solver(cost, a, b, epsilon, rows, columns, mass)
+    cost -= cost[np.isfinite(cost)].min()
+    return said
+
+
+def transposed(*data):
+    return iotsolve_solver(*data).plan.T
+
+
+def other_entropy(cost, a, b, epsilon, rows, columns, mass):
+    """Entropy relative to 1 and not to the product of the weights: Shannon's."""
+    with np.errstate(divide="ignore"):
+        shannon = np.where(np.outer(a, b) > 0, cost + epsilon * np.log(np.outer(a, b)), np.inf)
+    return iotsolve_solver(shannon, a, b, epsilon, rows, columns, mass).plan
+
+
+@before_iotsolve
+def half_the_strength(cost, a, b, epsilon, rows, columns, mass):
+    """Half the squared distance is not the squared distance."""
+    return cost, a, b, epsilon, replace(rows, rho=2 * rows.rho), replace(columns, rho=2 * columns.rho), mass
+
+
+def quiet_zero(cost, a, b, epsilon, rows, columns, mass):
+    try:
+        return iotsolve_solver(cost, a, b, epsilon, rows, columns, mass)
+    except ValueError:
+        return np.zeros_like(cost)
+
+
+def crashes_on_rectangles(cost, a, b, epsilon, rows, columns, mass):
+    return iotsolve_solver(cost, a + 0 * b, b, epsilon, rows, columns, mass)
+
+
+def gives_up(*data):
+    return replace(iotsolve_solver(*data), converged=False)
+
+
+BUGS = {
+    "mass terms dropped": (without_mass_terms, "kl", "value"),
+    "reference's term missing from the gradient": (without_the_reference_in_the_gradient, "kl", "gradient in a"),
+    "potentials of empty bins not tight": (zero_at_empty_bins, "entropic", "empty bins"),
+    "potentials of empty bins infeasible": (infeasible_at_empty_bins, "exact", "empty bins"),
+    "semi-relaxed by a huge number": (infinity_is_ten_thousand, "semi-relaxed", "marginals"),
+    "total variation smoothed": (smoothed, "exact-tv", "optimality"),
+    "kernel underflows": (kernel_in_floats, "small-epsilon", "marginals"),
+    "partial moves too much": (takes_what_pays, "exact-partial", "mass"),
+    "unit of the cost lost": (unit_lost, "kl", "units"),
+    "malformed data forgiven": (forgiving, "entropic", "refusal"),
+    "converged before it has": (sure_of_itself, "entropic", "converged"),
+    "forbidden arcs merely dear": (forbidden_is_dear, "kl", "support"),
+    "cost changed in place": (in_place, "kl", "inputs"),
+    "plan transposed": (transposed, "kl", "form"),
+    "another entropy": (other_entropy, "kl", "optimality"),
+    "another factor in the penalty": (half_the_strength, "l2", "value"),
+    "a quiet zero": (quiet_zero, "kl", "refusal"),
+    "rectangles crash": (crashes_on_rectangles, "exact", "error"),
+}
+
+
+@pytest.mark.parametrize("solver, regime, law", BUGS.values(), ids=BUGS.keys())
+def test_every_planted_bug_is_found_and_named(solver, regime, law):
+    report = verify(solver, regimes=[regime], examples=FEW, shrink=0)
+    assert not report.passed
+    assert law in report[regime].broken, report
+
+
+def test_the_solver_that_was_wrapped_passes():
+    report = verify(examples=max(FEW // 2, 1))
+    assert report.passed, report
+    assert all(x.verdict == "passed" and x.converged == x.offered == x.examples for x in report.regimes)
