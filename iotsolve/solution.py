@@ -166,7 +166,8 @@ class Solution:
     def gradient(self, of: str = "value", weights: Any = None) -> Gradients:
         """Derivatives of one output, or of a weighted sum of its entries, in every datum: autograd for NumPy users.
 
-        Exact at convergence, by the envelope theorem for the value and the implicit function theorem for the rest.
+        Exact at convergence, by the envelope theorem for the value and the implicit function theorem for the rest. These err
+        with the plan, in first order: solve with ``gradient=Implicit()``, which asks more of the solver, or a small tolerance.
 
         Args:
             of: ``"value"``, ``"plan"``, ``"f"``, ``"g"``, ``"mass_multiplier"``, ``"row_marginal"``, ``"column_marginal"``,
