@@ -8,6 +8,7 @@
 
 from iotsolve.certificate import Certificate, certify
 from iotsolve.costs import Dense, Points
+from iotsolve.divergence import sinkhorn_divergence
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradients, Implicit, Unroll
 from iotsolve.interior import Interior
@@ -47,5 +48,6 @@ __all__ = [
     "Unroll",
     "certify",
     "inverse_loss",
+    "sinkhorn_divergence",
     "solve",
 ]
