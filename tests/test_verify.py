@@ -1,21 +1,16 @@
 """The verification kit: references with potentials, limits, and the laws that find the bugs planted here."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from catalogue import CASES, Case, answer, over
 from hypothesis import given, settings
-from typer.testing import CliRunner
 
-from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Problem, Sinkhorn, solve
-from iotsolve.cli import app, find_solver
+from iotsolve import FIXED, KL, L2, TV, Between, ChiSquared, Problem, Sinkhorn, solve
 from iotsolve.testing import (
-    REGIMES,
     Answer,
     check_limits,
-    check_solver,
     marginals,
     points,
     problems,
@@ -31,7 +26,7 @@ from iotsolve.testing.references import (
     rounding,
     softmax_value,
 )
-from iotsolve.testing.verification import as_code, iotsolve_solver
+from iotsolve.testing.verification import iotsolve_solver
 
 FEW = max(settings().max_examples // 10, 1)  # every problem is solved a dozen times and twice by cvxpy
 
@@ -203,7 +198,9 @@ def smoothed(cost, a, b, epsilon, rows, columns, mass):
 
 def kernel_in_floats(cost, a, b, epsilon, rows, columns, mass):
     """The textbook's scaling, whose kernel underflows; divisions by zero are made zero."""
-    if not (np.isfinite(a).all() and np.isfinite(b).all() and a.min() >= 0 and b.min() >= 0 and not np.isnan(cost).any()):
+    if not (
+        np.isfinite(a).all() and np.isfinite(b).all() and a.min() >= 0 and b.min() >= 0 and not np.isnan(cost).any()
+    ):
         raise ValueError("weights")
     if abs(a.sum() - b.sum()) > 1e-9 * a.sum():
         raise ValueError("totals")
@@ -219,7 +216,9 @@ def takes_what_pays(cost, a, b, epsilon, rows, columns, mass):
     said = iotsolve_solver(cost, a, b, epsilon, rows, columns, mass)
     if not (said.plan > 0)[cost < 0].any():
         return said
-    return replace(iotsolve_solver(cost, a, b, epsilon, rows, columns, None), value=None, lam=None, f=None, gradient=None)
+    return replace(
+        iotsolve_solver(cost, a, b, epsilon, rows, columns, None), value=None, lam=None, f=None, gradient=None
+    )
 
 
 def unit_lost(cost, a, b, epsilon, rows, columns, mass):

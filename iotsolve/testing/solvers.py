@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from iotsolve.certificate import certify
 from iotsolve.marginals import FIXED
 from iotsolve.problem import Problem
-from iotsolve.solution import certify
 from iotsolve.testing.laws import check_limits
 from iotsolve.testing.references import (
     Numbers,
