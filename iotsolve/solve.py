@@ -102,7 +102,7 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) ->
         ("init", init, (Solution, Potentials, type(None))),
     ):
         if not isinstance(value, kinds):
-            known = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            known = " or ".join(kind.__name__ for kind in kinds if kind not in (type(None), _Automatic))
             raise ValueError(
                 f"{name} = {value!r}: must be an object of type {known}. Was the class passed without brackets?"
             )
