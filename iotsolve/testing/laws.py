@@ -51,7 +51,7 @@ def check_certificate(problem: Problem, solution: Solution, *, answer: Reference
     claim, certificate = _Claims(problem), solution.certificate
     f, g, lam = (_numpy(x) for x in (solution.potentials.f, solution.potentials.g, solution.potentials.lam))
     plan, tolerance = _numpy(solution.plan), certificate.tolerance
-    slack = 1e-9 * (abs(certificate.dual) + certificate.scale)
+    slack = 1e-9 * (abs(certificate.dual) + certificate.scale) + rounding(problem)
     off, dual = violation(problem, plan), dual_objective(problem, f, g, lam)
     said = certificate.row_violation + certificate.column_violation + certificate.mass_violation
 

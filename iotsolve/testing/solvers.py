@@ -497,7 +497,8 @@ def _bounds(case: Case) -> Iterator[str]:
     certificate, truth = _certificate(case), case.truth
     if certificate is None or truth is None:
         return
-    room = 1e-2 * case.tolerance * (truth.scale + certificate.scale) + rounding(case.problem)
+    own = objective(case.problem, truth.plan) - dual_objective(case.problem, truth.f, truth.g, truth.lam)
+    room = 1e-2 * case.tolerance * (truth.scale + certificate.scale) + abs(own) + rounding(case.problem)
     if not certificate.dual - room <= truth.value <= certificate.primal + room:
         yield f"{certificate}; the optimal value is {truth.value}"
 
