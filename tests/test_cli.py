@@ -140,7 +140,6 @@ BAD = {
     "mass of 0": (["solve", "cost.npy", "--mass", "0"], "mass = 0"),
     "mass too large": (["solve", "cost.npy", "--rows", "at-most", "--mass", "2"], "mass = 2"),
     "zero plan": (["solve", "cost.npy", "--rows", "free", "--columns", "free"], "mass="),
-    "exact with KL": (["solve", "cost.npy", "--rows", "kl:1"], "epsilon"),
     "tolerance with exact": (["solve", "cost.npy", "--tolerance", "1e-3"], "tolerance"),
     "tolerance above 1": (["solve", "cost.npy", "--epsilon", "1", "--tolerance", "3"], "tolerance = 3"),
     "no steps": (["solve", "cost.npy", "--epsilon", "1", "--max-steps", "0"], "max_steps = 0"),

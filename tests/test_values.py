@@ -180,7 +180,7 @@ def test_what_is_drawn_is_awkward():
     seen = set()
 
     @given(problem=problems())
-    @settings(max_examples=300)
+    @settings(max_examples=600)
     def look(problem):
         seen.update(name for name, shows in AWKWARD.items() if shows(problem))
 
