@@ -135,6 +135,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": _cosine,
     "dot": lambda x, y: -(x * y).sum(-1),
 }
+_OF_DIFFERENCES = {"sqeuclidean": torch.square, "euclidean": torch.abs}  # the same on a line
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,14 @@ class Points:
         x: points of the rows, shape ``(..., n, d)``, NumPy or torch, finite.
         y: points of the columns, shape ``(..., m, d)``.
         metric: ``"sqeuclidean"`` (squared distance), ``"euclidean"``, ``"cosine"`` (1 - cosine, in [0, 2]) or ``"dot"``
-            (minus the scalar product), in the units this gives.
+            (minus the scalar product), in the units this gives. On a line (``d = 1``) also a function ``h`` with cost
+            ``h(x - y)``: torch in, torch out, elementwise, finite. Convex or not is found out where it matters.
+
+    Raises:
+        ValueError: by :class:`Problem`, on points that are not finite or do not fit each other, on an unknown metric, on a
+            zero vector under ``"cosine"``, on a function in more than one dimension or that is not elementwise.
+
+    Gradients flow to the points. At coincident points that of ``"euclidean"`` is 0, the smallest subgradient.
 
     Example:
         >>> import numpy as np
@@ -153,11 +161,14 @@ class Points:
         >>> x, y = np.zeros((1, 2)), np.array([[3.0, 4.0]])
         >>> float(solve(Problem(Points(x, y, "euclidean"), epsilon=0.1)).value)
         5.0
+        >>> late = lambda apart: apart.clamp(min=0.0)
+        >>> float(solve(Problem(Points(x[:, :1], y[:, :1], late))).value)
+        0.0
     """
 
     x: Any
     y: Any
-    metric: str = "sqeuclidean"
+    metric: str | Callable[[Tensor], Tensor] = "sqeuclidean"
 
     @property
     def shape(self) -> torch.Size:
@@ -179,6 +190,12 @@ class Points:
             return Dense(named["cost"])
         return Points(named.get("x", self.x), named.get("y", self.y), self.metric)
 
+    @property
+    def transposed(self) -> Points:
+        """The cost of the columns to the rows."""
+        metric = self.metric
+        return Points(self.y, self.x, (lambda apart: metric(-apart)) if callable(metric) else metric)
+
     def expand(self, batch: tuple[int, ...]) -> Points:
         x, y = (z.expand(*batch, *z.shape[-2:]) for z in (self.x, self.y))
         return Points(x, y, self.metric)
@@ -189,17 +206,19 @@ class Points:
     def dense(self) -> Float[Tensor, "*batch n m"]:
         """The cost as a matrix, shape ``(..., n, m)``: all of it, differentiable in the points."""
         x, y = self.x, self.y
-        if self.metric in ("sqeuclidean", "euclidean"):
-            # About a common centre, so that far from the origin no digits are lost to the square.
-            centre = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
-            x, y = x - centre, y - centre
-            squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
-            if self.metric == "sqeuclidean":
-                return squared.clamp(min=0.0)
-            return _root((x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1))
         if self.metric == "cosine":
             return 1 - (x / x.norm(dim=-1, keepdim=True)) @ (y / y.norm(dim=-1, keepdim=True)).mT
-        return -(x @ y.mT)
+        if self.metric == "dot":
+            return -(x @ y.mT)
+        if x.shape[-1] == 1:
+            return (self.metric if callable(self.metric) else _OF_DIFFERENCES[self.metric])(x - y.mT)
+        if self.metric == "euclidean":
+            return METRICS["euclidean"](x.unsqueeze(-2), y.unsqueeze(-3))
+        # About a common centre, so that far from the origin no digits are lost to the square.
+        centre = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
+        x, y = x - centre, y - centre
+        squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+        return squared - squared.detach().clamp(max=0.0)  # not below 0, with the derivatives of what is not clamped
 
     def blocks(self) -> Iterator[tuple[slice, Dense]]:
         """The cost in blocks of rows."""
@@ -212,10 +231,16 @@ class Points:
 
     def entries(self, index: tuple[Tensor, ...]) -> Tensor:
         *batch, i, j = index
-        return METRICS[self.metric](self.x[(*batch, i)], self.y[(*batch, j)])
+        x, y = self.x[(*batch, i)], self.y[(*batch, j)]
+        return self.metric((x - y).squeeze(-1)) if callable(self.metric) else METRICS[self.metric](x, y)
 
     def range(self) -> Float[Tensor, "*batch"]:
-        """An upper bound of largest minus smallest entry, without looking at pairs."""
+        """An upper bound of largest minus smallest entry, without looking at pairs unless the metric is a function."""
+        if callable(self.metric):
+            with torch.no_grad():
+                ends = [(block.matrix.amax((-2, -1)), block.matrix.amin((-2, -1))) for _, block in self.blocks()]
+            highest, lowest = (torch.stack(end) for end in zip(*ends, strict=True))
+            return highest.amax(0) - lowest.amin(0)
         if self.metric == "cosine":
             return torch.full(self.shape[:-2], 2.0, dtype=self.dtype, device=self.device)
         both = torch.cat([self.x, self.y], -2)
@@ -226,7 +251,7 @@ class Points:
 
     def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """As of :class:`Dense`, block by block."""
-        side = self if axis == -1 else Points(self.y, self.x, self.metric)
+        side = self if axis == -1 else self.transposed
         return torch.cat([block.softmin(log_weights, epsilon, axis=-1) for _, block in side.blocks()], -1)
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
@@ -236,7 +261,7 @@ class Points:
         return sum(block.spent(plan[..., rows, :]) for rows, block in self.blocks())
 
     def reduced_min(self, potential: Tensor, weights: Tensor, *, axis: int) -> Tensor:
-        side = self if axis == -1 else Points(self.y, self.x, self.metric)
+        side = self if axis == -1 else self.transposed
         return torch.cat([block.reduced_min(potential, weights, axis=-1) for _, block in side.blocks()], -1)
 
     def slack(self, f: Tensor, g: Tensor) -> tuple[Float[Tensor, "*batch n m"], Bool[Tensor, "*batch n m"]]:

@@ -47,8 +47,9 @@ class Exact:
 
     def run(self, problem: Problem) -> Outcome:
         """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
-        if _is_line(problem):
-            return _on_a_line(problem)
+        matched = _on_a_line(problem) if _is_line(problem) else None
+        if matched is not None:
+            return matched
         answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
         like = problem.cost.dense()
         plan, f, g = (torch.stack([_tensor(x[k], like) for x in answers]) for k in range(3))
@@ -78,17 +79,18 @@ class Exact:
 
 
 def _is_line(problem: Problem) -> bool:
-    """One balanced problem between points of the line, at a cost convex in their difference."""
+    """One balanced problem between points of the line, at a cost that is or may be convex in their difference."""
     cost, ordinary = problem.cost, problem.rows.bounds == problem.columns.bounds == (1.0, 1.0) and problem.mass is None
-    on_line = isinstance(cost, Points) and cost.x.shape[-1] == 1 and cost.metric in ("sqeuclidean", "euclidean", "dot")
+    on_line = isinstance(cost, Points) and cost.x.shape[-1] == 1 and cost.metric != "cosine"
     return ordinary and on_line and problem.batch_shape[0] == 1
 
 
-def _on_a_line(problem: Problem) -> Outcome:
+def _on_a_line(problem: Problem) -> Outcome | None:
     """Sorted points are matched in order (the monotone rearrangement), weights and all, in O((n + m) log (n + m)).
 
     The plan is a staircase of n + m - 1 arcs. Potentials follow it by the cost's differences, empty bins included, and are
-    feasible because the cost of sorted points is a Monge array.
+    feasible because the cost of sorted points is a Monge array. For a function that somebody passed this is looked at, pair
+    by pair: None if it is not so, since then the function is not convex and the order may not be the answer.
     """
     double = problem.to(torch.float64)
     x, y, a, b = double.cost.x[0, :, 0], double.cost.y[0, :, 0], double.a[0], double.b[0]
@@ -106,11 +108,20 @@ def _on_a_line(problem: Problem) -> Outcome:
     f, g = (torch.cat([change.new_zeros(1), torch.where(moves, change, 0.0).cumsum(0)]) for moves in (down, ~down))
     f, g = f + price[0], g
     potentials = torch.empty_like(a).index_put_((index[0],), f), torch.empty_like(b).index_put_((index[1],), g)
-    kept = values > 0
+    kept = (values > 0) & (a[index[0]] > 0) & (b[index[1]] > 0)  # what rounding leaves at an empty bin is no mass
     where = torch.cat([torch.zeros_like(i).unsqueeze(0), index])[:, kept]
     plan = torch.sparse_coo_tensor(where, values[kept], (1, n, m), check_invariants=False).coalesce()
     p = Potentials(potentials[0].unsqueeze(0), potentials[1].unsqueeze(0), a.new_zeros(1))
+    if callable(problem.cost.metric) and not _is_dual_feasible(double.cost, p):
+        return None
     return Outcome(p.to(problem.dtype), [Status.CONVERGED], [0], plan.to(problem.dtype))
+
+
+def _is_dual_feasible(cost: Points, p: Potentials) -> bool:
+    """Whether ``f + g <= C`` at every pair, to the rounding of sums as long as the staircase."""
+    excess = p.f - cost.reduced_min(p.g, torch.ones_like(p.g), axis=-1)
+    size = p.f.abs().amax() + p.g.abs().amax()
+    return bool((excess <= sum(cost.shape[-2:]) * torch.finfo(p.f.dtype).eps * size).all())
 
 
 def _is_curved(side: Marginal) -> bool:

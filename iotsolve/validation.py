@@ -54,9 +54,10 @@ def _floating(name: str, x: Any, as_numpy: bool) -> Tensor:
 
 
 def _as_points(cost: Points) -> tuple[Points, bool]:
-    if cost.metric not in METRICS:
+    if not callable(cost.metric) and not (isinstance(cost.metric, str) and cost.metric in METRICS):
         raise ValueError(
-            f"metric = {cost.metric!r}: must be one of {', '.join(METRICS)}. Any other cost can be passed as a matrix."
+            f"metric = {cost.metric!r}: must be one of {', '.join(METRICS)}, or for points on a line a function of x - y. "
+            "Any other cost can be passed as a matrix."
         )
     as_numpy = not (isinstance(cost.x, Tensor) or isinstance(cost.y, Tensor))
     x, y = (_floating(name, z, as_numpy) for name, z in (("x", cost.x), ("y", cost.y)))
@@ -84,9 +85,41 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
         ) from error
     dtype = torch.promote_types(x.dtype, y.dtype)
     points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric).expand(batch)
-    if not float(points.range().detach().max()) < math.inf:
+    if callable(points.metric):
+        _check_function(points)
+    elif not float(points.range().detach().max()) < math.inf:
         raise ValueError(f"points so far apart that their {cost.metric} cost overflows {dtype}: rescale them.")
     return points, as_numpy
+
+
+def _check_function(points: Points) -> None:
+    """A metric that is a function: on a line, elementwise, finite at every difference."""
+    says = f"metric = {points.metric!r}, a function of the difference x - y,"
+    if points.x.shape[-1] != 1:
+        raise ValueError(
+            f"{says} and points with d = {points.x.shape[-1]}: it must be for points on a line, d = 1. In more dimensions "
+            f"take one of {', '.join(METRICS)}, or pass the cost as a matrix."
+        )
+    apart = (points.x[..., :1, :] - points.y.mT).detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            cost = points.metric(apart)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{says} fails on a tensor of shape {tuple(apart.shape)} ({type(error).__name__}: {error}). It must be written for torch, as in "
+            "lambda apart: apart.abs() ** 1.5."
+        ) from error
+    if not isinstance(cost, Tensor) or cost.shape != apart.shape or cost.dtype != apart.dtype:
+        given = f"shape {tuple(cost.shape)}, {cost.dtype}" if isinstance(cost, Tensor) else repr(cost)
+        raise ValueError(
+            f"{says} makes of a tensor of shape {tuple(apart.shape)}, {apart.dtype}: {given}. It must give one cost for each "
+            "difference, in the same dtype. Does it sum, or count?"
+        )
+    if not float(points.range().max()) < math.inf:
+        raise ValueError(
+            f"{says} is infinite or NaN at some difference: it must be finite at all. Is it a root or a logarithm of what may "
+            f"be negative, or does it overflow {points.dtype}? Forbidden arcs need the cost as a matrix."
+        )
 
 
 def _check_cost(values: Tensor) -> None:
