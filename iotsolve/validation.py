@@ -70,11 +70,11 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
         bad = ~z.detach().isfinite()
         if bad.any():
             raise ValueError(
-                f"{name}{_first(bad)} = {float(z.detach()[bad][0])}: points must be finite. Drop the points with missing values."
+                f"{name}{_at(bad)} = {float(z.detach()[bad][0])}: points must be finite. Drop the points with missing values."
             )
         if cost.metric == "cosine" and (z.detach().norm(dim=-1) == 0).any():
             raise ValueError(
-                f"{name}{_first(z.detach().norm(dim=-1) == 0)} is the zero vector: it has no direction, so no cosine. Drop it."
+                f"{name}{_at(z.detach().norm(dim=-1) == 0)} is the zero vector: it has no direction, so no cosine. Drop it."
             )
     try:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -106,8 +106,8 @@ def _check_function(points: Points) -> None:
             cost = points.metric(apart)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{says} fails on a tensor of shape {tuple(apart.shape)} ({type(error).__name__}: {error}). It must be written for torch, as in "
-            "lambda apart: apart.abs() ** 1.5."
+            f"{says} fails on a tensor of shape {tuple(apart.shape)} ({type(error).__name__}: {error}). It must be written for "
+            "torch, as in lambda apart: apart.abs() ** 1.5."
         ) from error
     if not isinstance(cost, Tensor) or cost.shape != apart.shape or cost.dtype != apart.dtype:
         given = f"shape {tuple(cost.shape)}, {cost.dtype}" if isinstance(cost, Tensor) else repr(cost)
@@ -125,12 +125,12 @@ def _check_function(points: Points) -> None:
 def _check_cost(values: Tensor) -> None:
     if values.isnan().any():
         raise ValueError(
-            f"cost{_first(values.isnan())} is NaN ({int(values.isnan().sum())} NaN in all): costs must be finite, or +inf "
+            f"cost{_at(values.isnan())} is NaN ({int(values.isnan().sum())} NaN in all): costs must be finite, or +inf "
             "for a forbidden arc. NaN usually comes from 0/0 in a normalisation or from a missing value in the data."
         )
     if (values == -math.inf).any():
         raise ValueError(
-            f"cost{_first(values == -math.inf)} is -inf: an arc that pays infinitely has no optimal plan. "
+            f"cost{_at(values == -math.inf)} is -inf: an arc that pays infinitely has no optimal plan. "
             "A forbidden arc is +inf; a log-similarity must be negated to become a cost."
         )
 
@@ -154,7 +154,7 @@ def as_weights(name: str, weights: Any, size: int, cost: Cost) -> Tensor:
     bad = ~(values.isfinite() & (values >= 0))
     if bad.any():
         raise ValueError(
-            f"{name}{_first(bad)} = {float(values[bad][0])}: weights must be finite and non-negative. "
+            f"{name}{_at(bad)} = {float(values[bad][0])}: weights must be finite and non-negative. "
             "Signed data must be split into its positive and negative parts; NaN usually comes from dividing by a sum of 0."
         )
     if (values.sum(-1) <= 0).any():
@@ -343,7 +343,12 @@ def _asks_nothing(side: Marginal) -> bool:
     return number(side.bounds[0]) == 0 and number(side.divergence(zero, one)) == 0
 
 
+def _at(mask: Tensor) -> str:
+    """Index of the first True, as it stands behind the name of an array."""
+    return str(mask.nonzero()[0].tolist())
+
+
 def _first(mask: Tensor) -> str:
-    """Index of the first True, as it is written in Python."""
+    """Index of the first True, as it stands in a sentence: one number has no brackets."""
     index = mask.nonzero()[0].tolist()
-    return str(index[0]) if len(index) == 1 else str(tuple(index)).replace("(", "[").replace(")", "]")
+    return str(index[0] if len(index) == 1 else index)
