@@ -180,7 +180,7 @@ def assert_slope(of, z, gradient, *, step=1e-5):
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @over_metrics
-@over_regimes
+@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "kl-fixed"])
 def test_the_gradient_in_the_points_is_that_of_differences_and_of_autograd(regime, metric, epsilon):
     """Differences of values of scipy's cost; autograd through a matrix that torch makes."""
     (x, y), sides = clouds(4, 3), REGIMES[regime]
@@ -614,8 +614,9 @@ def test_a_motion_of_the_plane_changes_nothing(motion, metric, epsilon):
 def test_an_angle_does_not_know_lengths(factors, seed):
     x, y = clouds(5, 4, 2, seed)
     long_x, long_y = x * np.array(factors[:5])[:, None], y * np.array(factors[5:])[:, None]
-    one, other = (solve(Problem(Points(*z, "cosine"), epsilon=2.0)) for z in ((x, y), (long_x, long_y)))
-    assert_same(other, one, rtol=1e-9, atol=1e-10)
+    one, other = (solve(Problem(Points(*z, "cosine"))) for z in ((x, y), (long_x, long_y)))
+    assert other.value == pytest.approx(one.value, rel=1e-12, abs=1e-14)
+    np.testing.assert_allclose(other.plan, one.plan, rtol=0, atol=1e-14)
 
 
 # -- misuse ------------------------------------------------------------------------------------------------------------
