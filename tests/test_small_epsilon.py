@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,6 @@ from iotsolve import (
     Interior,
     Problem,
     Sinkhorn,
-    Solution,
     Status,
     solve,
 )
@@ -257,3 +257,302 @@ def test_a_solution_started_from_is_found_in_no_steps(epsilon):
             again = solve(problem, init=solution)
             assert again.steps == 0 and again.value == pytest.approx(solution.value, rel=1e-12)
             assert solve(problem, Sinkhorn(), init=solution.potentials).steps == 0
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.0])
+def test_the_judge_notices_what_is_off(epsilon):
+    problem = drawn(np.random.default_rng(0), ("fixed", "kl"), epsilon=epsilon, awkward=())
+    solution = solve(problem)
+    assert judged(problem, solution).largest <= TOLERANCE
+
+    def altered(**changes):
+        names = ("plan", "f", "g", "mass_multiplier", "value")
+        return SimpleNamespace(**{name: getattr(solution, name) for name in names} | changes)
+
+    assert judged(problem, altered(value=solution.value * (1 + 1e-6))).value > TOLERANCE
+    if epsilon:
+        with pytest.raises(AssertionError):  # a plan that is not that of its potentials
+            judged(problem, altered(plan=solution.plan * (1 + 1e-6)))
+    else:
+        assert judged(problem, altered(plan=solution.plan * (1 + 1e-6))).violation > TOLERANCE
+        assert judged(problem, altered(f=solution.f - 1e-6)).gap > TOLERANCE
+
+
+# -- curved sides without entropy --------------------------------------------------------------------------------------
+
+
+@curved
+@pytest.mark.parametrize("awkward", [("forbidden", "empty", "room"), ("negative", "mass")], ids="-".join)
+def test_curved_sides_without_entropy_agree_with_cvxpy(kinds, awkward):
+    rng = np.random.default_rng([PAIRS.index(kinds), len(awkward)])
+    problem = drawn(rng, kinds, epsilon=0.0, sizes=(5, 8), awkward=awkward)
+    solution, answer = solve(problem), reference(problem)
+    assert_certified(problem, solution)
+    check_certificate(problem, solution, answer=answer)
+    assert abs(solution.value - answer.value) <= 1e-7 * answer.scale + rounding(problem)
+
+
+@curved
+def test_curved_sides_meet_those_without_entropy_as_epsilon_vanishes(kinds):
+    """``V <= V_eps <= V + eps KL(P | a x b)``, with value ``V`` and plan ``P`` at epsilon = 0."""
+    rng = np.random.default_rng([PAIRS.index(kinds), 6])
+    exact = drawn(rng, kinds, epsilon=0.0, sizes=(5, 8), awkward=("forbidden", "empty"))
+    limit, product = solve(exact), np.outer(exact.a, exact.b)
+    for epsilon in (1e-2, 1e-4, 1e-5):
+        problem = Problem(
+            exact.cost.dense().numpy(), exact.a, exact.b, epsilon=epsilon, rows=exact.sides[0], columns=exact.sides[1]
+        )
+        solution = solve(problem)
+        assert_certified(problem, solution)
+        room = TOLERANCE * (limit.certificate.scale + solution.certificate.scale)
+        assert limit.value - room <= solution.value
+        assert solution.value <= limit.value + epsilon * kl_div(limit.plan, product).sum() + room
+
+
+# -- the interior point by name ----------------------------------------------------------------------------------------
+
+TIGHT = {"tolerance": 1e-12, "stationary": True}
+
+
+@pairs
+@pytest.mark.parametrize("mass", [(), ("mass",)], ids=["", "mass"])
+def test_interior_points_and_sweeps_find_the_same(kinds, mass):
+    rng = np.random.default_rng([PAIRS.index(kinds), 8])
+    problem = drawn(rng, kinds, epsilon=0.2, sizes=(5, 8), awkward=("room", "empty", *mass))
+    interior, sweeps = solve(problem, Interior(**TIGHT)), solve(problem, Sinkhorn(**TIGHT))
+    assert_certified(problem, interior)
+    assert_certified(problem, sweeps)
+    assert abs(interior.value - sweeps.value) <= 1e-11 * sweeps.certificate.scale + rounding(problem)
+    np.testing.assert_allclose(interior.plan, sweeps.plan, rtol=0, atol=1e-9 * sweeps.plan.sum())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"tolerance": -1e-8}, r"tolerance = -1e-08.*\[0, 1\).*1e-8 is the default"),
+        ({"tolerance": 1.0}, r"tolerance = 1\.0.*\[0, 1\)"),
+        ({"tolerance": math.nan}, r"tolerance = nan.*\[0, 1\)"),
+        ({"max_steps": 0}, r"max_steps = 0.*at least 1.*default is 100"),
+        ({"max_steps": -5}, r"max_steps = -5.*at least 1"),
+    ],
+)
+def test_misuse_of_the_interior_point_is_a_value_error(options, words):
+    with pytest.raises(ValueError, match=words):
+        Interior(**options)
+
+
+@pytest.mark.xfail(strict=True, raises=(TypeError, pytest.fail.Exception), reason="types of options are not looked at")
+@pytest.mark.parametrize("options", [{"max_steps": "3"}, {"max_steps": 2.5}, {"tolerance": "1e-8"}], ids=str)
+@pytest.mark.parametrize("solver", [Interior, Sinkhorn])
+def test_an_option_of_the_wrong_type_is_a_value_error(solver, options):
+    with pytest.raises(ValueError):
+        solver(**options)
+
+
+STEPPED = [("fixed", "kl"), ("between", "tv"), ("chi2", "l2"), ("at_most", "fixed")]
+
+
+@pytest.mark.parametrize("kinds", STEPPED, ids="-".join)
+@pytest.mark.parametrize("epsilon", [1e-3, 0.0])
+def test_an_interior_point_that_may_not_finish_is_honest(kinds, epsilon):
+    problem = drawn(np.random.default_rng(9), kinds, epsilon=epsilon, awkward=("room",))
+    answer = reference(problem)
+    for count in (1, 2, 4, 7):
+        solution = solve(problem, Interior(max_steps=count), throw=False)
+        assert_no_nan(solution)
+        assert solution.steps <= count if not epsilon else solution.steps > 0  # sweeps that settle it are counted too
+        check_certificate(problem, solution, answer=answer)
+        if solution.converged:
+            assert_certified(problem, solution)
+    assert not solve(problem, Interior(max_steps=1), throw=False).converged
+
+
+@pytest.mark.xfail(strict=True, reason="says STALLED, whose message is of rounding and of a larger tolerance")
+@pytest.mark.parametrize("kinds", STEPPED, ids="-".join)
+def test_an_interior_point_out_of_steps_says_so_without_entropy(kinds):
+    problem = drawn(np.random.default_rng(9), kinds, epsilon=0.0, awkward=("room",))
+    assert solve(problem, Interior(max_steps=2), throw=False).status is Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("kinds", STEPPED, ids="-".join)
+@pytest.mark.parametrize("epsilon", [0.1, 1e-3, 0.0])
+def test_the_tolerance_of_the_interior_point_is_kept(kinds, epsilon):
+    problem = drawn(np.random.default_rng(11), kinds, epsilon=epsilon, awkward=("room", "empty"))
+    for tolerance in (1e-3, 1e-8, 1e-12):
+        solution = solve(problem, Interior(tolerance=tolerance))
+        assert solution.certificate.tolerance == tolerance and solution.certificate.holds
+        assert judged(problem, solution).largest <= tolerance
+    exactly = solve(problem, Interior(tolerance=0.0), throw=False)
+    assert not exactly.converged or judged(problem, exactly).largest == 0.0
+
+
+@pytest.mark.xfail(strict=True, reason="a start is dropped without a word by solvers that take none")
+@pytest.mark.parametrize("epsilon, solver", [(0.1, Interior()), (0.0, None)], ids=["interior", "exact"])
+def test_a_start_is_used_or_refused(epsilon, solver):
+    problem = drawn(np.random.default_rng(0), ("fixed", "kl"), epsilon=epsilon, awkward=())
+    first = solve(problem, solver)
+    try:
+        assert solve(problem, solver, init=first).steps < first.steps
+    except ValueError as error:
+        assert "init" in str(error)
+
+
+# -- uneven batches ----------------------------------------------------------------------------------------------------
+
+
+def easy(rng, n, m):
+    """Every plan costs the same but for its marginals."""
+    u, v = rng.random(n), rng.random(m)
+    return u[:, None] + v[None, :]
+
+
+def hard(rng, n, m):
+    """Points on a line."""
+    return abs(np.linspace(0, 1, n)[:, None] - np.linspace(0, 1, m)[None, :] ** 2)
+
+
+def uneven(kinds, *, epsilon, mass=None, seed=0, ranges=(1.0, 1.0, 1.0)):
+    """An easy, a hard and a random problem of different sizes and given ranges of the cost."""
+    rng, singles = np.random.default_rng([PAIRS.index(kinds), seed]), []
+    makers = zip((easy, hard, lambda rng, *shape: rng.random(shape)), ((3, 2), (12, 10), (7, 9)), ranges, strict=True)
+    rows, columns = (HARD[k] if k in HARD else SOFT[k](0.4) for k in kinds)
+    for make, (n, m), size in makers:
+        cost, a, b = make(rng, n, m), rng.uniform(0.5, 1.5, n), rng.uniform(0.5, 1.5, m)
+        cost, a, b = size * (cost - cost.min()) / np.ptp(cost), a / a.sum(), b / b.sum()
+        b = b if columns == FIXED else 1.3 * b
+        singles.append(Problem(cost, a, b, epsilon=epsilon, rows=rows, columns=columns, mass=mass))
+    return singles
+
+
+def batch(singles, fill=0.5):
+    """The problems as one, padded by bins of weight 0 whose costs are anything."""
+    first, n, m = singles[0], max(p.shape[0] for p in singles), max(p.shape[1] for p in singles)
+    cost, a, b = np.full((len(singles), n, m), fill), np.zeros((len(singles), n)), np.zeros((len(singles), m))
+    for k, single in enumerate(singles):
+        (i, j), (x, u, v) = single.shape, (y.numpy() for y in (single.cost.dense(), single.a, single.b))
+        cost[k, :i, :j], a[k, :i], b[k, :j] = x, u, v
+    return Problem(cost, a, b, epsilon=first.epsilon, rows=first.sides[0], columns=first.sides[1], mass=first.mass)
+
+
+def assert_same_numbers(together, k, alone, *, tolerance):
+    n, m = alone.problem.shape
+    room = tolerance * (1 + alone.plan.sum())
+    assert together.value[k] == pytest.approx(alone.value, rel=tolerance, abs=tolerance)
+    np.testing.assert_allclose(together.plan[k, :n, :m], alone.plan, rtol=0, atol=room)
+    assert not together.plan[k, n:].any() and not together.plan[k, :, m:].any()
+    np.testing.assert_allclose(together.f[k, :n], alone.f, rtol=0, atol=room)
+    np.testing.assert_allclose(together.g[k, :m], alone.g, rtol=0, atol=room)
+    assert together.mass_multiplier[k] == pytest.approx(alone.mass_multiplier, abs=room)
+
+
+IN_STEP = [("fixed", "fixed"), ("kl", "kl"), ("fixed", "kl"), ("kl", "free"), ("free", "fixed"), ("free", "tv")]
+OUT_OF_STEP = [("fixed", "chi2"), ("tv", "kl"), ("between", "l2"), ("at_most", "fixed"), ("tv", "tv")]
+
+
+@pytest.mark.parametrize("kinds", IN_STEP, ids="-".join)
+@pytest.mark.parametrize("epsilon", [0.1, 1e-3, 0.0])
+def test_an_uneven_batch_takes_the_steps_and_gives_the_numbers_of_its_problems(kinds, epsilon):
+    singles = uneven(kinds, epsilon=epsilon)
+    together = solve(batch(singles), throw=False)
+    for k, single in enumerate(singles):
+        alone = solve(single)
+        assert together.status[k] is alone.status and together.steps[k] == alone.steps
+        assert_same_numbers(together, k, alone, tolerance=1e-11)
+    if epsilon == 0.1 and "free" not in kinds:
+        assert together.steps[0] < together.steps[1]  # the easy one does not wait for the hard one
+
+
+@pytest.mark.parametrize("kinds", IN_STEP + OUT_OF_STEP, ids="-".join)
+@pytest.mark.parametrize("epsilon", [0.1, 1e-3, 0.0])
+@pytest.mark.parametrize("fill", [INF, 1e6, -1e6])
+def test_what_stands_in_the_padding_does_not_matter(kinds, epsilon, fill):
+    mass = 0.9 if "fixed" not in kinds else None
+    singles = uneven(kinds, epsilon=epsilon, mass=mass, ranges=(0.01, 1.0, 0.3))
+    gradient = Implicit() if epsilon else None  # asks the sweeps for plans as good as the values
+    together = solve(batch(singles, fill), gradient=gradient, throw=False)
+    assert together.converged.all() and together.certificate.holds.all()
+    for k, single in enumerate(singles):
+        assert_same_numbers(together, k, solve(single, gradient=gradient), tolerance=1e-6)
+
+
+@pytest.mark.xfail(strict=True, reason="the settling translation is left out whenever another problem finishes")
+def test_steps_do_not_depend_on_when_the_others_finish():
+    singles = uneven(("fixed", "chi2"), epsilon=0.1)
+    together = solve(batch(singles), throw=False)
+    assert together.steps.tolist() == [solve(single).steps for single in singles]
+
+
+@pytest.mark.xfail(strict=True, reason="annealing starts at the largest range of the batch, not at each problem's own")
+def test_steps_do_not_depend_on_the_ranges_of_the_others():
+    singles = uneven(("fixed", "fixed"), epsilon=0.02, ranges=(0.01, 1.0, 0.3))
+    together = solve(batch(singles), throw=False)
+    assert together.steps.tolist() == [solve(single).steps for single in singles]
+
+
+# -- failures are statuses ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", [(FREE, FREE), (FREE, TV(0.1)), (TV(1e-3), FREE), (TV(0.1), TV(0.1))], ids=str)
+@pytest.mark.parametrize("epsilon", [1e-4, 1e-5])
+def test_a_mass_beyond_the_range_of_floats_is_a_status_and_spoils_no_other_problem(sides, epsilon):
+    rng = np.random.default_rng(0)
+    cost = np.stack([rng.random((6, 7)), rng.random((6, 7)) - 1.0, rng.random((6, 7))])
+    problem = Problem(cost, epsilon=epsilon, rows=sides[0], columns=sides[1])
+    assert [overflows(problem.select(k)) for k in range(3)] == [False, True, False]
+    solution = solve(problem, throw=False)
+    assert_no_nan(solution)
+    assert solution.status[1] is Status.NOT_FINITE and not solution.certificate.holds[1]
+    for k in (0, 2):
+        alone = solve(Problem(cost[k], epsilon=epsilon, rows=sides[0], columns=sides[1]))
+        assert solution.status[k] is alone.status is Status.CONVERGED and solution.certificate.holds[k]
+        assert_same_numbers(solution, k, alone, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("cost", [-0.5, -5.0, -50.0, -500.0])
+@pytest.mark.parametrize("rho", [1e-3, 0.1])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5, 1e-2, 1.0])
+def test_mass_made_at_little_cost_is_as_by_hand_or_a_status(cost, rho, epsilon):
+    """One bin of weight 1 a side: the mass is ``exp(-c / (2 rho + eps))``, the value ``(2 rho + eps) (1 - mass)``."""
+    solution = solve(Problem([[cost]], [1.0], [1.0], epsilon=epsilon, rows=KL(rho), columns=KL(rho)), throw=False)
+    assert_no_nan(solution)
+    rate = 2 * rho + epsilon
+    if -cost / rate < 700:
+        assert solution.converged and solution.certificate.holds
+        assert solution.value == pytest.approx(-rate * math.expm1(-cost / rate), rel=1e-8)
+        assert math.log(solution.mass) == pytest.approx(-cost / rate, rel=1e-6)
+    else:
+        assert solution.status in (Status.NOT_FINITE, Status.STALLED) and not solution.certificate.holds
+
+
+@pytest.mark.parametrize("kinds", [pair for pair in PAIRS if "free" not in pair][::3], ids="-".join)
+def test_too_few_sweeps_at_a_small_epsilon_are_a_status_with_true_bounds(kinds):
+    problem = drawn(np.random.default_rng(12), kinds, epsilon=1e-4, awkward=("room", "mass"))
+    solution, answer = solve(problem, Sinkhorn(max_steps=20), throw=False), solve(problem)
+    assert solution.status is Status.MAX_STEPS and solution.steps == 20 and not solution.certificate.holds
+    assert_no_nan(solution)
+    certificate, room = solution.certificate, 1e-7 * answer.certificate.scale
+    assert certificate.dual <= answer.value + room and answer.value - room <= certificate.primal
+
+
+STRANDED = torch.tensor([[0.0, INF], [0.0, INF]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("epsilon, status", [(0.0, Status.INFEASIBLE), (0.1, Status.NOT_FINITE)])
+def test_a_batch_changed_into_one_with_an_infeasible_problem_keeps_the_others(epsilon, status):
+    cost = np.random.default_rng(0).random((3, 2, 2))
+    sound = Problem(cost, epsilon=epsilon)
+    changed = sound.with_tensors({"cost": torch.stack([sound.cost.dense()[0], STRANDED, sound.cost.dense()[2]])})
+    before, after = solve(sound), solve(changed, throw=False)
+    assert_no_nan(after)
+    assert after.status.tolist() == [Status.CONVERGED, status, Status.CONVERGED]
+    assert after.certificate.holds.tolist() == [True, False, True]
+    np.testing.assert_allclose(after.value[[0, 2]], before.value[[0, 2]], rtol=1e-12)
+    np.testing.assert_allclose(after.plan[[0, 2]], before.plan[[0, 2]], atol=1e-12)
+
+
+@pytest.mark.xfail(strict=True, reason="totals that differ are taken for rounding, however far apart they are")
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 1e-3])
+def test_totals_changed_apart_are_never_certified(epsilon):
+    problem = Problem(np.random.default_rng(0).random((5, 6)), epsilon=epsilon)
+    solution = solve(problem.with_tensors({"b": 2 * problem.b}), throw=False)
+    assert not solution.converged and not solution.certificate.holds
