@@ -142,10 +142,12 @@ def judged(problem, solution):
     noise = 1e-14 * size
 
     def relative(error):
+        if not math.isfinite(error):  # potentials outside the dual's domain
+            return INF
         return max(abs(error) - noise, 0.0) / scale if scale else abs(error)
 
     # where every entry is below the smallest number the mass is 0
-    return Errors(violation / total if violation else 0.0, relative(gap), relative(float(solution.value) - dual))
+    return Errors(violation / total if violation else 0.0, relative(gap), relative(float(solution.value - dual)))
 
 
 def assert_no_nan(solution):
@@ -242,7 +244,8 @@ def test_no_output_is_nan_and_no_failure_is_silent(epsilon):
         if solution.converged and not stiff(problem):  # of those, below
             assert_certified(problem, solution)
         elif not solution.converged:
-            assert solution.status in (Status.MAX_STEPS, Status.STALLED, Status.NOT_FINITE)
+            beyond = (Status.NOT_FINITE,) if overflows(problem) else (Status.MAX_STEPS, Status.STALLED)
+            assert solution.status in beyond, solution
 
 
 @pytest.mark.xfail(
@@ -253,6 +256,13 @@ def test_a_stiff_penalty_at_a_tiny_epsilon_is_no_silent_failure():
     assert stiff(problem)
     solution = solve(problem, throw=False)
     assert solution.certificate.holds or not solution.converged
+
+
+@pytest.mark.xfail(strict=True, reason="the settling translation leaves the dual's domain by a rounding: NOT_FINITE")
+def test_a_potential_at_its_bound_stays_within():
+    problem = Problem([[0.89], [0.58], [0.5]], epsilon=1e-4, rows=TV(0.1), columns=TV(10.0))
+    solution = solve(problem, throw=False)
+    assert solution.converged and solution.f.min() >= -0.1
 
 
 def test_nearly_every_problem_is_certified():
