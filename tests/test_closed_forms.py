@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+from scipy.optimize import linprog
 from scipy.special import kl_div, logsumexp
 
 from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Points, Problem, Sinkhorn, solve
@@ -366,3 +368,259 @@ def test_on_the_line_the_matrix_has_the_value_of_the_quantiles(seed, n, m, power
         below = [(w * (p <= t)).sum() for t in z[:-1] for p, w in ((x, a), (y, b))]
         distance = np.abs(np.subtract(below[::2], below[1::2])) @ np.diff(z) if len(z) > 1 else 0.0
         assert value == pytest.approx(float(distance), rel=1e-9, abs=1e-12)
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+def balanced_data(seed, n=5, m=6):
+    rng = np.random.default_rng(seed)
+    return rng.random((n, m)), rng.dirichlet(np.full(n, 2.0)), rng.dirichlet(np.full(m, 2.0))
+
+
+def linear_program(cost, a, b, *, rows=FIXED, columns=FIXED, mass=None):
+    """Value and plan at epsilon = 0 by HiGHS: bounds as inequalities, TV by what is made and what is left out."""
+    n, m = cost.shape
+    of_rows, of_columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
+    prices, equal, at_most = cost.ravel(), [], []
+    slacks = sum(2 * len(w) for penalty, w in ((rows, a), (columns, b)) if isinstance(penalty, TV))
+    place = 0
+    for penalty, sums, w in ((rows, of_rows, a), (columns, of_columns, b)):
+        own = np.zeros((len(w), slacks))
+        if isinstance(penalty, TV):
+            own[:, place : place + 2 * len(w)] = np.hstack([-np.eye(len(w)), np.eye(len(w))])
+            place, prices = place + 2 * len(w), np.r_[prices, np.full(2 * len(w), penalty.rho)]
+            equal.append((np.hstack([sums, own]), w))
+            continue
+        at_most.append((np.hstack([-sums, own]), -penalty.lo * w))
+        if penalty.hi < INF:
+            at_most.append((np.hstack([sums, own]), penalty.hi * w))
+    if mass is not None:
+        equal.append((np.r_[np.ones(n * m), np.zeros(slacks)][None], np.array([mass])))
+    options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    matrices = {}
+    for name, blocks in (("eq", equal), ("ub", at_most)):
+        if blocks:
+            matrices |= {f"A_{name}": np.vstack([x for x, _ in blocks]), f"b_{name}": np.hstack([y for _, y in blocks])}
+    found = linprog(prices, **matrices, method="highs", options=options)
+    assert found.status == 0
+    return found.fun, found.x[: n * m].reshape(n, m)
+
+
+def half_squares(kind, f, g, a, b):
+    """``sum a f^2 / 2 + sum b g^2 / 2`` at the best of the potentials ``(f + t, g - t)``; L2 knows no weights."""
+    w, x = np.r_[f, -g], np.ones(len(f) + len(g)) if kind == "l2" else np.r_[a, b]
+    return float(x @ (w - x @ w / x.sum()) ** 2) / 2
+
+
+@pytest.mark.parametrize("kind", ["kl", "chi2", "l2"])
+@pytest.mark.parametrize("seed", range(2))
+def test_strong_penalties_fall_short_of_the_balanced_value_like_the_inverse_of_rho(kind, seed):
+    """``phi(f) = f - f^2 / (2 rho) + ...``, so ``rho (V - V(rho))`` tends to half the square of the balanced potentials."""
+    cost, a, b = balanced_data(seed)
+    hard = solve(Problem(cost, a, b, epsilon=0.1), TIGHT)
+    limit, off = half_squares(kind, hard.f, hard.g, a, b), []
+    for rho in (1e2, 1e3, 1e4):
+        soft = solve(Problem(cost, a, b, epsilon=0.1, rows=side(kind, rho), columns=side(kind, rho)), TIGHT)
+        off.append(abs(rho * (hard.value - soft.value) / limit - 1))
+        assert soft.value < hard.value
+    assert off[1] < off[0] / 8 and off[1] <= 1e-2 and off[2] <= 2e-3
+
+
+@pytest.mark.parametrize("kind", ["kl", "chi2", "l2"])
+def test_strong_penalties_without_entropy_meet_the_linear_program(kind):
+    cost, a, b = balanced_data(3)
+    value, plan = linear_program(cost, a, b)
+    short = []
+    for rho in (1e2, 1e3, 1e4):
+        soft = solve(Problem(cost, a, b, rows=side(kind, rho), columns=side(kind, rho)))
+        short.append(value - soft.value)
+        np.testing.assert_allclose(soft.plan, plan, atol=30 / rho)
+    assert short[0] > 0 and short[0] / short[1] == pytest.approx(10, rel=0.02)
+    assert short[1] / short[2] == pytest.approx(10, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.parametrize("rows", ["fixed", "soft"])
+def test_weak_penalties_exceed_the_free_value_by_what_they_charge_its_plan(kind, rows):
+    """``V(rho) = V + rho D(r | a) + O(rho^2)`` at the marginals of the free plan, which is a soft-max."""
+    cost, a, b = balanced_data(1)
+    kernel = np.outer(a, b) * np.exp(-cost / 0.1)
+    if rows == "fixed":
+        plan = a[:, None] * kernel / kernel.sum(1, keepdims=True)
+        value = float(-0.1 * a @ np.log(kernel.sum(1) / a))
+        slope = float(price(side(kind), plan.sum(0), b).sum())
+    else:
+        plan, value = kernel, 0.1 * (1 - kernel.sum())
+        slope = float(price(side(kind), plan.sum(0), b).sum() + price(side(kind), plan.sum(1), a).sum())
+    off = []
+    for rho in (1e-2, 1e-3, 1e-4):
+        rows_then = FIXED if rows == "fixed" else side(kind, rho)
+        found = solve(Problem(cost, a, b, epsilon=0.1, rows=rows_then, columns=side(kind, rho)), TIGHT)
+        off.append(abs((found.value - value) / rho - slope))
+    assert off[1] < off[0] / 8 and off[2] < off[1] / 8 and off[2] < 5e-3 * slope
+    np.testing.assert_allclose(found.plan, plan, rtol=0.01)
+
+
+def clamp(f, g):
+    """Least ``rho`` for which some ``(f + t, g - t)`` lies within ``[-rho, rho]``."""
+    w = np.r_[f, -g]
+    return float(w.max() - w.min()) / 2
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("seed", range(3))
+def test_total_variation_equals_the_balanced_problem_from_a_finite_rho_on(epsilon, seed):
+    cost, a, b = balanced_data(seed)
+    hard = solve(Problem(cost, a, b, epsilon=epsilon), TIGHT if epsilon else None)
+    value = linear_program(cost, a, b)[0] if not epsilon else hard.value
+    enough = clamp(hard.f, hard.g)
+    assert hard.value == pytest.approx(value, rel=1e-9)
+
+    def soft(rho):
+        problem = Problem(cost, a, b, epsilon=epsilon, rows=TV(rho), columns=TV(rho))
+        return solve(problem, TIGHT if epsilon else None)
+
+    same, less = soft(1.001 * enough), soft(0.5 * enough)
+    assert same.value == pytest.approx(value, rel=1e-10)
+    np.testing.assert_allclose(same.plan, hard.plan, atol=1e-10)
+    assert less.value < value * (1 - 1e-3) and less.mass < 1 - 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_total_variation_without_entropy_is_the_linear_program_with_slacks(seed):
+    cost, a, b = balanced_data(seed)
+    for rho, other in ((0.1, TV(0.2)), (0.3, FIXED), (0.2, AT_MOST), (0.25, FREE)):
+        value, plan = linear_program(cost, a, 1.2 * b, rows=TV(rho), columns=other)
+        solution = solve(Problem(cost, a, 1.2 * b, rows=TV(rho), columns=other))
+        assert solution.value == pytest.approx(value, rel=1e-9)
+        np.testing.assert_allclose(solution.plan, plan, atol=1e-9)
+
+
+LINEAR = {
+    "fixed-fixed": dict(),
+    "at_most-at_most-mass": dict(rows=AT_MOST, columns=AT_MOST, mass=0.7),
+    "between-fixed": dict(rows=Between(0.6, 1.5)),
+    "tv-fixed": dict(rows=TV(0.3)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_small_epsilon_exceeds_the_linear_program_by_the_entropy_of_its_plan(name, seed):
+    """Where the optimal plan is one, ``V(eps) = V(0) + eps KL(P | a x b) + o(eps)``, and the plan meets it too."""
+    cost, a, b = balanced_data(seed)
+    options = LINEAR[name]
+    value, plan = linear_program(cost, a, b, **options)
+    entropy, off = float(kl_div(plan, np.outer(a, b)).sum()), []
+    for epsilon in (1e-2, 1e-3, 1e-4):
+        solution = solve(Problem(cost, a, b, epsilon=epsilon, **options))
+        off.append((solution.value - value) / epsilon - entropy)
+    assert max(off) <= 1e-9 and abs(off[1]) <= abs(off[0]) / 5 and abs(off[2]) <= 1e-9
+    np.testing.assert_allclose(solution.plan, plan, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_epsilon_meets_the_product_at_the_rate_of_the_costs_variance(seed):
+    """``V = <C, a x b> - Var / (2 eps) + O(1 / eps^2)``, the variance that of the cost less its row and column means."""
+    cost, a, b = balanced_data(seed)
+    centred = cost - (cost @ b)[:, None] - (a @ cost)[None, :] + a @ cost @ b
+    variance, off = float(a @ centred**2 @ b), []
+    for epsilon in (10.0, 100.0, 1000.0):
+        solution = solve(Problem(cost, a, b, epsilon=epsilon), TIGHT)
+        off.append(abs(2 * epsilon * (a @ cost @ b - solution.value) / variance - 1))
+        np.testing.assert_allclose(solution.plan, np.outer(a, b) * (1 - centred / epsilon), rtol=3 / epsilon**2)
+    assert off[0] <= 0.1 and off[1] < off[0] / 5 and off[2] <= 1e-3
+
+
+# -- stiff semi-relaxed problems ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["kl", "chi2", "l2"])
+@pytest.mark.parametrize("k", [6, 12, 25, 50])
+@pytest.mark.parametrize("ratio", [0.5, 5.0, 50.0, 500.0])
+def test_stiff_semi_relaxed_problems_satisfy_their_optimality_conditions(kind, k, ratio):
+    """Rows FIXED, columns soft, by the default solve: every bin of either side to 1e-9, recomputed from the potentials."""
+    rng, epsilon = np.random.default_rng(k), 0.02
+    cost, a, b = rng.random((40, k)), rng.dirichlet(np.full(40, 5.0)), rng.dirichlet(np.full(k, 5.0))
+    penalty = side(kind, ratio * epsilon * (k if kind == "l2" else 1))
+    solution = solve(Problem(cost, a, b, epsilon=epsilon, columns=penalty))
+    plan = np.outer(a, b) * np.exp((solution.f[:, None] + solution.g[None, :] - cost) / epsilon)
+    np.testing.assert_allclose(solution.plan, plan, rtol=1e-12)
+    r, c = plan.sum(1), plan.sum(0)
+    assert np.abs(r - a).max() <= 1e-9 and np.abs(r - a).sum() <= 5e-9  # a solve stops at half of 1e-8 in all
+    asked = {
+        "kl": lambda: b * np.exp(-solution.g / penalty.rho),
+        "chi2": lambda: b * np.maximum(1 - solution.g / penalty.rho, 0.0),
+        "l2": lambda: np.maximum(b - solution.g / penalty.rho, 0.0),
+    }[kind]()
+    assert np.abs(c - asked).sum() <= 1e-9
+
+
+# -- conjugates --------------------------------------------------------------------------------------------------------
+
+
+def per_weight(penalty, a):
+    """The price of a bin of weight ``a`` as a function of ``t = r / a``, per unit of weight; and its slopes."""
+    return (lambda t: price(penalty, a * t, a) / a), (lambda t: slopes(penalty, a * t, a)[1])
+
+
+@st.composite
+def sides(draw):
+    kind, rho = draw(st.sampled_from(KINDS)), draw(st.integers(5, 500)) / 100
+    return side(kind, rho)
+
+
+NUMBERS = st.integers(-200, 200).map(lambda k: k / 100 + 0.0013)
+
+
+@given(penalty=sides(), f=NUMBERS, a=st.integers(20, 200).map(lambda k: k / 100), r=st.integers(0, 300))
+def test_conjugates_are_minima_found_by_bisection(penalty, f, a, r):
+    """``phi(f) = min psi(t) + f t``, its slope the minimiser; and the Fenchel-Young term by its definition."""
+    psi, slope = per_weight(penalty, a)
+    at, x = penalty.at(torch.tensor([a], dtype=torch.float64)), torch.tensor([f], dtype=torch.float64)
+    found = float(at.conjugate(x))
+    if f < {TV: -penalty.rho}.get(type(penalty), -INF) if isinstance(penalty, TV) else penalty == FREE and f < 0:
+        assert found == -INF
+        return
+    t = float(np.exp(crossing(lambda log_t: slope(np.exp(log_t)) + f, -700.0, 60.0)))
+    t = 0.0 if t < 1e-300 else t
+    expected = float(psi(t)) + f * t
+    assert found == pytest.approx(expected, abs=1e-12 * (1 + float(psi(t)) + abs(f * t)))
+    assert float(at.response(x)) == pytest.approx(t, rel=1e-9)
+    lo, hi = (float(bound) for bound in penalty.bounds) if isinstance(penalty, Between) else (0.0, INF)
+    marginal = min(max(r / 100, lo * a), hi * a)
+    term = at.fenchel_young(*(torch.tensor([z], dtype=torch.float64) for z in (marginal, f, a)))
+    by_definition = a * (float(psi(marginal / a)) - expected) + f * marginal
+    assert float(term) == pytest.approx(by_definition, abs=1e-9 * (1 + abs(by_definition) + abs(f * marginal)))
+
+
+@given(
+    penalty=sides(), s=NUMBERS, a=st.integers(20, 200).map(lambda k: k / 100), epsilon=st.sampled_from([0.01, 0.1, 3.0])
+)
+def test_proximal_steps_are_found_by_bisection_on_the_marginal(penalty, s, a, epsilon):
+    """At ``f = s + eps log t`` the marginal ``t`` that arrives is one that ``f`` asks for: ``-f`` is a slope of psi there."""
+    _, slope = per_weight(penalty, a)
+    log_t = float(crossing(lambda x: slope(np.exp(x)) + s + epsilon * x, -500.0, 500.0))
+    at, soft_min = penalty.at(torch.tensor([a], dtype=torch.float64)), torch.tensor([s], dtype=torch.float64)
+    assert float(at.aprox(soft_min, epsilon)) == pytest.approx(s + epsilon * log_t, abs=1e-11 * (1 + abs(s)))
+    exact = at.aprox(soft_min, 0.0)
+    if float(exact) <= s:  # else the floor of the dual's domain holds it
+        best = float(at.conjugate(torch.minimum(soft_min, torch.tensor(1e3))))
+        assert float(at.conjugate(exact)) == pytest.approx(best, abs=1e-12)
+    else:
+        assert exact == at.floor
+
+
+@given(penalty=sides(), f=NUMBERS, a=st.integers(20, 200).map(lambda k: k / 100))
+def test_curvatures_are_differences_of_the_conjugates_slope(penalty, f, a):
+    at, step = penalty.at(torch.tensor([a], dtype=torch.float64)), 1e-5
+    x, low, high = (torch.tensor([z], dtype=torch.float64) for z in (f, f - step, f + step))
+    if not np.isfinite(float(at.conjugate(low))):
+        return
+    difference = float((at.response(low) - at.response(high)) / (2 * step))
+    curvature = float(at.curvature(x))
+    if np.isfinite(curvature):
+        assert difference == pytest.approx(curvature, rel=1e-6, abs=1e-9)
+    else:  # held by a kink: where nothing more is asked for, whichever way it moves
+        assert difference == 0.0
