@@ -140,7 +140,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     # dual + gap has the better digits near the optimum, and none where the gap dwarfs the value it should lead back to
     close = sane & (gap <= 1e-6 * dual.abs())
     primal = dual + gap if bool((close | ~feasible).all()) else torch.where(close, dual + gap, _primal(plan, rounded))
-    primal = torch.where(feasible, primal, math.inf)
+    primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
     entropy = torch.zeros_like(dual) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double)).abs()
     scale = double.dual_scale(p) + entropy
     rounding_error = 4 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))

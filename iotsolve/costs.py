@@ -76,6 +76,10 @@ class Dense:
         top = torch.where(allowed, self.matrix, -math.inf).amax((-2, -1))
         return (top - self.matrix.amin((-2, -1))).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
 
+    def between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> Dense:
+        """The cost in which the arcs of all other bins are forbidden."""
+        return Dense(torch.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), self.matrix, math.inf))
+
     def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """``-epsilon log sum exp(log_weights - C / epsilon)`` over the given axis, ``+inf`` where nothing is allowed.
 
@@ -248,6 +252,15 @@ class Points:
             return 2 * self.x.norm(dim=-1).amax(-1) * self.y.norm(dim=-1).amax(-1)
         across = (both.amax(-2) - both.amin(-2)).square().sum(-1)
         return across if self.metric == "sqeuclidean" else across.sqrt()
+
+    def between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> Points:
+        """The same points, those of all other bins moved to one of them: nothing is forbidden among points."""
+
+        def gathered(x: Tensor, kept: Tensor) -> Tensor:
+            first = kept.to(torch.int8).argmax(-1)[..., None, None].expand(*x.shape[:-2], 1, x.shape[-1])
+            return torch.where(kept.unsqueeze(-1), x, x.gather(-2, first))
+
+        return Points(gathered(self.x, rows), gathered(self.y, columns), self.metric)
 
     def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """As of :class:`Dense`, block by block."""

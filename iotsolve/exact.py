@@ -21,6 +21,7 @@ from iotsolve.interior import interior_point
 from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Outcome, Status
+from iotsolve.validation import check_steps
 
 if TYPE_CHECKING:
     from scipy.sparse import spmatrix
@@ -37,6 +38,9 @@ class Exact:
     Args:
         max_steps: pivots of the network simplex.
 
+    Raises:
+        ValueError: if ``max_steps`` is no whole number or below 1.
+
     Example:
         >>> from iotsolve import Problem, solve
         >>> float(solve(Problem(np.array([[0.0, 1.0], [1.0, 0.0]])), Exact()).value)
@@ -44,6 +48,9 @@ class Exact:
     """
 
     max_steps: int = 10_000_000
+
+    def __post_init__(self) -> None:
+        check_steps(self.max_steps, default=10_000_000)
 
     def run(self, problem: Problem) -> Outcome:
         """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
@@ -62,12 +69,12 @@ class Exact:
         cost, a, b = (x.cpu().numpy() for x in (problem.cost.dense(), problem.a, problem.b))
         rows, columns = problem.rows, problem.columns
         if _is_curved(rows) or _is_curved(columns):
-            f, g, lam, plan, steps = interior_point(problem)
-            return plan, f, g, float(lam), Status.CONVERGED, steps
+            f, g, lam, plan, steps, status = interior_point(problem)
+            return plan, f, g, float(lam), status, steps
         ordinary = problem.mass is None and rows.bounds == columns.bounds == (1.0, 1.0)
         if ordinary and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0:
             return _assignment(cost, a)
-        if ordinary and np.isfinite(cost).all():
+        if ordinary and np.isfinite(cost[np.ix_(a > 0, b > 0)]).all():
             return _network_simplex(cost, a, b, self.max_steps)
         if problem.mass is None and columns.is_free and rows.is_fixed:
             plan, f = _nearest(cost, a * number(rows.bounds[0]), b)
@@ -178,12 +185,16 @@ def _assignment(cost: np.ndarray, a: np.ndarray) -> _Answer:
 def _network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
     import ot
 
+    # What an empty bin costs is nobody's business, least of all the scale's.
+    full, plan, f, g = np.ix_(a > 0, b > 0), np.zeros_like(cost), np.zeros_like(a), np.zeros_like(b)
+    cost, a, b = np.ascontiguousarray(cost[full]), a[a > 0], b[b > 0]
     # Unit mass and costs from 0 to 1: what the simplex's own tolerances and big M expect.
     scale, base, unit = a.sum(), cost.min(), float(np.ptp(cost)) or 1.0
     scaled = (cost - base) / unit
-    plan, log = ot.emd(a / scale, b / b.sum(), scaled, numItermax=max_steps, log=True, check_marginals=False)
+    flow, log = ot.emd(a / scale, b / b.sum(), scaled, numItermax=max_steps, log=True, check_marginals=False)
     status = {1: Status.CONVERGED, 3: Status.MAX_STEPS}.get(log["result_code"], Status.STALLED)
-    return plan * scale, unit * log["u"] + base, unit * log["v"], 0.0, status, 0
+    plan[full], f[full[0][:, 0]], g[full[1][0]] = flow * scale, unit * log["u"] + base, unit * log["v"]
+    return plan, f, g, 0.0, status, 0
 
 
 def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -307,7 +307,7 @@ def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
         terms = side.conjugate(torch.where(reached, f, 0.0))
         if not reached.all():
             terms = torch.where(reached, terms, side.divergence(torch.zeros_like(f), torch.ones_like(f)))
-        total = total + (weights * terms).sum(-1)
+        total = total + weighted(weights, terms)
     return total
 
 
@@ -366,8 +366,9 @@ def _density(
     """``sum_j b_j exp((f_i + g_j - C_ij) / eps)``: the marginal per unit of weight, at empty bins too."""
     if (weights > 0).all():
         return marginal / weights
-    density = torch.exp((own - cost.softmin(log_scaling(others, other, eps), eps, axis=axis)) / eps)
-    return torch.where(own.isfinite(), density, 0.0)
+    exponent = (own - cost.softmin(log_scaling(others, other, eps), eps, axis=axis)) / eps
+    largest = torch.finfo(own.dtype).max
+    return torch.where(own.isfinite(), torch.exp(exponent).clamp(max=largest), 0.0)
 
 
 # -- the potentials ----------------------------------------------------------------------------------------------------

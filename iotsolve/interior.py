@@ -20,6 +20,7 @@ from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solver import Outcome, Status, iterate
+from iotsolve.validation import check_steps, check_tolerance
 
 __all__ = ["Interior", "interior_point"]
 
@@ -53,9 +54,8 @@ class Interior:
     stationary: bool = False
 
     def __post_init__(self) -> None:
-        self._sweeps(1)
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps = {self.max_steps}: must be at least 1; the default is 100.")
+        check_tolerance(self.tolerance)
+        check_steps(self.max_steps, default=100)
 
     def _sweeps(self, count: int) -> Sinkhorn:
         return Sinkhorn(self.tolerance, count, None, self.stationary)
@@ -70,12 +70,14 @@ class Interior:
             torch.as_tensor(np.stack(x), device=like.device).to(like.dtype)
             for x in zip(*(answer[:4] for answer in answers), strict=True)
         )
-        p, steps = Potentials(f, g, lam), [answer[4] for answer in answers]
+        p, steps, own = Potentials(f, g, lam), [answer[4] for answer in answers], [answer[5] for answer in answers]
         if problem.is_exact:  # judged by its certificate
-            return Outcome(p, [Status.CONVERGED] * len(steps), steps, plan)
+            return Outcome(p, own, steps, plan)
         settled = iterate(problem, self._sweeps(_SETTLING), p)
-        total = [own + sweeps for own, sweeps in zip(steps, settled.steps, strict=True)]
-        return Outcome(settled.potentials, settled.status, total)
+        total = [newton + sweeps for newton, sweeps in zip(steps, settled.steps, strict=True)]
+        pairs = zip(settled.status, own, strict=True)
+        status = [Status.STALLED if x is Status.MAX_STEPS and y is not x else x for x, y in pairs]
+        return Outcome(settled.potentials, status, total)
 
 
 _SETTLING = 64  # sweeps: most problems need one
@@ -88,19 +90,19 @@ _REFINEMENTS = 3
 
 def interior_point(
     problem: Problem, max_steps: int = 200
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Potentials, multiplier, plan and steps of one problem; bins of weight 0 get the potential of an empty bin."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, Status]:
+    """Potentials, multiplier, plan, steps and status of one problem; potentials of bins of weight 0 are left at 0."""
     cost, a, b = (_numpy(x) for x in (problem.cost.dense(), problem.a, problem.b))
     f, g, plan = np.zeros_like(a), np.zeros_like(b), np.zeros_like(cost)
     with np.errstate(all="ignore"):  # a step that leaves the numbers is seen by its error, and not taken
         core = _Core(problem, cost, a, b)
-        steps = core.run(max_steps)
+        steps, status = core.run(max_steps)
     f[core.full[0]], g[core.full[1]] = core.f * core.unit, core.g * core.unit
     carried = np.where(
         core.plan.x > core.plan.z, core.plan.x, 0.0
     )  # what lies below its multiplier is dust of the barrier
     plan[core.full[0][core.i], core.full[1][core.j]] = carried * core.amount
-    return f, g, np.asarray(core.lam * core.unit), plan, steps
+    return f, g, np.asarray(core.lam * core.unit), plan, steps, status
 
 
 class _Variables:
@@ -176,7 +178,7 @@ def _reach(x: np.ndarray, dx: np.ndarray) -> float:
 
 
 class _Core:
-    """One problem in units of its own: bins with weight only, total mass and cost range 1."""
+    """One problem in units of its own: bins with weight only, total mass 1, cost range from 1 to 2."""
 
     def __init__(self, problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
         self.full = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
@@ -184,7 +186,9 @@ class _Core:
         self.shape, (self.i, self.j) = cost.shape, np.nonzero(np.isfinite(cost))
         price = cost[self.i, self.j]
         self.amount = float(max(a.sum(), b.sum()) if problem.mass is None else number(problem.mass))
-        self.unit = float(np.ptp(price) or np.abs(price).max() or number(problem.epsilon) or 1.0)
+        spread = float(np.ptp(price) or np.abs(price).max()) if price.size else 0.0
+        # a power of two scales without rounding, so that a potential at a kink is there exactly
+        self.unit = 2.0 ** math.floor(math.log2(spread or number(problem.epsilon) or 1.0))
         self.mass = None if problem.mass is None else 1.0
         reference = a[self.full[0]][self.i] * b[self.full[1]][self.j] / self.amount
         self.plan = _Variables(price / self.unit, number(problem.epsilon) / self.unit, reference)
@@ -209,9 +213,9 @@ class _Core:
     def blocks(self) -> list[_Variables]:
         return [self.plan, *(x for _, pieces in self.sides for _, x in pieces)]
 
-    def run(self, max_steps: int) -> int:
+    def run(self, max_steps: int) -> tuple[int, Status]:
         """Newton steps until nothing is gained; leaves the best point's potentials and plan."""
-        best, kept, age, steps = math.inf, None, 0, 0
+        best, kept, age, steps, status = math.inf, None, 0, 0, Status.MAX_STEPS
         while steps < max_steps:
             steps += 1
             zero = (np.zeros_like(self.f), np.zeros_like(self.g), 0.0)
@@ -224,11 +228,12 @@ class _Core:
             if error < best:
                 best, kept = error, (self._at_kinks(), self.lam, self.plan.x, self.plan.z)
             if best <= _ENOUGH or (age >= _PATIENCE and best <= _CLOSE) or not math.isfinite(error):
+                status = Status.CONVERGED  # as far as rounding lets it: the certificate has the word
                 break
             self._step(residuals, products)
         if kept is not None:
             (self.f, self.g), self.lam, self.plan.x, self.plan.z = kept
-        return steps
+        return steps, status
 
     def _at_kinks(self) -> list[np.ndarray]:
         """The potentials, exactly at a kink where a variable of constant price is clearly inside its bounds."""

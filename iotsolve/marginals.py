@@ -170,7 +170,8 @@ class Marginal:
 
     def violation(self, r: Tensor, a: Tensor) -> Tensor:
         """Distance of each ``r_i`` from its allowed interval; 0 on a soft side."""
-        return (r - self.allowed(r, a)).abs()
+        allowed = self.allowed(r, a)
+        return torch.where(r == allowed, 0.0, (r - allowed).abs())  # an infinite marginal may be allowed
 
     def residual(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
         """Distance of each ``r_i`` from the marginals for which ``f_i`` is optimal: the optimality condition of the side."""
@@ -350,7 +351,7 @@ class KL(Marginal):
         return torch.exp(-f / self.rho) / self.rho
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
-        return self.rho * kl_divergence(r, a * torch.exp(-f / self.rho))
+        return self.rho * kl_divergence(r, torch.where(a > 0, a * torch.exp(-f / self.rho), 0.0))
 
 
 @dataclass(frozen=True)
@@ -464,16 +465,20 @@ class ChiSquared(Marginal):
         return (1 - f / self.rho).clamp(min=0.0)
 
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
-        if number(epsilon) == 0:
-            return torch.minimum(s, _like(self.rho, s))
         rho = _like(self.rho, s)
+        if number(epsilon) == 0:
+            return torch.where(_vanishing(rho), 0.0, torch.minimum(s, rho))
         w = _wright_omega(torch.log(rho / epsilon) + (rho - s) / epsilon)
         f = rho - epsilon * w
         # rho - epsilon w loses digits where f is far below rho: one Newton step on the equation in f itself
         small = f < rho / 2
         x = torch.where(small, f, 0.0).detach()
         off = x - torch.where(small, s, 0.0) - epsilon * torch.log1p(-x / rho)
-        return torch.where(small, x - off / (1 + epsilon / (rho - x)), f)
+        f = torch.where(small, x - off / (1 + epsilon / (rho - x)), f)
+        if not _vanishing(rho).any():
+            return f
+        range_ = math.log(torch.finfo(s.dtype).max) / 2
+        return torch.where(_vanishing(rho), -rho * torch.expm1((-s / epsilon).clamp(max=range_)), f)
 
     def curvature(self, f: Tensor) -> Tensor:
         return torch.where(f < self.rho, 1 / _like(self.rho, f), 0.0).to(f)
@@ -510,13 +515,17 @@ class L2(Marginal):
 
     def at(self, a: Tensor) -> Marginal:
         side = object.__new__(ChiSquared)  # one strength per bin: nothing a user could have asked for
-        object.__setattr__(
-            side, "rho", torch.where(a > 0, self.rho * a, torch.finfo(a.dtype).tiny)
-        )  # tends to FREE with the weight
+        # towards weight 0 the side pays nothing and the potential is 0, but not so their derivatives
+        object.__setattr__(side, "rho", torch.where(a > 0, self.rho * a, torch.finfo(a.dtype).tiny))
         return side
 
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho / 2 * (r - a) ** 2
+
+
+def _vanishing(rho: Tensor) -> Tensor:
+    """Bins of weight 0 under L2."""
+    return rho <= torch.finfo(rho.dtype).tiny
 
 
 def _wright_omega(x: Tensor) -> Tensor:

@@ -27,12 +27,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Scalar, calm
 from iotsolve.marginals import FIXED, Marginal, kl_divergence
-from iotsolve.validation import as_cost, as_scalar, as_weights, check_problem, common_batch, default_tolerance
+from iotsolve.validation import (
+    as_cost,
+    as_scalar,
+    as_weights,
+    check_problem,
+    common_batch,
+    default_tolerance,
+    rounding,
+)
 
 __all__ = ["Potentials", "Problem", "log_scaling", "weighted"]
 
@@ -86,6 +94,7 @@ class Problem:
     columns: Marginal
     mass: Scalar | None
     as_numpy: bool
+    forgiven: float
     sides: tuple[Marginal, Marginal]
 
     def __init__(
@@ -121,7 +130,7 @@ class Problem:
         mass: Scalar | None,
     ) -> None:
         cost = Dense(cost) if isinstance(cost, Tensor) else cost
-        values = dict(cost=cost, a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False)
+        values = dict(cost=cost, a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False, forgiven=rounding(cost.dtype))
         values |= dict(sides=(rows, columns), rows=rows, columns=columns)
         if isinstance(rows, Marginal) and isinstance(columns, Marginal):  # else validation has the word
             values |= dict(rows=rows.at(a), columns=columns.at(b))
@@ -195,6 +204,7 @@ class Problem:
             **sides,
         )
         object.__setattr__(problem, "as_numpy", self.as_numpy)
+        object.__setattr__(problem, "forgiven", self.forgiven)  # in the precision of what was given
         return problem
 
     def detach(self) -> Problem:
@@ -247,9 +257,12 @@ class Problem:
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def _density(self, p: Potentials) -> Tensor:
+        """``exp((f + g + lam - C) / eps)`` for autograd; at most the largest number, so that times a weight of 0 it is 0."""
         slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
         carries = allowed & ((self.a > 0).unsqueeze(-1) | (self.b > 0).unsqueeze(-2))
-        return torch.where(carries, torch.exp(torch.where(carries, slack, 0.0) / self.epsilon), 0.0)
+        largest = math.log(torch.finfo(slack.dtype).max)
+        exponent = (torch.where(carries, slack, 0.0) / self.epsilon).clamp(max=largest)
+        return torch.where(carries, torch.exp(exponent), 0.0)
 
     def primal(self, plan: Any, *, tolerance: float | None = None) -> Any:
         """Full objective of any plan: transport, entropy and penalties; ``+inf`` if the plan is not allowed.
@@ -355,13 +368,23 @@ class Problem:
         return rows, columns, mass
 
     def mismatch(self) -> Tensor:
-        """By how much the totals the two sides and ``mass`` ask for differ: rounding, or construction would have refused it."""
+        """By how much the totals the two sides and ``mass`` ask for differ, if that is rounding; 0 if it is more."""
+        apart, most = self._totals_apart()
+        return torch.where(apart <= 2 * self.forgiven * most, apart, 0.0)
+
+    def contradicts_itself(self) -> Bool[Tensor, "*batch"]:
+        """Whether the totals differ by more than rounding: construction refuses that, :meth:`with_tensors` cannot."""
+        apart, most = self._totals_apart()
+        return apart > 2 * self.forgiven * most
+
+    def _totals_apart(self) -> tuple[Tensor, Tensor]:
+        """By how much the least total asked for exceeds the largest allowed, and the latter."""
         rows, columns = self.a.sum(-1), self.b.sum(-1)
         (lo_r, hi_r), (lo_c, hi_c) = self.rows.bounds, self.columns.bounds
         lowest, highest = torch.maximum(lo_r * rows, lo_c * columns), torch.minimum(hi_r * rows, hi_c * columns)
         if self.mass is not None:
             lowest, highest = torch.maximum(lowest, self.mass + 0 * rows), torch.minimum(highest, self.mass + 0 * rows)
-        return (lowest - highest).clamp(min=0.0)
+        return (lowest - highest).clamp(min=0.0), highest
 
     def dual_scale(self, p: Potentials) -> Tensor:
         """Sum of the absolute values of the dual's terms on the sides and ``mass``."""
@@ -421,7 +444,8 @@ def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """``sum weights * values`` in which a bin of weight 0 counts 0 even at an infinite value, with its derivative kept."""
-    reached = torch.where((weights > 0) | values.isfinite(), values, 0.0)
+    largest = torch.finfo(values.dtype).max
+    reached = torch.where(weights > 0, values, values.clamp(-largest, largest))
     return (weights * reached).sum(-1)
 
 

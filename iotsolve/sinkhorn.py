@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.problem import Potentials, Problem, log_scaling
-from iotsolve.validation import default_tolerance
+from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["Sinkhorn", "SinkhornState"]
 
@@ -53,6 +54,21 @@ class SinkhornState:
         potentials = Potentials(p.f + t, p.g + u, p.lam - (t + u).squeeze(-1))
         return SinkhornState(potentials, None if self.s is None else self.s - u, None if self.t is None else self.t - t)
 
+    def projected(self, problem: Problem) -> SinkhornState:
+        """The state with potentials that rounding has put just outside the dual's domain back on its border."""
+        p = self.potentials
+        return replace(self, potentials=replace(p, f=problem.rows.project(p.f), g=problem.columns.project(p.g)))
+
+    def where(self, mine: Tensor, other: SinkhornState) -> SinkhornState:
+        """This state for some problems of the batch, another for the rest; both have taken a step, or will."""
+
+        def choose(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+            return x if x is None or y is None else torch.where(mine.reshape(-1, *[1] * (x.dim() - 1)), x, y)
+
+        p, q = self.potentials, other.potentials
+        potentials = Potentials(choose(p.f, q.f), choose(p.g, q.g), choose(p.lam, q.lam))
+        return SinkhornState(potentials, choose(self.s, other.s), choose(self.t, other.t))
+
     def select(self, index: Tensor) -> SinkhornState:
         p = Potentials(self.potentials.f[index], self.potentials.g[index], self.potentials.lam[index])
         return SinkhornState(p, *(None if x is None else x[index] for x in (self.s, self.t)))
@@ -87,30 +103,34 @@ class Sinkhorn:
     stationary: bool = False
 
     def __post_init__(self) -> None:
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+        check_tolerance(self.tolerance)
+        check_steps(self.max_steps, default=10_000)
+        if self.annealing is not None and not (isinstance(self.annealing, Real) and 0 < self.annealing < 1):
             raise ValueError(
-                f"tolerance = {self.tolerance}: is relative, so must lie in [0, 1); 1e-8 is the default in float64."
-            )
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps = {self.max_steps}: must be at least 1; the default is 10,000.")
-        if self.annealing is not None and not 0 < self.annealing < 1:
-            raise ValueError(
-                f"annealing = {self.annealing}: is the ratio of successive epsilons, so must lie in (0, 1); None switches it off."
+                f"annealing = {self.annealing!r}: is a ratio of successive epsilons, so must be in (0, 1); None switches it off."
             )
 
     def threshold(self, problem: Problem) -> float:
         return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
 
-    def schedule(self, problem: Problem, start: Potentials | None) -> list[Scalar]:
-        """The epsilons of the annealing sweeps, all above the problem's own; none on a warm start."""
+    def schedule(self, problem: Problem, start: Potentials | None) -> tuple[list[Scalar], Tensor]:
+        """The epsilons of the annealing sweeps, and how many of them each problem leaves out; none on a warm start.
+
+        They go up from the problem's own by powers of the ratio: a batch shares them, and a problem of a smaller cost range
+        joins later, with the steps that it would take alone.
+        """
         one_sided = problem.rows.is_free or problem.columns.is_free
         if self.annealing is None or start is not None or one_sided:
-            return []
-        target, top = number(problem.epsilon), float(problem.cost.range().max())
-        if target >= _EASY * top:
-            return []
-        count = min(math.floor(math.log(target / top) / math.log(self.annealing)), self.max_steps - 1)
-        return [top * self.annealing**k for k in range(1, count + 1) if top * self.annealing**k > target]
+            return [], torch.zeros(problem.batch_shape, device=problem.cost.device)
+        target = number(problem.epsilon)
+        top = problem.cost.between(problem.a > 0, problem.b > 0).range().double()
+        hard = target < _EASY * top
+        count = torch.where(
+            hard, (torch.where(hard, top, target) / target).log() / -math.log(self.annealing), 0.0
+        ).floor()
+        count = count.clamp(max=self.max_steps - 1)
+        longest = int(count.max())
+        return [target / self.annealing**k for k in range(longest, 0, -1)], longest - count
 
     def init(self, problem: Problem, start: Potentials | None) -> SinkhornState:
         """The state of the start; a given one comes with all its soft-minima, so that it can be judged as it is."""
@@ -194,13 +214,13 @@ def settle(problem: Problem, state: SinkhornState) -> SinkhornState:
     low_r, low_c = lowest(rows, problem.a, p.f), lowest(columns, problem.b, p.g)
     if problem.mass is None:
         t = root(lambda t: demand(rows, problem.a, p.f, t) - demand(columns, problem.b, p.g, -t), low_r, -low_c)
-        return state.moved(t, -t)
+        return state.moved(t, -t).projected(problem)
     t = u = torch.zeros_like(p.lam)
     if rows.softness is None:
         t = root(lambda t: demand(rows, problem.a, p.f, t) - problem.mass, low_r, reach)
     if columns.softness is None:
         u = root(lambda u: demand(columns, problem.b, p.g, u) - problem.mass, low_c, reach)
-    return state.moved(t, u)
+    return state.moved(t, u).projected(problem)
 
 
 def _root(falling: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, negligible: Tensor) -> Tensor:

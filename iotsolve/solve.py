@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iotsolve.certificate import Certificate
 from iotsolve.costs import calm
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
@@ -19,6 +21,7 @@ from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate
 from iotsolve.support import carrying_arcs
+from iotsolve.validation import default_tolerance
 
 __all__ = ["run", "solve"]
 
@@ -77,10 +80,12 @@ def solve(
         plan = plan[0].coalesce() if plan.is_sparse else plan.reshape(problem.shape)
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
-    if (
-        problem.is_exact and not plan.is_sparse
-    ):  # nobody else has judged what the solvers claim; a closed form needs no judge
-        solution = replace(solution, status=_certified(status, solution.certificate.holds))
+    if (problem.is_exact and not plan.is_sparse) or _is_stiff(problem, tolerance):
+        # nobody else has judged what the solvers claim; a closed form needs no judge
+        solution = replace(solution, status=_judged(status, solution.certificate))
+    if bool((contradictory := problem.contradicts_itself()).any()):
+        status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
+        solution = replace(solution, status=status)
     if throw and not np.all(solution.converged):
         raise SolveError(next(s for s in np.ravel(solution.status) if s is not Status.CONVERGED), solution)
     return solution
@@ -111,6 +116,10 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) ->
             f"gradient = {gradient} with epsilon = 0: the plan of a linear program is piecewise constant and has no useful "
             "derivative. Use epsilon > 0, or Envelope() for the value."
         )
+    if init is not None and isinstance(solver, Interior | Exact):
+        raise ValueError(
+            f"init with solver = {solver}: it has no use for a start. Leave init out, or at epsilon > 0 the solver."
+        )
     if isinstance(solver, Sinkhorn if problem.is_exact else Exact):
         raise ValueError(
             f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0, "
@@ -118,11 +127,26 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) ->
         )
 
 
-def _certified(status: Any, holds: Any) -> Any:
-    """The status, in which CONVERGED without a certificate becomes STALLED."""
-    if isinstance(status, Status):
-        return Status.STALLED if status is Status.CONVERGED and not holds else status
-    return np.where((status == Status.CONVERGED) & ~np.asarray(holds), Status.STALLED, status)
+def _is_stiff(problem: Problem, tolerance: float | None) -> bool:
+    """Whether the rounding of exponents, at a side's price of mass, may exceed the tolerance unseen by the stopping rule."""
+    if problem.is_exact:
+        return False
+    tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
+    prices = [side.recession for side in (problem.rows, problem.columns) if math.isfinite(side.recession)]
+    return max(prices, default=0.0) * torch.finfo(problem.working_dtype).eps > tolerance * number(problem.epsilon)
+
+
+def _judged(status: Any, certificate: Certificate) -> Any:
+    """The status, in which CONVERGED needs a certificate, and a certificate outweighs steps that ran out."""
+
+    def one(word: Status, holds: bool, finite: bool) -> Status:
+        if holds and word is Status.MAX_STEPS:
+            return Status.CONVERGED
+        if holds or word is not Status.CONVERGED:
+            return word
+        return Status.STALLED if finite else Status.NOT_FINITE
+
+    return np.frompyfunc(one, 3, 1)(status, certificate.holds, np.isfinite(certificate.dual))
 
 
 def _pick(problem: Problem) -> Solver:

@@ -1,14 +1,15 @@
 """The one iterative loop: init, step, stop. A method is data; a batch stops problem by problem.
 
 A method supplies ``init(problem, start) -> state``, ``step(problem, state, epsilon) -> state`` and ``schedule(problem)``;
-a state supplies ``potentials``, ``marginals`` and ``select``. The loop judges the state by quantities the step has computed
-anyway, and never by the size of the step: a small step says nothing about the distance to the solution.
+a state supplies ``potentials``, ``marginals``, ``select`` and ``where``. The loop judges the state by quantities the step has
+computed anyway, and never by the size of the step: a small step says nothing about the distance to the solution.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ class Status(Enum):
     )
     INFEASIBLE = (
         "infeasible: no plan satisfies the marginals on the allowed arcs. (a) too many arcs are forbidden (cost inf); "
-        "(b) relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
+        "(b) the totals of a and b, or mass, contradict each other; relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
     )
 
 
@@ -51,6 +52,8 @@ class State(Protocol):
 
     def select(self, index: Tensor) -> State: ...
 
+    def where(self, mine: Tensor, other: State) -> State: ...
+
 
 class Method(Protocol):
     max_steps: int
@@ -58,7 +61,7 @@ class Method(Protocol):
 
     def threshold(self, problem: Problem) -> float: ...
 
-    def schedule(self, problem: Problem, start: Potentials | None) -> list[Scalar]: ...
+    def schedule(self, problem: Problem, start: Potentials | None) -> tuple[list[Scalar], Tensor]: ...
 
     def init(self, problem: Problem, start: Potentials | None) -> Any: ...
 
@@ -113,7 +116,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     checks neither its error has fallen nor its dual risen: with bounds the error may rest while the potentials still travel.
     """
     size = problem.batch_shape[0]
-    schedule, tolerance = method.schedule(problem, start), method.threshold(problem)
+    (ladder, wait), tolerance = method.schedule(problem, start), method.threshold(problem)
     state = method.init(problem, start)
     active = torch.arange(size, device=problem.cost.device)
     final = Potentials(state.potentials.f.clone(), state.potentials.g.clone(), state.potentials.lam.clone())
@@ -121,11 +124,13 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
     highest = torch.full_like(final.lam, -torch.inf)
 
-    for k in range(1 if start is None else 0, method.max_steps + 1):  # a start that is good enough takes no step
-        annealing, late = k <= len(schedule), k - len(schedule)
+    for k in count(1 if start is None else 0):  # a start that is good enough takes no step
+        annealing, late, own = k <= len(ladder), k - len(ladder), k - wait
         if k:
-            state = method.step(problem, state, schedule[k - 1] if annealing else problem.epsilon)
-        if (annealing and k) or (not _due(late) and k < method.max_steps):
+            fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
+            state = fresh.where(own > 0, state) if annealing else fresh
+        spent = own >= method.max_steps
+        if (annealing and k) or not (_due(late) or spent.any()):
             continue
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
@@ -133,26 +138,23 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
         broken = ~_usable(problem, state.potentials) | ~dual.isfinite() | ~scale.isfinite()
         blunt = _exponent_error(problem, state.potentials) > tolerance
-        done = (error <= tolerance / 2) | broken | (patience >= _PATIENCE)
-        if not done.any():
-            if k == method.max_steps:
-                break
-            state = method.settle(problem, state) if k and (late & (late - 1) == 0 or late % 64 == 0) else state
-            continue
-        for i in done.nonzero().flatten().tolist():
-            sharp = error[i] <= tolerance / 2 and not blunt[i]
-            verdict = Status.NOT_FINITE if broken[i] else Status.CONVERGED if sharp else Status.STALLED
-            status[int(active[i])], steps[int(active[i])] = verdict, k
-        _store(final, state.answer(problem), active)
-        left = (~done).nonzero().flatten()
-        if not len(left):
-            return Outcome(final, status, steps)
-        if len(left) < size:
+        near, stuck = error <= tolerance / 2, patience >= _PATIENCE
+        done = near | broken | stuck | spent
+        if done.any():
+            for i in done.nonzero().flatten().tolist():
+                verdict = Status.STALLED if near[i] or stuck[i] else Status.MAX_STEPS
+                verdict = Status.CONVERGED if near[i] and not blunt[i] else verdict
+                status[int(active[i])] = Status.NOT_FINITE if broken[i] else verdict
+                steps[int(active[i])] = int(own[i])
+            _store(final, state.answer(problem), active)
+            left = (~done).nonzero().flatten()
+            if not len(left):
+                return Outcome(final, status, steps)
             problem, state = problem.select(left), state.select(left)
-            active, best, highest, patience = active[left], best[left], highest[left], patience[left]
-            size = len(left)
-    _store(final, state.answer(problem), active)
-    return Outcome(final, status, steps)
+            active, wait, best, highest, patience = (x[left] for x in (active, wait, best, highest, patience))
+        if k and (late & (late - 1) == 0 or late % 64 == 0):
+            state = method.settle(problem, state)
+    raise AssertionError("unreachable: every problem runs out of steps")
 
 
 _PATIENCE = 30  # checks without progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,17 @@ from iotsolve.support import largest_mass
 if TYPE_CHECKING:
     from iotsolve.problem import Problem
 
-__all__ = ["as_cost", "as_scalar", "as_weights", "check_problem", "common_batch", "default_tolerance", "rounding"]
+__all__ = [
+    "as_cost",
+    "as_scalar",
+    "as_weights",
+    "check_problem",
+    "check_steps",
+    "check_tolerance",
+    "common_batch",
+    "default_tolerance",
+    "rounding",
+]
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -28,6 +39,32 @@ def rounding(dtype: torch.dtype) -> float:
 def default_tolerance(dtype: torch.dtype) -> float:
     """Relative marginal error and gap that count as converged: 1e-8 in float64, 1e-5 in float32 (and half precision)."""
     return 1e-8 if dtype == torch.float64 else 1e-5
+
+
+def check_tolerance(tolerance: Any) -> None:
+    """A relative error, or None for the default.
+
+    Raises:
+        ValueError: if it is no number in [0, 1).
+    """
+    if tolerance is not None and not (_is(tolerance, Real) and 0 <= tolerance < 1):
+        raise ValueError(
+            f"tolerance = {tolerance!r}: is relative, so must be a number in [0, 1); 1e-8 is the default in float64."
+        )
+
+
+def check_steps(max_steps: Any, *, default: int) -> None:
+    """A number of steps.
+
+    Raises:
+        ValueError: if it is no whole number, or below 1.
+    """
+    if not (_is(max_steps, Integral) and max_steps >= 1):
+        raise ValueError(f"max_steps = {max_steps!r}: must be a whole number, at least 1; the default is {default:,}.")
+
+
+def _is(x: Any, kind: type) -> bool:
+    return isinstance(x, kind) and not isinstance(x, bool)
 
 
 def as_cost(cost: Any) -> tuple[Cost, bool]:

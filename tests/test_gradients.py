@@ -1,5 +1,6 @@
 """Gradients against differences of solved problems: what the formulas say must be what the solver does."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from catalogue import CASES, PRECISE, SIDES, Case, answer, over, select, with_le
 
 from iotsolve import (
     FIXED,
+    FREE,
     KL,
     L2,
     TV,
@@ -738,3 +740,29 @@ def test_inverse_loss_takes_a_sparse_target():
     dense, sparse = inverse_loss(problem, target), inverse_loss(problem, torch.as_tensor(target).to_sparse())
     assert float(dense) == pytest.approx(float(sparse), rel=1e-12)
     assert float(dense) == pytest.approx(objective(problem, target) - reference(problem).value, rel=1e-8)
+
+
+# -- empty bins that the costs would prefer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit()], ids=["envelope", "implicit"])
+def test_what_overflows_at_an_empty_bin_is_zero_times_its_weight(gradient):
+    """``exp`` of the slack there is infinite: the plan is 0 all the same, and the derivative in the weight a large number."""
+
+    def leaf(x):
+        return torch.tensor(x, dtype=torch.float64, requires_grad=True)
+
+    cost, a, b = leaf([[-1.0, -2.0]]), leaf([0.5]), leaf([1.25, 0.0])
+    solution = solve(Problem(cost, a, b, epsilon=0.02 / 64, columns=FREE), gradient=gradient)
+    torch.testing.assert_close(solution.plan.detach(), torch.tensor([[0.5, 0.0]], dtype=torch.float64))
+    found = torch.autograd.grad(solution.value, (cost, a, b))
+    assert all(x.isfinite().all() for x in found) and found[2][1] < -1e300
+    torch.testing.assert_close(found[0], solution.plan.detach())
+
+
+def test_a_weak_penalty_at_an_empty_bin_has_a_value_and_a_large_slope():
+    b = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    solution = solve(Problem(torch.tensor([[0.0, -100.0]]).double(), torch.ones(1).double(), b, columns=KL(1e-3)))
+    assert solution.value == 0.0
+    slope = torch.autograd.grad(solution.value, b)[0]
+    assert slope[0] == 0.0 and -math.inf < slope[1] < -1e300

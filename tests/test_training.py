@@ -564,6 +564,11 @@ def test_importing_does_not_load_what_only_some_commands_need():
     assert "sklearn" in loaded("import contrastive.data; contrastive.data.digits()")  # the check can fail
 
 
+def interruptible():
+    """A shell starts what it puts in the background with ctrl-c ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_on_the_command_line_leaves_a_run_to_resume(tmp_path):
     out = tmp_path / "run"
     words = [
@@ -576,7 +581,9 @@ def test_ctrl_c_on_the_command_line_leaves_a_run_to_resume(tmp_path):
         "--out",
         out,
     ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     try:
         while not (out / "metrics.csv").exists() and process.poll() is None:
             time.sleep(0.05)

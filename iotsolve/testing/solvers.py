@@ -201,6 +201,8 @@ def _read(said: Any, data: Numbers) -> Answer:
         raise _Wrong("form", "neither a plan nor a value was returned")
     shapes = {"value": (), "plan": (n, m), "f": (n,), "g": (m,), "lam": ()}
     read = {name: _array(name, getattr(said, name), shape) for name, shape in shapes.items()}
+    if said.converged is False:  # what it says it has not found, nobody looks at
+        read |= {name: None for name, x in read.items() if x is not None and not np.isfinite(x).all()}
     for name in ("value", "plan", "lam"):
         if read[name] is not None and not np.isfinite(read[name]).all():
             raise _Wrong("finite", f"{name} = {read[name].tolist()}")

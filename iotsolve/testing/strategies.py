@@ -23,7 +23,6 @@ __all__ = ["costs", "marginals", "points", "problems", "weights"]
 
 _LARGEST = 8
 _CURVED = (KL, ChiSquared, L2)
-_EXACT_CURVED = False  # whether ``epsilon = 0`` can be solved with them
 
 
 def costs(
@@ -89,16 +88,12 @@ def weights(size: int | None = None) -> st.SearchStrategy[np.ndarray]:
     return build()
 
 
-def marginals(*, exact: bool = False) -> st.SearchStrategy[Marginal]:
-    """A marginal object, its strength against costs near 1.
-
-    Args:
-        exact: only those that ``epsilon = 0`` can be solved with.
-    """
+def marginals() -> st.SearchStrategy[Marginal]:
+    """A marginal object, its strength against costs near 1."""
     bounds = st.builds(Between, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 1.1, 2.5, math.inf]))
     plain = [st.just(FIXED), st.just(FREE), st.just(AT_MOST), bounds, st.builds(TV, st.floats(0.05, 5.0))]
     curved = [st.builds(kind, st.floats(0.05, 20.0)) for kind in _CURVED]
-    return st.one_of(*plain, *(curved if _EXACT_CURVED or not exact else []))
+    return st.one_of(*plain, *curved)
 
 
 def problems(
@@ -116,7 +111,7 @@ def problems(
     """Problems without a batch that have an answer, NumPy in float64.
 
     Args:
-        rows: marginal object of the rows, or a strategy for it; any that ``epsilon`` allows if not given.
+        rows: marginal object of the rows, or a strategy for it; any if not given.
         columns: the same for the columns.
         exact: True for ``epsilon = 0`` only, False for ``epsilon > 0`` only.
         mass: True for problems with ``mass`` only, False for problems without.
@@ -136,9 +131,8 @@ def problems(
     @st.composite
     def build(draw: st.DrawFn) -> Problem:
         given = [draw(side) if isinstance(side, st.SearchStrategy) else side for side in (rows, columns)]
-        curved = any(isinstance(side, _CURVED) for side in given) and not _EXACT_CURVED
-        entropic = (curved or draw(st.booleans())) if exact is None else not exact
-        sides = tuple(side or draw(marginals(exact=not entropic)) for side in given)
+        entropic = draw(st.booleans()) if exact is None else not exact
+        sides = tuple(side or draw(marginals()) for side in given)
         answer = draw(_answers(shape, forbidden))
         with_mass = draw(st.booleans()) if mass is None else mass
         epsilon = draw(_epsilons(smallest_epsilon, largest_epsilon)) * (answer.range or 1.0) if entropic else 0.0
@@ -149,8 +143,7 @@ def problems(
             assume(with_mass or _bounding(sides))
             answer = answer if with_mass else answer.shifted(-answer.cost[answer.plan > 0].max() - 1.0)
         a, b = (draw(_weights_for(side, r)) for side, r in zip(sides, answer.marginals, strict=True))
-        digits = int(math.log10(largest_scale))
-        unit = 10.0 ** draw(st.integers(-digits, digits))
+        unit = draw(_units(largest_scale))
         return Problem(
             unit * answer.cost,
             a,
@@ -189,7 +182,13 @@ def _hundredths(lowest: float, highest: float) -> st.SearchStrategy[float]:
 
 
 def _sizes() -> st.SearchStrategy[int]:
-    return st.integers(1, _LARGEST)
+    return st.sampled_from([*range(1, _LARGEST + 1), _LARGEST])
+
+
+def _units(largest: float) -> st.SearchStrategy[float]:
+    digits = int(math.log10(largest))
+    extremes = st.sampled_from([0, digits, -digits])
+    return st.one_of(extremes, st.integers(-digits, digits)).map(lambda k: 10.0**k)
 
 
 def _epsilons(smallest: float, largest: float) -> st.SearchStrategy[float]:
@@ -207,7 +206,8 @@ def _answers(draw: st.DrawFn, shape: Sequence[int] | None, forbidden: bool) -> _
     plan[draw(st.integers(0, n - 1)), draw(st.integers(0, m - 1))] += 0.5
     cost = draw(costs(n, m))
     if forbidden and draw(st.booleans()):
-        cost = np.where((plan == 0) & draw(hnp.arrays(np.bool_, (n, m))), np.inf, cost)
+        some = draw(hnp.arrays(np.bool_, (n, m), fill=st.nothing()))  # drawn one by one: else mostly none
+        cost = np.where((plan == 0) & some, np.inf, cost)
     return _Answer(cost, plan)
 
 
