@@ -146,6 +146,8 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
     f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
     ceiling = problem.cost.reduced_min(f + lam, problem.a, axis=-2)
     g = problem.columns.aprox(ceiling, 0.0)
+    empty = problem.rows.aprox(problem.cost.reduced_min(g + lam, problem.b, axis=-1), 0.0)
+    f = torch.where(problem.a > 0, f, empty)
     size = torch.maximum(*(torch.where(x.isfinite(), x, 0.0).abs().amax(-1, keepdim=True) for x in (f, g))) + lam.abs()
     return Potentials(
         _at_kinks(problem.rows, problem.a, f, size), _at_kinks(problem.columns, problem.b, g, size), p.lam

@@ -170,6 +170,12 @@ def _check_cost(values: Tensor) -> None:
             f"cost{_at(values == -math.inf)} is -inf: an arc that pays infinitely has no optimal plan. "
             "A forbidden arc is +inf; a log-similarity must be negated to become a cost."
         )
+    top, bottom = float(torch.where(values.isfinite(), values, -math.inf).max()), float(values.min())
+    if top - bottom > torch.finfo(values.dtype).max and top - bottom > torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"costs from {bottom:.6g} to {top:.6g}: their range overflows {values.dtype}. Rescale them; a forbidden arc is +inf "
+            "and not a large number."
+        )
 
 
 def as_weights(name: str, weights: Any, size: int, cost: Cost) -> Tensor:
@@ -193,6 +199,10 @@ def as_weights(name: str, weights: Any, size: int, cost: Cost) -> Tensor:
         raise ValueError(
             f"{name}{_at(bad)} = {float(values[bad][0])}: weights must be finite and non-negative. "
             "Signed data must be split into its positive and negative parts; NaN usually comes from dividing by a sum of 0."
+        )
+    if values.sum(-1).isinf().any():
+        raise ValueError(
+            f"{name} has a total that overflows {dtype}: rescale the weights, by the same factor on both sides."
         )
     if (values.sum(-1) <= 0).any():
         raise ValueError(f"{name} has total 0: a side without mass has no plan. Was an empty histogram passed?")

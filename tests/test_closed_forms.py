@@ -16,7 +16,23 @@ from scipy.linalg import sqrtm
 from scipy.optimize import linprog
 from scipy.special import kl_div, logsumexp
 
-from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Points, Problem, Sinkhorn, solve
+from iotsolve import (
+    AT_MOST,
+    FIXED,
+    FREE,
+    KL,
+    L2,
+    TV,
+    Between,
+    ChiSquared,
+    Interior,
+    Points,
+    Problem,
+    Sinkhorn,
+    Status,
+    sinkhorn_divergence,
+    solve,
+)
 from iotsolve.testing import problems
 from iotsolve.testing.references import numbers
 
@@ -624,3 +640,338 @@ def test_curvatures_are_differences_of_the_conjugates_slope(penalty, f, a):
         assert difference == pytest.approx(curvature, rel=1e-6, abs=1e-9)
     else:  # held by a kink: where nothing more is asked for, whichever way it moves
         assert difference == 0.0
+
+
+# -- known ways to be wrong --------------------------------------------------------------------------------------------
+
+
+def two_diracs(c, a, b, rho, epsilon):
+    """Mass and value of one arc between bins of ``a`` and ``b``, both sides KL: ``c + eps log(p/ab) + rho log(p^2/ab) = 0``."""
+    p = math.exp(((rho + epsilon) * math.log(a * b) - c) / (2 * rho + epsilon))
+    return p, epsilon * a * b + rho * (a + b) - (epsilon + 2 * rho) * p
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.7])
+def test_the_value_keeps_the_mass_terms_of_the_divergence(epsilon):
+    """Without ``- x + y`` the value would be ``c p + (eps + ..) p log p``-like: off by ``eps (ab - p) + rho (a + b - 2 p)``."""
+    c, a, b, rho = 0.4, 2.0, 0.5, 0.9
+    p, value = two_diracs(c, a, b, rho, epsilon)
+    without = c * p + epsilon * p * math.log(p / (a * b)) + rho * p * (math.log(p / a) + math.log(p / b))
+    solution = solve(Problem([[c]], [a], [b], epsilon=epsilon, rows=KL(rho), columns=KL(rho)))
+    assert solution.value == pytest.approx(value, rel=1e-8)
+    assert (
+        value - without == pytest.approx(epsilon * (a * b - p) + rho * (a + b - 2 * p)) and abs(value - without) > 0.5
+    )
+
+
+def test_gradients_in_the_weights_keep_the_term_of_the_reference():
+    """One arc, KL: ``dV/da = eps b + rho - (eps + rho) p / a``; rows FIXED, columns FREE: by the soft-min."""
+    c, a, b, rho, epsilon = 0.4, 2.0, 0.5, 0.9, 0.7
+    p, _ = two_diracs(c, a, b, rho, epsilon)
+    found = solve(Problem([[c]], [a], [b], epsilon=epsilon, rows=KL(rho), columns=KL(rho)), TIGHT).gradient()
+    assert found.a[0] == pytest.approx(epsilon * b + rho - (epsilon + rho) * p / a, rel=1e-8)
+    assert found.b[0] == pytest.approx(epsilon * a + rho - (epsilon + rho) * p / b, rel=1e-8)
+
+    cost, a, b = balanced_data(0)
+    a, b = 1.7 * a, 0.6 * b
+    kernel = np.exp(-cost / epsilon)
+    s = -epsilon * np.log(kernel @ b)
+    found = solve(Problem(cost, a, b, epsilon=epsilon, columns=FREE)).gradient()
+    np.testing.assert_allclose(found.a, s - epsilon + epsilon * b.sum(), rtol=1e-9)
+    np.testing.assert_allclose(found.b, -epsilon * kernel.T @ (a * np.exp(s / epsilon)) + epsilon * a.sum(), rtol=1e-9)
+
+
+def held(penalty, s):
+    """The potential of a bin of weight 0 at ``epsilon = 0``: as high as ``s`` and the penalty's slopes let it be."""
+    if isinstance(penalty, TV):
+        return np.clip(s, -penalty.rho, penalty.rho)
+    if isinstance(penalty, ChiSquared):
+        return np.minimum(s, penalty.rho)
+    if isinstance(penalty, L2) or penalty == FREE:  # what L2 pays vanishes with the weight
+        return 0 * s
+    return np.minimum(s, 0.0) if penalty == AT_MOST else s
+
+
+@over_pairs
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+def test_potentials_at_empty_bins_are_feasible_and_tight(kinds, epsilon):
+    cost, a, b = balanced_data(4)
+    a[1] = b[2] = b[5] = 0.0
+    a, b = a / a.sum(), b / b.sum()
+    rows, columns = (side(kind, 0.4) for kind in kinds)
+    idle = all(kind in BOUNDS and side(kind).lo == 0 for kind in kinds)
+    mass = 0.9 if idle else 1.0 if "fixed" in kinds else None
+    problem = Problem(cost, a, b, epsilon=epsilon, rows=rows, columns=columns, mass=mass)
+    solution = solve(problem, TIGHT if epsilon else None)
+    f, g, lam = solution.f, solution.g, float(solution.mass_multiplier)
+    for penalty, potential, other, w, v, c in ((rows, f, g, a, b, cost), (columns, g, f, b, a, cost.T)):
+        empty, full = w == 0, v > 0
+        slack = (c - other - lam)[empty][:, full]
+        if epsilon:
+            s = -epsilon * logsumexp(-slack / epsilon, b=v[full], axis=1)
+            unit = FREE if isinstance(penalty, L2) else penalty
+            t = np.exp((potential[empty] - s) / epsilon)
+            assert_optimal_side(unit, t, potential[empty], np.ones_like(t), atol=1e-7)
+        else:
+            np.testing.assert_allclose(potential[empty], held(penalty, slack.min(1)), atol=1e-9)
+
+
+@pytest.mark.parametrize("epsilon, mass", [(0.0, None), (0.0, 0.8), (0.1, None), (0.1, 0.8)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_free_side_gives_finite_everything(kind, epsilon, mass):
+    """No side is emulated by an infinite strength, whose products with 0 are NaN."""
+    if kind == "fixed" and mass:
+        mass = 1.0
+    if not epsilon and mass is None and kind in ("free", "at_most"):
+        mass = 0.5
+    cost, a, b = balanced_data(2)
+    a[3] = 0.0
+    a /= a.sum()
+    solution = solve(Problem(cost, a, b, epsilon=epsilon, rows=side(kind, 0.5), columns=FREE, mass=mass))
+    found, certificate = solution.gradient(), solution.certificate
+    assert not np.any(solution.g) and certificate.holds
+    numbers_of = [solution.value, solution.f, solution.plan, solution.mass_multiplier, found.cost, found.a, found.b]
+    numbers_of += [*found.rows.values(), certificate.primal, certificate.dual, certificate.row_violation]
+    assert all(np.isfinite(x).all() for x in numbers_of) and found.columns == {}
+    assert certificate.column_violation == 0.0
+
+
+@pytest.mark.parametrize("name", ["fixed-fixed", "at_most-at_most-mass", "tv-fixed", "tv-tv"])
+def test_mass_does_not_vanish_at_a_hundred_thousandth_of_the_cost_range(name):
+    """Plan and value stay at the linear program's, though every ``exp(-C / eps)`` is 0 in floats."""
+    cost, a, b = balanced_data(5)
+    cost, epsilon = 0.1 + cost, 1e-5
+    options = dict(rows=TV(0.3), columns=TV(0.25)) if name == "tv-tv" else LINEAR[name]
+    assert not np.exp(-cost / epsilon).any()
+    value, plan = linear_program(cost, a, b, **options)
+    solution = solve(Problem(cost, a, b, epsilon=epsilon, **options))
+    assert solution.plan.sum() == pytest.approx(plan.sum(), rel=1e-8)
+    assert solution.value == pytest.approx(value + epsilon * kl_div(plan, np.outer(a, b)).sum(), rel=1e-7)
+    np.testing.assert_allclose(solution.plan, plan, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["kl", "chi2"])
+def test_mass_does_not_vanish_at_a_tiny_epsilon_under_curved_penalties(kind):
+    n, epsilon = 4, 1e-5
+    k = np.random.default_rng(0).uniform(0.2, 1.2, n)[np.add.outer(np.arange(n), np.arange(n)) % n]
+    c = -epsilon * float(logsumexp(-k[0] / epsilon) - math.log(n))
+    sides_ = dict(epsilon=epsilon, rows=side(kind, 0.7), columns=side(kind, 1.1))
+    p, value, _ = one_number(c, 1.0, 1.0, **sides_)
+    solution = solve(Problem(k, **sides_), Interior(tolerance=1e-9, stationary=True))
+    assert p > 0.3 and solution.plan.sum() == pytest.approx(p, rel=1e-8)
+    assert solution.value == pytest.approx(value, rel=1e-8)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05])
+@pytest.mark.parametrize("mass", [0.1, 0.6, 0.999])
+def test_partial_transport_that_gains_moves_exactly_its_mass(epsilon, mass):
+    """All costs negative: moving everything would gain more, and is not asked for."""
+    cost, a, b = balanced_data(6)
+    cost = cost - 3.0
+    problem = Problem(cost, a, 1.3 * b, epsilon=epsilon, rows=AT_MOST, columns=AT_MOST, mass=mass)
+    solution = solve(problem, TIGHT if epsilon else None)
+    assert solution.mass == pytest.approx(mass, rel=1e-12) and solution.plan.sum() == pytest.approx(mass, rel=1e-12)
+    assert (solution.plan.sum(1) <= a * (1 + 1e-9)).all() and (solution.plan.sum(0) <= 1.3 * b * (1 + 1e-9)).all()
+    assert solution.mass_multiplier < 0
+    if not epsilon:
+        value, _ = linear_program(cost, a, 1.3 * b, rows=AT_MOST, columns=AT_MOST, mass=mass)
+        assert solution.value == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("kinds", [("fixed", "fixed"), ("kl", "tv"), ("chi2", "l2"), ("between", "kl")], ids="-".join)
+def test_single_precision_has_its_own_tolerance_and_a_certificate_in_double(kinds):
+    cost, a, b = balanced_data(7)
+    rows, columns = (side(kind, 0.4) for kind in kinds)
+    arrays = [np.float32(x) for x in (cost, a, b)]
+    solution = solve(Problem(*arrays, epsilon=0.05, rows=rows, columns=columns))
+    certificate = solution.certificate
+    assert solution.plan.dtype == np.float32 and certificate.tolerance == 1e-5 and certificate.holds
+    cost, a, b, f, g = (np.float64(x) for x in (*arrays, solution.f, solution.g))
+    plan = np.outer(a, b) * np.exp((f[:, None] + g[None, :] - cost) / 0.05)
+    dual = -0.05 * (plan.sum() - a.sum() * b.sum())
+    for penalty, marginal, potential, w, said in (
+        (rows, plan.sum(1), f, a, certificate.row_violation),
+        (columns, plan.sum(0), g, b, certificate.column_violation),
+    ):
+        lo, hi = (penalty.lo, penalty.hi) if isinstance(penalty, Between) else (0.0, INF)
+        off = np.maximum(lo * w - marginal, 0).sum() + (np.maximum(marginal - hi * w, 0).sum() if hi < INF else 0.0)
+        assert said == pytest.approx(off, abs=1e-13) and off <= 1e-5
+        for x, weight in zip(potential, w, strict=True):
+            psi, slope = per_weight(penalty, weight)
+            t = float(np.exp(crossing(lambda log_t, slope=slope, x=x: slope(np.exp(log_t)) + x, -700.0, 60.0)))
+            dual += weight * (float(psi(t)) + x * t)
+    assert certificate.dual == pytest.approx(dual, abs=1e-12) and certificate.mass == pytest.approx(
+        plan.sum(), rel=1e-13
+    )
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.3])
+def test_a_dual_that_is_not_attained_is_a_status_within_bounded_steps(epsilon):
+    """Equal totals leave FIXED/AT_MOST no freedom; the arc (0, 1) then carries nothing, at no finite potentials."""
+    problem = Problem([[0.0, 0.0], [INF, 0.0]], epsilon=epsilon, columns=AT_MOST)
+    solution = solve(problem, throw=False)
+    assert solution.steps <= 25_000
+    if solution.converged:
+        np.testing.assert_allclose(solution.plan, np.eye(2) / 2, atol=1e-8)
+    else:
+        assert solution.status in (Status.MAX_STEPS, Status.STALLED) and not np.isnan(solution.plan).any()
+
+
+OVERFLOWS = {
+    "product of the weights": ([[0.5, 1.0]], [1e200], [5e199, 5e199]),
+    "total of the weights": ([[0.5, 1.0]], [1e308], [1e308, 1e308]),
+    "range of the costs": ([[1e308, -1e308]], [1.0], [0.5, 0.5]),
+    "product of cost and weight": ([[1e200, 1e200]], [1e200], [5e199, 5e199]),
+}
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("name", OVERFLOWS)
+@pytest.mark.parametrize("rows", [FIXED, KL(1.0), FREE], ids=str)
+def test_what_overflows_is_an_error_or_a_status(name, rows, epsilon):
+    cost, a, b = OVERFLOWS[name]
+    try:
+        problem = Problem(cost, a, b, epsilon=epsilon, rows=rows)
+    except ValueError:
+        return
+    solution = solve(problem, throw=False)
+    assert solution.steps <= 25_000
+    if solution.converged:
+        assert np.isfinite(solution.value) and np.isfinite(solution.plan).all() and solution.certificate.holds
+
+
+# -- the debiased divergence -------------------------------------------------------------------------------------------
+
+PRECISE = Interior(tolerance=1e-12, stationary=True)  # a cloud against itself is where sweeps crawl
+DIVERGENCES = {"fixed": FIXED, "kl": KL(0.8), "tv": TV(0.6), "chi2": ChiSquared(0.9)}
+METRICS = {
+    "sqeuclidean": lambda x, y: ((x[:, None] - y[None]) ** 2).sum(-1),
+    "euclidean": lambda x, y: np.sqrt(((x[:, None] - y[None]) ** 2).sum(-1)),
+    "cosine": lambda x, y: 1 - (x / np.linalg.norm(x, axis=1)[:, None]) @ (y / np.linalg.norm(y, axis=1)[:, None]).T,
+}
+over_divergences = pytest.mark.parametrize("kind", DIVERGENCES)
+
+
+def two_clouds(seed, n=5, m=4, *, balanced):
+    rng = np.random.default_rng(seed)
+    a, b = rng.dirichlet(np.full(n, 2.0)), rng.dirichlet(np.full(m, 2.0))
+    totals = (1.0, 1.0) if balanced else (0.7, 1.4)
+    return rng.normal(size=(n, 2)), 0.4 + rng.normal(size=(m, 2)), totals[0] * a, totals[1] * b
+
+
+@over_divergences
+@given(seed=st.integers(0, 9999), epsilon=st.sampled_from([0.1, 0.5, 3.0]), metric=st.sampled_from([*METRICS]))
+@settings(max_examples=10)
+def test_the_divergence_is_symmetric_and_not_negative(kind, seed, epsilon, metric):
+    x, y, a, b = two_clouds(seed, balanced=kind == "fixed")
+    options = dict(epsilon=epsilon, side=DIVERGENCES[kind], metric=metric, solver=PRECISE)
+    one, other = sinkhorn_divergence(x, y, a, b, **options), sinkhorn_divergence(y, x, b, a, **options)
+    assert one > 0 and one == pytest.approx(other, rel=1e-9)
+
+
+@over_divergences
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_divergence_of_equal_clouds_is_zero_and_rests(kind, metric):
+    """In another order and with a bin split in two it is the same cloud: 0 to twelve digits, and stationary in the points."""
+    x, _, a, _ = two_clouds(3, balanced=False)
+    i = np.random.default_rng(0).permutation(5)
+    y, b = np.vstack([x[i], x[2:3]]), np.r_[np.where(i == 2, 0.75, 1.0) * a[i], 0.25 * a[2]]
+    options = dict(epsilon=0.2, side=DIVERGENCES[kind], metric=metric, solver=PRECISE)
+    assert abs(sinkhorn_divergence(x, y, a, b, **options)) <= 1e-12
+    live, weights = (torch.tensor(z, requires_grad=True) for z in (x, a))
+    value = sinkhorn_divergence(live, torch.tensor(x), weights, torch.tensor(a), **options)
+    in_points, in_weights = torch.autograd.grad(value, (live, weights))
+    assert abs(float(value.detach())) <= 1e-12 and in_points.abs().max() <= 1e-9
+    # FIXED: the totals move together; TV: that one total exceeds the other is a kink, whose slopes are all the same
+    spread = in_weights - in_weights.mean() if kind in ("fixed", "tv") else in_weights
+    assert spread.abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_at_a_large_epsilon_the_divergence_is_half_the_energy_distance(metric):
+    """Product plans: ``<C, a x b> - <C, a x a> / 2 - <C, b x b> / 2``, met like ``1 / eps``."""
+    x, y, a, b = two_clouds(1, balanced=True)
+    of = METRICS[metric]
+    energy, off = a @ of(x, y) @ b - a @ of(x, x) @ a / 2 - b @ of(y, y) @ b / 2, []
+    for epsilon in (1e2, 1e3, 1e4):
+        off.append(abs(sinkhorn_divergence(x, y, a, b, epsilon=epsilon, metric=metric, solver=PRECISE) / energy - 1))
+    assert off[1] < off[0] / 8 and off[1] < 0.02 and off[2] < 2e-3
+    if metric == "sqeuclidean":
+        assert energy == pytest.approx(float(((a @ x - b @ y) ** 2).sum()))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_at_a_small_epsilon_the_divergence_is_the_transport_cost(metric):
+    """``W + eps (KL(P | a x b) - H(a) / 2 - H(b) / 2) + o(eps)``, H Shannon's entropy: the plan of a self-term is diagonal."""
+    x, y, a, b = two_clouds(2, balanced=True)
+    value, plan = linear_program(METRICS[metric](x, y), a, b)
+    bias = float(kl_div(plan, np.outer(a, b)).sum() + (a @ np.log(a) + b @ np.log(b)) / 2)
+    for epsilon in (1e-3, 1e-4):
+        found = sinkhorn_divergence(x, y, a, b, epsilon=epsilon, metric=metric)
+        assert found == pytest.approx(value + epsilon * bias, abs=1e-7) and abs(found - value) <= 3 * epsilon
+
+
+@over_divergences
+@pytest.mark.parametrize("epsilon", [0.3, 2.0])
+def test_the_divergence_of_two_points_has_a_closed_form(kind, epsilon):
+    """Three problems of one arc each, by bisection, and the excess for unequal totals."""
+    x, y, c, (a, b) = (
+        np.array([[0.3, 0.1]]),
+        np.array([[-0.2, 0.6]]),
+        0.5,
+        (1.2, 1.2) if kind == "fixed" else (0.7, 1.6),
+    )
+    sides_ = dict(epsilon=epsilon, rows=DIVERGENCES[kind], columns=DIVERGENCES[kind])
+    value, own_a, own_b = (one_number(z, *w, **sides_)[1] for z, w in ((c, (a, b)), (0.0, (a, a)), (0.0, (b, b))))
+    expected = value - own_a / 2 - own_b / 2 + epsilon / 2 * (a - b) ** 2
+    found = sinkhorn_divergence(x, y, [a], [b], epsilon=epsilon, side=DIVERGENCES[kind], solver=PRECISE)
+    assert found == pytest.approx(expected, rel=1e-9)
+    if kind == "fixed":
+        assert found == pytest.approx(a * c, rel=1e-9)
+
+
+@pytest.mark.parametrize("totals", [None, (1.0, 1.0), (0.6, 1.7)], ids=str)
+def test_the_divergence_of_gaussians_has_a_closed_form(totals):
+    epsilon, rho = 2.0, 1.5
+    (x, a), (y, b) = gaussian(32, 0.5, 0.5), gaussian(32, -0.2, 0.8)
+
+    def value(mean, other, v, w, masses):
+        if totals is not None:
+            return unbalanced_gaussians(mean, other, v, w, epsilon, rho, masses)[0]
+        return balanced_gaussians(np.array([mean]), np.array([other]), np.array([[v]]), np.array([[w]]), epsilon)
+
+    s, t = totals or (1.0, 1.0)
+    expected = value(0.5, -0.2, 0.5, 0.8, (s, t)) - value(0.5, 0.5, 0.5, 0.5, (s, s)) / 2
+    expected += epsilon / 2 * (s - t) ** 2 - value(-0.2, -0.2, 0.8, 0.8, (t, t)) / 2
+    penalty = FIXED if totals is None else KL(rho)
+    found = sinkhorn_divergence(x, y, s * a, t * b, epsilon=epsilon, side=penalty, solver=TIGHT)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(epsilon=0.0), "epsilon = 0.*no bias"),
+        (dict(epsilon=0.1, side=FREE), "debiased divergence.*value of solve"),
+        (dict(epsilon=0.1, side=Between(1.0, 2.0)), "debiased divergence"),
+        (dict(epsilon=0.1, metric="dot"), "metric = 'dot'"),
+        (dict(epsilon=0.1, metric=torch.abs), "metric = .*abs"),
+        (dict(epsilon=-1.0), "epsilon = -1"),
+    ],
+    ids=["no entropy", "free", "bounds", "scalar product", "function", "negative epsilon"],
+)
+def test_what_is_no_divergence_is_refused(options, words):
+    x = np.array([[0.0], [1.0]])
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        sinkhorn_divergence(x, x + 1.0, **options)
+
+
+@over_divergences
+def test_the_divergences_gradient_is_that_of_differences(kind):
+    x, y, a, b = two_clouds(5, balanced=kind == "fixed")
+    options = dict(epsilon=0.4, side=DIVERGENCES[kind], solver=PRECISE)
+    live = torch.tensor(x, requires_grad=True)
+    sinkhorn_divergence(live, torch.tensor(y), torch.tensor(a), torch.tensor(b), **options).backward()
+    direction = np.random.default_rng(0).normal(size=x.shape)
+    high, low = (sinkhorn_divergence(x + step * direction, y, a, b, **options) for step in (1e-5, -1e-5))
+    assert float((live.grad * torch.tensor(direction)).sum()) == pytest.approx((high - low) / 2e-5, rel=1e-6)
