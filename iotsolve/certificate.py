@@ -143,7 +143,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
     entropy = torch.zeros_like(dual) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double)).abs()
     scale = double.dual_scale(p) + entropy
-    rounding_error = 4 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
+    rounding_error = 16 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
     numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
     as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
     return Certificate(*as_arrays, tolerance=default_tolerance(problem.dtype) if tolerance is None else tolerance)
