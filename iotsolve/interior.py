@@ -187,8 +187,9 @@ class _Core:
         price = cost[self.i, self.j]
         self.amount = float(max(a.sum(), b.sum()) if problem.mass is None else number(problem.mass))
         spread = float(np.ptp(price) or np.abs(price).max()) if price.size else 0.0
+        penalties = float(problem.magnitude(torch.zeros(()))) / self.amount  # and the entropy, if any
         # a power of two scales without rounding, so that a potential at a kink is there exactly
-        self.unit = 2.0 ** math.floor(math.log2(spread or number(problem.epsilon) or 1.0))
+        self.unit = 2.0 ** math.floor(math.log2(spread or penalties or 1.0))
         self.mass = None if problem.mass is None else 1.0
         reference = a[self.full[0]][self.i] * b[self.full[1]][self.j] / self.amount
         self.plan = _Variables(price / self.unit, number(problem.epsilon) / self.unit, reference)
