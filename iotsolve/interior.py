@@ -91,9 +91,9 @@ _REFINEMENTS = 3
 def interior_point(
     problem: Problem, max_steps: int = 200
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, Status]:
-    """Potentials, multiplier, plan, steps and status of one problem; potentials of bins of weight 0 are left at 0."""
+    """Potentials, multiplier, plan, steps and status of one problem; potentials of a bin of weight 0 has potential 0."""
     cost, a, b = (_numpy(x) for x in (problem.cost.dense(), problem.a, problem.b))
-    f, g, plan = np.zeros_like(a), np.zeros_like(b), np.zeros_like(cost)
+    f, g, plan = _stranded(problem.rows, problem.a), _stranded(problem.columns, problem.b), np.zeros_like(cost)
     with np.errstate(all="ignore"):  # a step that leaves the numbers is seen by its error, and not taken
         core = _Core(problem, cost, a, b)
         steps, status = core.run(max_steps)
@@ -103,6 +103,11 @@ def interior_point(
     )  # what lies below its multiplier is dust of the barrier
     plan[core.full[0][core.i], core.full[1][core.j]] = carried * core.amount
     return f, g, np.asarray(core.lam * core.unit), plan, steps, status
+
+
+def _stranded(side: Marginal, weights: Tensor) -> np.ndarray:
+    """The potential of a bin with weight that nothing can reach; 0 at the others."""
+    return _numpy(torch.where(weights > 0, side.aprox(torch.full_like(weights, math.inf), 0.0), 0.0))
 
 
 class _Variables:
@@ -178,10 +183,11 @@ def _reach(x: np.ndarray, dx: np.ndarray) -> float:
 
 
 class _Core:
-    """One problem in units of its own: bins with weight only, total mass 1, cost range from 1 to 2."""
+    """One problem in units of its own: bins that something can reach only, total mass 1, cost range from 1 to 2."""
 
     def __init__(self, problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-        self.full = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
+        allowed = np.isfinite(cost) & (a > 0)[:, None] & (b > 0)[None, :]
+        self.full = np.flatnonzero(allowed.any(1)), np.flatnonzero(allowed.any(0))
         cost = cost[np.ix_(*self.full)]
         self.shape, (self.i, self.j) = cost.shape, np.nonzero(np.isfinite(cost))
         price = cost[self.i, self.j]
@@ -216,6 +222,8 @@ class _Core:
 
     def run(self, max_steps: int) -> tuple[int, Status]:
         """Newton steps until nothing is gained; leaves the best point's potentials and plan."""
+        if not self.i.size:
+            return 0, Status.CONVERGED
         best, kept, age, steps, status = math.inf, None, 0, 0, Status.MAX_STEPS
         while steps < max_steps:
             steps += 1

@@ -569,6 +569,31 @@ def test_too_few_sweeps_at_a_small_epsilon_are_a_status_with_true_bounds(kinds):
     assert certificate.dual <= answer.value + room and answer.value - room <= certificate.primal
 
 
+STRANDABLE = (AT_MOST, FREE, KL(1.0), TV(0.5), ChiSquared(1.0), L2(1.85))
+
+
+@pytest.mark.parametrize("columns", STRANDABLE, ids=str)
+@pytest.mark.parametrize("rows", [FIXED, *STRANDABLE], ids=str)
+@pytest.mark.parametrize("epsilon", [0.0, 0.04])
+def test_a_bin_with_weight_whose_arcs_are_all_forbidden_troubles_nobody(rows, columns, epsilon):
+    """It pays for being empty, and the others have the plan they have without it."""
+    cost, a, b = np.array([[-1.0, 0.5], [0.0, -2.0]]), np.array([0.7, 0.3]), np.array([0.9, 0.6])
+    stranded = np.column_stack([cost, [INF, INF]])
+    sides = dict(epsilon=epsilon, rows=rows, columns=columns, mass=1.0)
+    # with the same product of the totals, so that the entropy of what cannot be is the same
+    without = solve(Problem(cost, a, b, **sides), Interior(tolerance=1e-12) if epsilon else None)
+    for solver in (None, Interior()):
+        solution = solve(Problem(stranded, a, [*b, 0.5], **sides), solver)
+        assert solution.certificate.holds and not np.isnan(solution.g).any()
+        assert not solution.plan[:, 2].any()
+        penalty = float(
+            Problem(np.zeros((1, 1)), [0.5], [0.5], epsilon=1.0, columns=columns).columns.divergence(
+                torch.zeros(1).double(), torch.tensor([0.5]).double()
+            )
+        )
+        assert solution.value == pytest.approx(without.value + penalty + epsilon * 0.5, abs=1e-7)
+
+
 STRANDED = torch.tensor([[0.0, INF], [0.0, INF]], dtype=torch.float64)
 
 

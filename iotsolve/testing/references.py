@@ -415,7 +415,8 @@ def _lowered(data: Numbers, f: np.ndarray, g: np.ndarray, lam: float, known: Any
     if data.epsilon:
         return f, g, lam
     if data.mass is not None:
-        return f, g, lam - max(0.0, float((f[:, None] + g[None, :] + lam - data.cost)[data.arcs].max()))
+        i, j = np.nonzero(data.arcs)  # elsewhere a potential may be infinite, like the cost
+        return f, g, lam - max(0.0, float((f[i] + g[j] + lam - data.cost[i, j]).max()))
     f = np.where(known[0], np.maximum(np.minimum(f, _softmin(data.cost, g, data.b, 0.0)), _floor(data.rows)), f)
     g = np.where(known[1], np.minimum(g, _softmin(data.cost.T, f, data.a, 0.0)), g)
     return f, g, lam
