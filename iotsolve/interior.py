@@ -84,7 +84,7 @@ _SETTLING = 64  # sweeps: most problems need one
 _ENOUGH = 1e-15  # error, total mass and cost range being 1, below which float64 has nothing to say
 _CLOSE = 1e-9  # error from which steps without progress mean that rounding has the word
 _PATIENCE = 4
-_DUST = 1e-6
+_DUST = 1e-10  # share of the mass that may be dropped for a sparse plan
 _REFINEMENTS = 3
 
 
@@ -98,9 +98,10 @@ def interior_point(
         core = _Core(problem, cost, a, b)
         steps, status = core.run(max_steps)
     f[core.full[0]], g[core.full[1]] = core.f * core.unit, core.g * core.unit
-    carried = np.where(
-        core.plan.x > core.plan.z, core.plan.x, 0.0
-    )  # what lies below its multiplier is dust of the barrier
+    x = (
+        core.plan.x
+    )  # what lies below its multiplier is dust of the barrier; but where both vanish, x may still be needed
+    carried = np.where((x > core.plan.z) | (x * x.size > _DUST), x, 0.0)
     plan[core.full[0][core.i], core.full[1][core.j]] = carried * core.amount
     return f, g, np.asarray(core.lam * core.unit), plan, steps, status
 

@@ -569,6 +569,14 @@ def test_too_few_sweeps_at_a_small_epsilon_are_a_status_with_true_bounds(kinds):
     assert certificate.dual <= answer.value + room and answer.value - room <= certificate.primal
 
 
+def test_an_arc_that_may_but_need_not_carry_mass_is_no_dust():
+    """Two rows fill the first column exactly: for the third the arc to it has neither mass nor a reduced cost."""
+    cost = [[-2.0, INF], [-2.0, -2.0], [-2.0, INF]]
+    solution = solve(Problem(cost, [0.05, 0.6, 0.49], [1.35, 1.5], columns=KL(4.75)))
+    assert solution.certificate.relative_violation <= 1e-9
+    np.testing.assert_allclose(solution.plan, [[0.05, 0.0], [0.0, 0.6], [0.49, 0.0]], atol=1e-6)
+
+
 STRANDABLE = (AT_MOST, FREE, KL(1.0), TV(0.5), ChiSquared(1.0), L2(1.85))
 
 
