@@ -135,7 +135,8 @@ def judged(problem, solution):
         entropy = problem.epsilon * (total - reference_mass)
         dual, scale = dual - entropy, scale + abs(entropy)
         density = np.exp(slack / problem.epsilon)
-        assert abs(sides[0].w[:, None] * density * sides[1].w[None, :] - plan).sum() <= TOLERANCE * total
+        exponents = np.finfo(float).eps * (abs(f).max() + abs(g).max() + abs(lam)) / float(problem.epsilon)
+        assert abs(sides[0].w[:, None] * density * sides[1].w[None, :] - plan).sum() <= (TOLERANCE + exponents) * total
     else:
         gap -= (slack[plan > 0] * plan[plan > 0]).sum()
         assert slack.max() <= 1e-12 * (abs(f).max() + abs(g).max() + abs(lam))
@@ -268,6 +269,7 @@ def test_nearly_every_problem_is_certified():
         for problem, solution in grid
         if not (solution.certificate.holds and judged(problem, solution).largest <= TOLERANCE)
     ]
+    print(f"{len(grid) - len(left)} of {len(grid)} certified")
     assert len(left) <= 0.01 * len(grid), left
 
 
