@@ -579,6 +579,15 @@ def test_an_arc_that_may_but_need_not_carry_mass_is_no_dust():
     np.testing.assert_allclose(solution.plan, [[0.05, 0.0], [0.0, 0.6], [0.49, 0.0]], atol=1e-6)
 
 
+def test_heavy_weights_do_not_overflow_what_autograd_follows_at_an_empty_bin():
+    b = torch.tensor([1.19, 0.0], dtype=torch.float64, requires_grad=True)
+    cost = torch.full((1, 2), -0.02, dtype=torch.float64)
+    solution = solve(Problem(cost, [1.25], b, epsilon=3e-4, rows=L2(6.65), columns=L2(7.6)))
+    assert solution.plan.isfinite().all() and solution.plan[0, 1] == 0
+    (slope,) = torch.autograd.grad(solution.value, b)
+    assert slope.isfinite().all()
+
+
 STRANDABLE = (AT_MOST, FREE, KL(1.0), TV(0.5), ChiSquared(1.0), L2(1.85))
 
 

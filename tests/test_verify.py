@@ -23,6 +23,7 @@ from iotsolve.testing.references import (
     gibbs_plan,
     numbers,
     objective,
+    repaired,
     rounding,
     softmax_value,
 )
@@ -319,3 +320,14 @@ def test_the_solver_that_was_wrapped_passes():
     report = verify(examples=max(FEW // 2, 1))
     assert report.passed, report
     assert all(x.verdict == "passed" and x.converged == x.offered == x.examples for x in report.regimes)
+
+
+def test_a_rounding_at_the_edge_of_the_domain_is_no_fault_of_a_solver():
+    """Feasible to the last digit, with a potential exactly at its lowest: lowering it by a rounding must not leave the domain."""
+    problem = Problem(
+        [[2e-06, 2e-06]], [0.5747126436781609], [0.25510204081632654, 0.13], rows=TV(7.05e-06), columns=TV(4.6e-06)
+    )
+    f, g = [6.6e-06], [-4.6e-06, -4.6e-06]
+    assert np.isfinite(dual_objective(problem, *repaired(problem, f, g)))
+    assert dual_objective(problem, *repaired(problem, [6.7e-06], g)) > -np.inf  # lowered on the side that has room
+    assert dual_objective(problem, f, [-4.7e-06, -4.6e-06]) == -np.inf

@@ -418,8 +418,9 @@ def _lowered(data: Numbers, f: np.ndarray, g: np.ndarray, lam: float, known: Any
         i, j = np.nonzero(data.arcs)  # elsewhere a potential may be infinite, like the cost
         return f, g, lam - max(0.0, float((f[i] + g[j] + lam - data.cost[i, j]).max()))
     f = np.where(known[0], np.maximum(np.minimum(f, _softmin(data.cost, g, data.b, 0.0)), _floor(data.rows)), f)
-    g = np.where(known[1], np.minimum(g, _softmin(data.cost.T, f, data.a, 0.0)), g)
-    return f, g, lam
+    lowered, floor = np.minimum(g, _softmin(data.cost.T, f, data.a, 0.0)), _floor(data.columns)
+    rounded = (lowered < floor) & (lowered >= floor - 1e-14 * np.maximum(abs(floor), abs(g)))  # not out of the domain
+    return f, np.where(known[1], np.where(rounded, floor, lowered), g), lam
 
 
 def _gauge(data: Numbers, f: np.ndarray, g: np.ndarray, lam: float, known: Any) -> tuple[Any, Any, float]:
