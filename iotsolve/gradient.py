@@ -341,15 +341,21 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
         found["c"] = c
         if "a" in needed:
             density = _density(r, problem.a, lifted, problem.cost, problem.b, p.g, eps, axis=-1)
-            found["a"] = side * eps * (problem.b.sum(-1, keepdim=True) - density)
+            found["a"] = _in_range(side * eps * (problem.b.sum(-1, keepdim=True) - density))
         if "b" in needed:
             density = _density(c, problem.b, p.g, problem.cost, problem.a, lifted, eps, axis=-2)
-            found["b"] = side * eps * (problem.a.sum(-1, keepdim=True) - density)
+            found["b"] = _in_range(side * eps * (problem.a.sum(-1, keepdim=True) - density))
         if "epsilon" in needed:
             slack = weighted(r, lifted) + weighted(c, p.g) - spent
             excess = r.sum(-1) - problem.a.sum(-1) * problem.b.sum(-1)
             found["epsilon"] = (upstream * (slack / eps - excess)).sum().reshape(problem.epsilon.shape)
     return found
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """The largest number in the place of infinity: a slope at an empty bin that the costs prefer."""
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
 
 
 def _density(

@@ -257,7 +257,7 @@ class Problem:
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def _density(self, p: Potentials) -> Tensor:
-        """``exp((f + g + lam - C) / eps)`` for autograd; bounded so that times any weight it is finite, times a weight of 0 so 0."""
+        """``exp((f + g + lam - C) / eps)`` for autograd, bounded: times any weight it is finite, times a weight of 0 it is 0."""
         slack, allowed = self.cost.slack(p.f + p.lam.unsqueeze(-1), p.g)
         carries = allowed & ((self.a > 0).unsqueeze(-1) | (self.b > 0).unsqueeze(-2))
         heaviest = torch.maximum(self.a.detach().amax(), self.b.detach().amax()).clamp(min=1.0)

@@ -16,11 +16,11 @@ from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.marginals import number
-from iotsolve.problem import Potentials, Problem
+from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate
-from iotsolve.support import carrying_arcs
+from iotsolve.support import carrying_arcs, separation
 from iotsolve.validation import default_tolerance
 
 __all__ = ["run", "solve"]
@@ -63,7 +63,7 @@ def solve(
     _check_arguments(problem, solver, gradient, init)
     if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
-    problem = _attainable(problem)
+    given, problem = problem, _attainable(problem)
     with torch.no_grad():
         working = problem.working()
         start = None if init is None else _start(working, init)
@@ -74,6 +74,8 @@ def solve(
         outcome.potentials.g.reshape(*batch, -1),
         outcome.potentials.lam.reshape(batch),
     )
+    if problem is not given:
+        p = _separated(given, problem, p)
     status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
     plan = outcome.plan
     if plan is not None:
@@ -219,6 +221,29 @@ def _attainable(problem: Problem) -> Problem:
     kept = np.stack([carrying_arcs(*arcs) for arcs in zip(allowed, a, b, strict=True)])
     keep = (torch.as_tensor(kept, device=matrix.device) | ~filled).reshape(matrix.shape)
     return problem.with_tensors({"cost": torch.where(keep, matrix, torch.inf)})
+
+
+def _separated(given: Problem, problem: Problem, p: Potentials) -> Potentials:
+    """The same plan by potentials at which the arcs that :func:`_attainable` forbade carry nothing in the problem as given.
+
+    The dual's supremum is at infinity there; this is as near as rounding can tell.
+    """
+    n, m = given.shape[-2:]
+    before, after = (x.cost.dense().detach().double().reshape(-1, n, m).cpu().numpy() for x in (given, problem))
+    f, g = p.f.double().reshape(-1, n).cpu().numpy(), p.g.double().reshape(-1, m).cpu().numpy()
+    filled = ((given.a > 0).unsqueeze(-1) & (given.b > 0).unsqueeze(-2)).reshape(-1, n, m).cpu().numpy()
+    negligible = number(given.epsilon) * -2.0 * math.log(torch.finfo(given.working_dtype).eps)
+    moved = []
+    for old, new, u, v, full in zip(before, after, f, g, filled, strict=True):
+        kept, dropped = full & np.isfinite(new), full & np.isfinite(old) & ~np.isfinite(new)
+        excess = np.where(dropped, u[:, None] + v[None, :] - np.where(dropped, old, 0.0) + negligible, 0.0)
+        moved.append(separation(kept, dropped, excess))
+    u, v = (torch.as_tensor(np.stack(x), device=p.f.device).to(p.f.dtype) for x in zip(*moved, strict=True))
+    f, g = p.f + u.reshape(p.f.shape), p.g + v.reshape(p.g.shape)
+    working, eps = given.working(), number(given.epsilon)
+    idle_f = working.cost.softmin(log_scaling(working.b, g, eps), eps, axis=-1)
+    idle_g = working.cost.softmin(log_scaling(working.a, f, eps), eps, axis=-2)
+    return Potentials(torch.where(given.a > 0, f, idle_f), torch.where(given.b > 0, g, idle_g), p.lam)
 
 
 def _shaped(values: list[Any], batch: tuple[int, ...], dtype: Any) -> Any:

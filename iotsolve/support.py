@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float
 
-__all__ = ["carrying_arcs", "largest_mass"]
+__all__ = ["carrying_arcs", "largest_mass", "separation"]
 
 _UNIT = 2**30
 
@@ -52,6 +52,37 @@ def carrying_arcs(
     graph = csr_matrix((np.ones(len(tails), dtype=np.int8), (tails, heads)), shape=(n + m, n + m))
     _, label = connected_components(graph, directed=True, connection="strong")
     return allowed & (used | (label[:n, None] == label[None, n:]))
+
+
+def separation(
+    kept: Bool[np.ndarray, "n m"], dropped: Bool[np.ndarray, "n m"], excess: Float[np.ndarray, "n m"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
+    """Shifts ``(u, v)`` that change ``u + v`` on no kept arc and bring ``excess + u + v`` to at most 0 on the dropped ones.
+
+    Kept arcs hold bins together in components, whose potentials may move against each other; dropped arcs lead from component
+    to component without a cycle, or they could carry mass.
+
+    Example:
+        >>> separation(np.eye(2, dtype=bool), np.array([[False, False], [True, False]]), np.ones((2, 2)))
+        (array([ 0., -1.]), array([0., 1.]))
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    n, m = kept.shape
+    rows, columns = np.nonzero(kept)
+    graph = csr_matrix((np.ones(len(rows), dtype=np.int8), (rows, n + columns)), shape=(n + m, n + m))
+    count, label = connected_components(graph, directed=False)
+    rows, columns = np.nonzero(dropped)
+    from_, to, least = label[rows], label[n + columns], excess[rows, columns]
+    shift = np.zeros(count)
+    for _ in range(count):  # the longest path to each component
+        higher = shift.copy()
+        np.maximum.at(higher, from_, shift[to] + least)
+        if np.array_equal(higher, shift):
+            break
+        shift = higher
+    return 0.0 - shift[label[:n]], shift[label[n:]]
 
 
 def _flow(allowed: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tuple[np.ndarray, float]:

@@ -7,7 +7,7 @@ import pytest
 from catalogue import CASES, Case, answer, over
 from hypothesis import given, settings
 
-from iotsolve import FIXED, KL, L2, TV, Between, ChiSquared, Problem, Sinkhorn, solve
+from iotsolve import FIXED, FREE, KL, L2, TV, Between, ChiSquared, Problem, Sinkhorn, certify, solve
 from iotsolve.testing import (
     Answer,
     check_limits,
@@ -27,6 +27,7 @@ from iotsolve.testing.references import (
     rounding,
     softmax_value,
 )
+from iotsolve.testing.solvers import judge
 from iotsolve.testing.verification import iotsolve_solver
 
 FEW = max(settings().max_examples // 10, 1)  # every problem is solved a dozen times and twice by cvxpy
@@ -331,3 +332,36 @@ def test_a_rounding_at_the_edge_of_the_domain_is_no_fault_of_a_solver():
     assert np.isfinite(dual_objective(problem, *repaired(problem, f, g)))
     assert dual_objective(problem, *repaired(problem, [6.7e-06], g)) > -np.inf  # lowered on the side that has room
     assert dual_objective(problem, f, [-4.7e-06, -4.6e-06]) == -np.inf
+
+
+INF = float("inf")
+ONCE_BROKEN = {
+    "rounding of a step where all costs are 0": Problem([[0.0, 0.0]], [0.55], [0.5, 0.05]),
+    "an empty bin at which the value jumps": Problem(
+        [[-1.0, -1.0, -2.0]], [0.55], [1.25, 0.125, 0.0], columns=L2(0.99999)
+    ),
+    "an arc that no plan can use, beside empty bins": Problem(
+        [[-2.0, -2.0, INF], [-2.0, -2.0, -2.0], [-2.0, -2.0, -2.0]],
+        [0.5, 0.0, 0.05],
+        [0.5, 0.0, 0.05],
+        epsilon=0.02,
+    ),
+    "a slope that overflows": Problem(
+        [[-1e6, -2e6], [-1e6, -1e6]], [0.5, 0.0], [1.25, 0.0], epsilon=2e4, columns=FREE
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", ONCE_BROKEN.values(), ids=ONCE_BROKEN)
+def test_what_other_seeds_once_broke_breaks_no_law(problem):
+    found = judge(problem, iotsolve_solver)
+    assert found.converged and not found.broken
+
+
+def test_arcs_that_no_plan_can_use_are_out_of_the_way_of_a_certificate_of_the_problem_as_given():
+    """A chain of components, each of which must be far below the next."""
+    cost = np.where(np.tril(np.ones((5, 5))), np.random.default_rng(0).random((5, 5)), INF)
+    problem = Problem(cost, epsilon=0.05)
+    solution = solve(problem)
+    assert certify(problem, solution.f, solution.g).holds
+    assert abs(problem.plan(solution.potentials).numpy() - np.eye(5) / 5).sum() <= 1e-12
