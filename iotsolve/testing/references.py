@@ -439,7 +439,8 @@ def _gauge(data: Numbers, f: np.ndarray, g: np.ndarray, lam: float, known: Any) 
 def _unit(data: Numbers) -> float:
     """What to divide cost, epsilon and rho by, so that the general solver meets numbers near 1."""
     cost = data.cost[data.arcs]
-    return float(np.ptp(cost)) or float(abs(cost).max()) or data.epsilon or 1.0
+    strengths = [float(side.rho) for side in (data.rows, data.columns) if isinstance(side, SOFT)]
+    return float(np.ptp(cost)) or float(abs(cost).max()) or data.epsilon or max(strengths, default=1.0)
 
 
 def _side(side: Marginal, weights: np.ndarray, unit: float) -> tuple[Any, list[cp.Constraint], Any]:
