@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -30,10 +31,26 @@ class Dense:
     """
 
     matrix: Float[Tensor, "*batch n m"]
+    ends: tuple[float, float] | None = field(default=None, repr=False, compare=False)
+    """Least and largest entry of all problems, if somebody has looked; NaN if one is NaN."""
 
     @property
     def shape(self) -> torch.Size:
         return self.matrix.shape
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled passes read this cost: on a CPU, in rows, large enough for a first call's compilation."""
+        matrix = self.matrix
+        ready = matrix.device.type == "cpu" and matrix.dtype in (torch.float64, torch.float32)
+        return ready and matrix.numel() >= _WORTH_COMPILING and matrix.stride(-1) == 1
+
+    def surveyed(self) -> Dense:
+        """The same cost with its ends known."""
+        if self.ends is not None:
+            return self
+        low, high = self.matrix.detach().aminmax()
+        return Dense(self.matrix, (float(low), float(high)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,22 +66,30 @@ class Dense:
 
     def with_tensors(self, named: dict[str, Tensor]) -> Dense:
         """The same cost with other data; names it does not know are none of its business."""
-        return Dense(named.get("cost", self.matrix))
+        return Dense(named["cost"]) if "cost" in named else self
+
+    def viewed(self, matrix: Tensor) -> Dense:
+        """A cost of the same numbers: another shape or precision, detached or a part."""
+        return Dense(matrix, self.ends)
 
     def expand(self, batch: tuple[int, ...]) -> Dense:
-        return Dense(self.matrix.expand(*batch, *self.matrix.shape[-2:]))
+        return self.viewed(self.matrix.expand(*batch, *self.matrix.shape[-2:]))
 
     def all_finite(self) -> bool:
         """True without forbidden arcs."""
-        return bool(self.matrix.isfinite().all())
+        return math.isfinite(self.ends[1]) if self.ends is not None else bool(self.matrix.isfinite().all())
 
     def dense(self) -> Float[Tensor, "*batch n m"]:
         """The cost as a matrix, shape ``(..., n, m)``."""
         return self.matrix
 
     def blocks(self) -> Iterator[tuple[slice, Dense]]:
-        """The cost in blocks of rows that fit into memory: here all of it."""
-        yield slice(0, self.matrix.shape[-2]), self
+        """The cost in blocks of rows: all of it where it is small, and else so that what is computed of it stays so."""
+        n = self.matrix.shape[-2]
+        size = n if self.matrix.numel() <= _WHOLE else max(1, _BLOCK * n // self.matrix.numel())
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            yield rows, self if size >= n else self.viewed(self.matrix[..., rows, :])
 
     def entries(self, index: tuple[Tensor, ...]) -> Tensor:
         """``C`` at the given batch, row and column indices, shape ``(k,)``."""
@@ -72,6 +97,8 @@ class Dense:
 
     def range(self) -> Float[Tensor, "*batch"]:
         """Largest minus smallest allowed entry."""
+        if self.matrix[..., 0, 0].numel() == 1 and self.ends is not None and self.all_finite():
+            return self.matrix.new_full(self.matrix.shape[:-2], self.ends[1] - self.ends[0])
         allowed = self.matrix.isfinite()
         top = torch.where(allowed, self.matrix, -math.inf).amax((-2, -1))
         return (top - self.matrix.amin((-2, -1))).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
@@ -88,8 +115,24 @@ class Dense:
             epsilon: positive, in cost units.
             axis: ``-1`` sums over columns and gives ``(..., n)``; ``-2`` sums over rows and gives ``(..., m)``.
         """
+        traced = torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in (self.matrix, log_weights, epsilon)
+        )
+        if self.is_compiled and not traced:
+            return self._compiled_softmin(log_weights, float(epsilon), axis)
         exponent = self._less_cost(log_weights.unsqueeze(-2 if axis == -1 else -1), epsilon)
         return -epsilon * torch.logsumexp(exponent, axis)
+
+    def _compiled_softmin(self, log_weights: Tensor, epsilon: float, axis: int) -> Tensor:
+        from iotsolve.kernels import passes  # numba is imported where it runs
+
+        n, m = self.matrix.shape[-2:]
+        given = m if axis == -1 else n
+        costs = self.matrix.detach().reshape(-1, n, m).numpy()
+        weights = log_weights.detach().expand(*self.matrix.shape[:-2], given).reshape(-1, given).double().numpy()
+        softmin = passes.softmin_over_columns if axis == -1 else passes.softmin_over_rows
+        found = np.stack([softmin(cost, w, epsilon) for cost, w in zip(costs, weights, strict=True)])
+        return torch.from_numpy(found).to(log_weights.dtype).reshape(*self.matrix.shape[:-2], -1)
 
     def _less_cost(self, x: Tensor, epsilon: Scalar) -> Tensor:
         """``x - C / epsilon``; in one pass over C where epsilon is a number."""
@@ -108,9 +151,13 @@ class Dense:
 
     def reduced_min(self, potential: Tensor, weights: Tensor, *, axis: int) -> Tensor:
         """``min (C - potential)`` over the bins of positive weight along the axis: the c-transform."""
-        other = -2 if axis == -1 else -1
-        shift = torch.where((weights > 0) & potential.isfinite(), potential, -math.inf).unsqueeze(other)
-        return (self.matrix - shift).nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf).amin(axis)
+        shift = torch.where((weights > 0) & potential.isfinite(), potential, -math.inf)
+        found = []
+        for rows, block in self.blocks():
+            own = shift.unsqueeze(-2) if axis == -1 else shift[..., rows].unsqueeze(-1)
+            reduced = (block.matrix - own).nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
+            found.append(reduced.amin(axis))
+        return torch.cat(found, -1) if axis == -1 else torch.stack(found).amin(0)
 
     def slack(self, f: Tensor, g: Tensor) -> tuple[Float[Tensor, "*batch n m"], Bool[Tensor, "*batch n m"]]:
         """``f + g - C`` with 0 at arcs that can carry nothing, and the mask of the arcs that can."""
@@ -283,6 +330,8 @@ class Points:
 
 Cost = Dense | Points
 
+_WORTH_COMPILING = 2**16  # entries, of all problems
+_WHOLE = 2**22  # entries of a matrix that is not cut
 _BLOCK = 2**18  # entries of a block: 2 MB in float64 stay in the cache; larger ones are three times slower
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 

@@ -152,6 +152,14 @@ class Marginal:
         """The potential that maximises ``phi(f) - epsilon exp((f - s) / epsilon)``, ``s`` the soft-min."""
         raise NotImplementedError
 
+    def clipped_line(self, epsilon: Scalar) -> tuple[float, float, float, float, float] | None:
+        """The aprox as five numbers, for compiled loops; None if it is no such function.
+
+        In units of epsilon ``(slope, low, up, down, high)`` with ``aprox(s) = max(min(high, slope s + up), max(low, slope s +
+        down))``.
+        """
+        return None
+
     def curvature(self, f: Tensor) -> Tensor:
         """``-phi''(f)``; ``+inf`` where the potential is held by a kink and does not move."""
         raise NotImplementedError
@@ -278,6 +286,10 @@ class Between(Marginal):
             upper = upper if self.is_fixed else upper.clamp(max=0.0)
         return upper if self.is_fixed or number(self.lo) == 0 else torch.maximum(upper, s + epsilon * _log(self.lo))
 
+    def clipped_line(self, epsilon: Scalar) -> tuple[float, float, float, float, float]:
+        lo, hi = number(self.lo), number(self.hi)
+        return 1.0, -math.inf, math.log(hi), math.log(lo) if lo > 0 else -math.inf, 0.0
+
     def curvature(self, f: Tensor) -> Tensor:
         return torch.zeros_like(f) if self.is_fixed else torch.where(f == 0, math.inf, 0.0).to(f)
 
@@ -347,6 +359,10 @@ class KL(Marginal):
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         return s * (self.rho / (self.rho + epsilon))
 
+    def clipped_line(self, epsilon: Scalar) -> tuple[float, float, float, float, float]:
+        rho = number(self.rho)
+        return rho / (rho + number(epsilon)), -math.inf, 0.0, -math.inf, math.inf
+
     def curvature(self, f: Tensor) -> Tensor:
         return torch.exp(-f / self.rho) / self.rho
 
@@ -397,6 +413,10 @@ class TV(Marginal):
 
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         return torch.minimum(self.project(s), _like(self.rho, s))
+
+    def clipped_line(self, epsilon: Scalar) -> tuple[float, float, float, float, float]:
+        held = number(self.rho) / number(epsilon)
+        return 1.0, -held, 0.0, -math.inf, held
 
     def curvature(self, f: Tensor) -> Tensor:
         return torch.where(f.abs() >= self.rho, math.inf, 0.0).to(f)

@@ -208,10 +208,23 @@ class Problem:
         return problem
 
     def detach(self) -> Problem:
-        return self.with_tensors({k: v.detach() for k, v in self.tensors().items()})
+        named = self.tensors()
+        if not any(x.requires_grad for x in named.values()):
+            return self
+        return self._viewed({k: v.detach() for k, v in named.items()})
 
     def to(self, dtype: torch.dtype) -> Problem:
-        return self.with_tensors({k: v.to(dtype) for k, v in self.tensors().items()})
+        named = self.tensors()
+        if all(x.dtype == dtype for x in named.values()):
+            return self
+        return self._viewed({k: v.to(dtype) for k, v in named.items()})
+
+    def _viewed(self, named: dict[str, Tensor]) -> Problem:
+        """:meth:`with_tensors` of tensors with the same numbers, of which a cost may keep what it knows."""
+        problem = self.with_tensors(named)
+        if isinstance(self.cost, Dense):
+            object.__setattr__(problem, "cost", self.cost.viewed(problem.cost.matrix))
+        return problem
 
     def working(self) -> Problem:
         """The detached problem in the arithmetic it is solved in: half precision is solved in float32."""
@@ -219,15 +232,17 @@ class Problem:
 
     def flat(self) -> Problem:
         """The same problems with exactly one batch dimension."""
+        if len(self.batch_shape) == 1:
+            return self
         cost = {name: x.reshape(-1, *x.shape[-2:]) for name, x in self.cost.tensors().items()}
-        return self.with_tensors(
+        return self._viewed(
             {**cost, "a": self.a.reshape(-1, self.shape[-2]), "b": self.b.reshape(-1, self.shape[-1])}
         )
 
     def select(self, index: Tensor | int) -> Problem:
         """The problems at ``index`` along the first batch dimension."""
         cost = {name: x[index] for name, x in self.cost.tensors().items()}
-        return self.with_tensors({**cost, "a": self.a[index], "b": self.b[index]})
+        return self._viewed({**cost, "a": self.a[index], "b": self.b[index]})
 
     # -- the mathematics ---------------------------------------------------------------------------------------------
 

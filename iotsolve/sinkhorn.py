@@ -19,7 +19,7 @@ from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
-__all__ = ["Sinkhorn", "SinkhornState"]
+__all__ = ["Sinkhorn", "SinkhornState", "answered"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,12 @@ class Sinkhorn:
     def settle(self, problem: Problem, state: SinkhornState) -> SinkhornState:
         """The translation that has no closed form: a bisection, so asked for now and then only."""
         return settle(problem, state)
+
+
+def answered(problem: Problem, p: Potentials) -> Potentials:
+    """The potentials with those of empty bins as the others determine them, by a soft-min over each side."""
+    s = None if problem.rows.is_free else _softmin(problem, p.g, problem.epsilon, axis=-1)
+    return SinkhornState(p, s, _softmin(problem, p.f, problem.epsilon, axis=-2)).answer(problem)
 
 
 _EASY = 0.05  # epsilon, in cost ranges, above which annealing only costs sweeps

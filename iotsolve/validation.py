@@ -81,8 +81,11 @@ def as_cost(cost: Any) -> tuple[Cost, bool]:
             "For the points behind a cost pass Points(x, y, metric)."
         )
     with calm(matrix):
-        _check_cost(matrix.detach())
-    return Dense(matrix), as_numpy
+        dense = Dense(matrix).surveyed()
+        if not all(math.isfinite(end) for end in dense.ends):
+            _check_cost(matrix.detach())
+        _check_range(dense)
+    return dense, as_numpy
 
 
 def _floating(name: str, x: Any, as_numpy: bool) -> Tensor:
@@ -170,10 +173,15 @@ def _check_cost(values: Tensor) -> None:
             f"cost{_at(values == -math.inf)} is -inf: an arc that pays infinitely has no optimal plan. "
             "A forbidden arc is +inf; a log-similarity must be negated to become a cost."
         )
-    top, bottom = float(torch.where(values.isfinite(), values, -math.inf).max()), float(values.min())
-    if top - bottom > torch.finfo(values.dtype).max and top - bottom > torch.finfo(torch.float32).max:
+
+
+def _check_range(cost: Dense) -> None:
+    bottom, top = cost.ends
+    if top == math.inf:
+        top = float(torch.where(cost.matrix.isfinite(), cost.matrix.detach(), -math.inf).max())
+    if top - bottom > max(torch.finfo(cost.dtype).max, torch.finfo(torch.float32).max):
         raise ValueError(
-            f"costs from {bottom:.6g} to {top:.6g}: their range overflows {values.dtype}. Rescale them; a forbidden arc is +inf "
+            f"costs from {bottom:.6g} to {top:.6g}: their range overflows {cost.dtype}. Rescale them; a forbidden arc is +inf "
             "and not a large number."
         )
 

@@ -1,0 +1,133 @@
+"""First order on a stored kernel: Sinkhorn's sweeps, accelerated, for dense costs on a CPU.
+
+Differs from :mod:`iotsolve.sinkhorn` in that 1. the kernel ``exp(-C / epsilon)`` is stored, around potentials that keep it in range,
+so that a sweep reads it once and computes no exponential; in float32 where the tolerance allows it; 2. Anderson's mixing over
+a window of twenty steps replaces over-relaxation and annealing; 3. a problem that gets nowhere is given up early, for a
+solver of second order to take over.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iotsolve.costs import Dense
+from iotsolve.marginals import number
+from iotsolve.problem import Potentials, Problem
+from iotsolve.solver import Outcome, Status
+from iotsolve.validation import check_steps, check_tolerance, default_tolerance
+
+__all__ = ["Accelerated"]
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """Anderson-accelerated Sinkhorn on a stored kernel.
+
+    For dense costs on a CPU, and sides whose aprox is a clipped line: ``Between``, ``KL``, ``TV``, with or without ``mass``.
+
+    Args:
+        tolerance: relative marginal error at which to stop: the L1 distance of every marginal from what its potential asks
+            for, over the mass moved.
+        max_steps: sweeps over both sides.
+        slow: share of the error that has to be left behind every eight sweeps, in ``(0, 1]``.
+
+    Raises:
+        ValueError: on a tolerance or step count out of range.
+    """
+
+    tolerance: float | None = None
+    max_steps: int = 400
+    slow: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_tolerance(self.tolerance)
+        check_steps(self.max_steps, default=400)
+
+    @staticmethod
+    def fits(problem: Problem) -> bool:
+        """Whether this is a problem for it."""
+        lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
+        return isinstance(problem.cost, Dense) and problem.cost.is_compiled and None not in lines
+
+    def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
+        """Solve every problem of a detached flat batch."""
+        from iotsolve.kernels import scaling  # numba is imported where it runs
+
+        tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
+        eps, cost = number(problem.epsilon), problem.cost.matrix.numpy()
+        count, n, m = cost.shape
+        wide = tolerance < _SINGLE and n * m <= _STAYS_IN_CACHE
+        aim = max(tolerance / 4, 0.0 if wide else _SINGLE / 4)
+        a, b = _doubles(problem.a), _doubles(problem.b)
+        f, g, lam = (x / eps for x in _reference(problem, start))
+        rules, scale = _rules(problem, eps), math.log2(math.e) / eps
+        kernel_type = np.float64 if wide else np.float32
+        ends, steps, errors = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
+        if count > 1 and problem.cost.matrix.stride(0):
+            settings = (aim, self.max_steps, self.slow)
+            shared = (cost, a, b, f, g, lam, rules, scale, np.empty((0, 0), kernel_type), settings, ends, steps, errors)
+            from iotsolve.kernels.threads import each_piece
+
+            each_piece(count, cost.size, lambda k, first, last: scaling.relax_each(*shared, first, last))
+        else:
+            kernel = np.empty((n, m), kernel_type)
+            for k in range(count):
+                given = (cost[k], a[k], b[k], f[k], g[k], lam[k], rules, scale, kernel)
+                ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(*given, (aim, self.max_steps, self.slow))
+        f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
+        p = _with_empty_bins(problem, Potentials(f, g, lam))
+        words = {scaling.BROKEN: Status.NOT_FINITE, scaling.SLOW: Status.STALLED}
+        status = [
+            Status.CONVERGED if error <= tolerance / 2 else words.get(end, Status.MAX_STEPS)
+            for end, error in zip(ends.tolist(), errors.tolist(), strict=True)
+        ]
+        return Outcome(p, status, steps.tolist())
+
+
+_SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
+_STAYS_IN_CACHE = 2**19  # entries of a kernel in float64
+_REACH = 60.0  # cost ranges in epsilons that exponentials in float32 span
+
+
+def _doubles(x: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.numpy(), dtype=np.float64)
+
+
+def _rules(problem: Problem, eps: float) -> Any:
+    from iotsolve.kernels.scaling import Rules
+
+    lines = [side.clipped_line(eps) for side in (problem.rows, problem.columns)]
+    soft = [-1.0 if side.softness is None else eps * number(side.softness) for side in (problem.rows, problem.columns)]
+    return Rules(*lines, *soft, 0.0 if problem.mass is None else number(problem.mass))
+
+
+def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Potentials around which the kernel stays in range: the start's; none; or at a small epsilon those of the costs alone."""
+    if start is not None:
+        f, g = (torch.where(x.isfinite(), x, 0.0) for x in (start.f, start.g))
+        return tuple(np.array(x.numpy(), dtype=np.float64) for x in (f, g, start.lam))
+    f, g, lam = (np.zeros(x.shape) for x in (problem.a, problem.b, problem.a[:, 0]))
+    low, high = problem.cost.surveyed().ends
+    if max(abs(low), high if high < math.inf else 0.0, high - low) > _REACH * number(problem.epsilon):
+        zero, one = torch.zeros_like(problem.b), torch.ones_like(problem.b)
+        lowest = problem.cost.reduced_min(zero, torch.where(problem.b > 0, one, 0.0), axis=-1)
+        lowest = torch.where(lowest.isfinite(), lowest, 0.0)
+        other = problem.cost.reduced_min(lowest, problem.a, axis=-2)
+        f[:], g[:] = lowest.numpy(), torch.where(other.isfinite(), other, 0.0).numpy()
+    return f, g, lam
+
+
+def _with_empty_bins(problem: Problem, p: Potentials) -> Potentials:
+    """Potentials of empty bins as the other side determines them, and at ``+inf`` where nothing can arrive."""
+    empty = (problem.a <= 0).any() or (problem.b <= 0).any()
+    if not empty:
+        return p
+    from iotsolve.sinkhorn import answered
+
+    return answered(problem, p)

@@ -1,0 +1,221 @@
+"""Passes over a dense cost on a CPU, compiled by numba: serial, without the interpreter's lock, on a range of rows.
+
+Every pass reads its matrix once. A block of four rows is summed against ``v``, a rule turns the four sums into scalings, and
+while the block is still in the cache the scaled rows are added into the sums of the columns: one Sinkhorn iteration, one
+product with the Hessian and one look at the marginals differ in the rule alone. The matrix is a stored kernel (float32 as a
+rule, its column sums flushed to float64 every 128 rows) or the cost itself, exponentiated in float64 on the way.
+
+Kernels are in base 2: ``K_ij = 2^(alpha_i + beta_j - scale C_ij)``, ``scale = log2(e) / epsilon``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single
+
+__all__ = ["AS_IT_IS", "MATCH", "RESPOND", "WEIGH", "build", "column_sums", "exact_each", "exact_pass", "raise_to", "row_sums", "stored_each", "stored_pass"]
+
+MATCH, RESPOND, WEIGH, AS_IT_IS = range(4)
+"""Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; 1."""
+
+_LANES = 64
+_FLUSH = 128  # rows whose column sums float32 may add up
+SIDE = (1.0, -math.inf, 0.0, 0.0, 0.0)  # of a rule that asks no side: FIXED's
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when first called, and cached on disk where there is a place to write."""
+    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no directory for its cache
+        return njit(**options)(function)
+
+
+@_compiled
+def build(cost, alpha, beta, scale, kernel, first, last):
+    """``kernel = 2^(alpha + beta - scale cost)``, in the kernel's precision from exponents in float64."""
+    m = cost.shape[1]
+    if kernel.itemsize == 8:
+        for i in range(first, last):
+            a = alpha[i]
+            for j in range(m):
+                kernel[i, j] = exp2_double(a + beta[j] - scale * np.float64(cost[i, j]))
+        return
+    for i in range(first, last):
+        a = alpha[i]
+        for j in range(m):
+            kernel[i, j] = exp2_single(a + beta[j] - scale * np.float64(cost[i, j]))
+
+
+@njit(inline="always", error_model="numpy")
+def _scaling(y, i, rule, w, base, known, side, lam):
+    """The scaling of row ``i`` whose sum is ``y``: see the rules above.
+
+    ``side`` is ``(slope, low, up, down, high)`` in units of epsilon: aprox ``max(min(high, slope s + up), max(low, slope s +
+    down))``. ``base = log a + known``, ``known`` the potential in the kernel.
+    """
+    if rule == MATCH:
+        return w[i] / y if w[i] > 0 else 0.0
+    if rule == WEIGH:
+        return w[i] * y
+    if rule == AS_IT_IS:
+        return 1.0
+    if y <= 0.0:
+        return 0.0
+    slope, low, up, down, high = side
+    s = slope * (base[i] - math.log(y) - lam)
+    return math.exp(max(min(high, s + up), max(low, s + down)) - known[i] + lam)
+
+
+@_compiled
+def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first, last):
+    """``y = K v``, ``u`` by the rule, and ``columns += u K`` over some rows; ``v`` in the kernel's precision."""
+    m = kernel.shape[1]
+    part, scale = np.zeros(m, kernel.dtype), np.zeros(4, kernel.dtype)
+    since = 0
+    for i in range(first, last - 3, 4):
+        k0, k1, k2, k3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
+        y0, y1, y2, y3 = scale.dtype.type(0), scale.dtype.type(0), scale.dtype.type(0), scale.dtype.type(0)
+        for j in range(m):
+            x = v[j]
+            y0 += k0[j] * x
+            y1 += k1[j] * x
+            y2 += k2[j] * x
+            y3 += k3[j] * x
+        y[i], y[i + 1], y[i + 2], y[i + 3] = y0, y1, y2, y3
+        for k in range(4):
+            u[i + k] = _scaling(y[i + k], i + k, rule, w, base, known, side, lam)
+            scale[k] = u[i + k]
+        u0, u1, u2, u3 = scale[0], scale[1], scale[2], scale[3]
+        for j in range(m):
+            part[j] += (u0 * k0[j] + u1 * k1[j]) + (u2 * k2[j] + u3 * k3[j])
+        since += 4
+        if since >= _FLUSH:
+            since = 0
+            for j in range(m):
+                columns[j] += part[j]
+                part[j] = 0
+    for i in range(last - (last - first) % 4, last):
+        k0 = kernel[i]
+        y0 = scale.dtype.type(0)
+        for j in range(m):
+            y0 += k0[j] * v[j]
+        y[i] = y0
+        u[i] = _scaling(y[i], i, rule, w, base, known, side, lam)
+        scale[0] = u[i]
+        u0 = scale[0]
+        for j in range(m):
+            part[j] += u0 * k0[j]
+    for j in range(m):
+        columns[j] += part[j]
+
+
+@_compiled
+def exact_pass(cost, alpha, beta, scale, rule, w, base, known, side, lam, y, u, columns, kept, first, last):
+    """The same with ``v = 1`` and the kernel of the cost itself, in float64; copied to ``kept`` if that is not empty."""
+    m = cost.shape[1]
+    rows = np.empty((2, m))
+    copies = kept.shape[0] > 0
+    for i in range(first, last, 2):
+        two = i + 1 < last
+        k0, k1 = rows[0], rows[1]
+        c0, c1 = cost[i], cost[i + 1 if two else i]
+        a0, a1 = alpha[i], alpha[i + 1] if two else -np.inf
+        y0, y1 = 0.0, 0.0
+        for j in range(m):
+            x0 = exp2_double(a0 + beta[j] - scale * np.float64(c0[j]))
+            x1 = exp2_double(a1 + beta[j] - scale * np.float64(c1[j]))
+            k0[j] = x0
+            k1[j] = x1
+            y0 += x0
+            y1 += x1
+        y[i] = y0
+        u0 = _scaling(y0, i, rule, w, base, known, side, lam)
+        u[i] = u0
+        u1 = 0.0
+        if two:
+            y[i + 1] = y1
+            u1 = _scaling(y1, i + 1, rule, w, base, known, side, lam)
+            u[i + 1] = u1
+        for j in range(m):
+            columns[j] += u0 * k0[j] + u1 * k1[j]
+        if copies:
+            for j in range(m):
+                kept[i, j] = k0[j]
+            if two:
+                for j in range(m):
+                    kept[i + 1, j] = k1[j]
+
+
+@_compiled
+def exact_each(cost, alpha, beta, scale, y, columns, kept, first, last):
+    """Marginals of the plans of some problems of a batch, by :func:`exact_pass`."""
+    n = cost.shape[1]
+    none, u = np.empty(0), np.empty(n)
+    for k in range(first, last):
+        shared = (cost[k], alpha[k], beta[k], scale, AS_IT_IS, none, none, none, SIDE, 0.0)
+        exact_pass(*shared, y[k], u, columns[k], kept[k], 0, n)
+
+
+@_compiled
+def stored_each(kernel, v, rule, w, y, columns, first, last):
+    """``y = K v`` and ``columns = (w y) K`` for some problems of a batch, or ``w K`` by the rule ``MATCH``."""
+    n, m = kernel.shape[1:]
+    none, u, single = np.empty(0), np.empty(n), np.empty(m, kernel.dtype)
+    for k in range(first, last):
+        for j in range(m):
+            single[j] = v[k, j]
+        stored_pass(kernel[k], single, rule, w[k], none, none, SIDE, 0.0, y[k], u, columns[k], 0, n)
+
+
+@_compiled
+def row_sums(cost, beta, scale, found, first, last):
+    """``log2 sum_j 2^(beta_j - scale C_ij)`` for some rows of a problem."""
+    m = cost.shape[1]
+    exponent, tops = np.empty(m + _LANES), np.empty(_LANES)
+    exponent[m:] = -np.inf
+    for i in range(first, last):
+        row = cost[i]
+        for j in range(m):
+            exponent[j] = beta[j] - scale * np.float64(row[j])
+        tops[:] = -np.inf
+        for j in range(0, m, _LANES):
+            for lane in range(_LANES):
+                x = exponent[j + lane]
+                tops[lane] = x if x > tops[lane] else tops[lane]
+        top = tops.max()
+        if not top > -np.inf:
+            found[i] = -np.inf
+            continue
+        total = 0.0
+        for j in range(m):
+            total += exp2_double(exponent[j] - top)
+        found[i] = top + math.log2(total)
+
+
+@_compiled
+def raise_to(cost, alpha, scale, tops, first, last):
+    """``tops_j`` at least ``alpha_i - scale C_ij`` for some rows."""
+    m = cost.shape[1]
+    for i in range(first, last):
+        row, a = cost[i], alpha[i]
+        for j in range(m):
+            x = a - scale * np.float64(row[j])
+            tops[j] = x if x > tops[j] else tops[j]
+
+
+@_compiled
+def column_sums(cost, alpha, scale, tops, total, first, last):
+    """``total_j += 2^(alpha_i - scale C_ij - tops_j)`` for some rows."""
+    m = cost.shape[1]
+    for i in range(first, last):
+        row, a = cost[i], alpha[i]
+        for j in range(m):
+            total[j] += exp2_double(a - tops[j] - scale * np.float64(row[j]))

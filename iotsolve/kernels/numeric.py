@@ -1,0 +1,103 @@
+"""Exponentials and logarithms that vectorise, for use inside compiled kernels; base 2, relative error near rounding.
+
+A range reduction by the exponent's bits and a polynomial: what a compiler cannot do to the C library's functions. Arguments
+of ``-inf`` give exactly 0 (a forbidden arc). NaN does not pass through :func:`exp2_single`; callers check their vectors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["FAST", "exp2_double", "exp2_single", "log_double"]
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # never nnan or ninf: an infinite cost must stay one
+
+
+@intrinsic
+def _single_of_bits(context, bits):
+    return types.float32(types.int32), lambda c, builder, s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _double_of_bits(context, bits):
+    return types.float64(types.int64), lambda c, builder, s, args: builder.bitcast(args[0], ir.DoubleType())
+
+
+@intrinsic
+def _bits_of_double(context, x):
+    return types.int64(types.float64), lambda c, builder, s, args: builder.bitcast(args[0], ir.IntType(64))
+
+
+_E = [math.log(2.0) ** k / math.factorial(k) for k in range(13)]  # of 2^r
+_E1, _E2, _E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12 = _E[1:]
+_S1, _S2, _S3, _S4, _S5, _S6, _S7 = (np.float32(x) for x in _E[1:8])
+_LN2 = math.log(2.0)
+_SQRT2 = math.sqrt(2.0)
+
+
+@njit(inline="always")
+def exp2_single(x):
+    """``2^x`` in float32 of an exponent in float64; 0 below ``2^-126``."""
+    x = x if x > -127.0 else -127.0
+    x = x if x < 127.0 else 127.0
+    k = math.floor(x + 0.5)
+    r = np.float32(x - k)
+    p = _S6 + _S7 * r
+    p = _S5 + p * r
+    p = _S4 + p * r
+    p = _S3 + p * r
+    p = _S2 + p * r
+    p = _S1 + p * r
+    p = np.float32(1.0) + p * r
+    return p * _single_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))
+
+
+@njit(inline="always")
+def exp2_double(x):
+    """``2^x`` in float64; 0 below ``2^-1022``."""
+    x = x if x > -1023.0 else -1023.0
+    x = x if x < 1023.0 else 1023.0
+    k = math.floor(x + 0.5)
+    r = x - k
+    p = _E11 + _E12 * r
+    p = _E10 + p * r
+    p = _E9 + p * r
+    p = _E8 + p * r
+    p = _E7 + p * r
+    p = _E6 + p * r
+    p = _E5 + p * r
+    p = _E4 + p * r
+    p = _E3 + p * r
+    p = _E2 + p * r
+    p = _E1 + p * r
+    p = 1.0 + p * r
+    return p * _double_of_bits((np.int64(k) + np.int64(1023)) << np.int64(52))
+
+
+@njit(inline="always")
+def log_double(x):
+    """Natural logarithm of a positive normal number."""
+    bits = _bits_of_double(x)
+    k = ((bits >> np.int64(52)) & np.int64(0x7FF)) - np.int64(1023)
+    m = _double_of_bits((bits & np.int64(0x000FFFFFFFFFFFFF)) | np.int64(0x3FF0000000000000))
+    large = m > _SQRT2
+    m = 0.5 * m if large else m
+    e = np.float64(k) + (1.0 if large else 0.0)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    p = 1.0 / 19.0 + z / 21.0
+    p = 1.0 / 17.0 + p * z
+    p = 1.0 / 15.0 + p * z
+    p = 1.0 / 13.0 + p * z
+    p = 1.0 / 11.0 + p * z
+    p = 1.0 / 9.0 + p * z
+    p = 1.0 / 7.0 + p * z
+    p = 1.0 / 5.0 + p * z
+    p = 1.0 / 3.0 + p * z
+    p = 1.0 + p * z
+    return e * _LN2 + 2.0 * s * p

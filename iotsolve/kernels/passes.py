@@ -1,0 +1,89 @@
+"""Whole passes over batches of dense kernels, on threads: what the rest of the library calls. NumPy in, NumPy out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from iotsolve.kernels.dense import (
+    AS_IT_IS,
+    SIDE,
+    WEIGH,
+    build,
+    column_sums,
+    exact_each,
+    exact_pass,
+    raise_to,
+    row_sums,
+    stored_each,
+    stored_pass,
+)
+from iotsolve.kernels.threads import each_piece, pieces, summed
+
+__all__ = ["LOG2E", "build_kernel", "logs", "marginals", "product", "softmin_over_columns", "softmin_over_rows"]
+
+LOG2E = math.log2(math.e)
+_NONE = np.empty(0)
+
+
+def logs(weights: np.ndarray, potential: np.ndarray) -> np.ndarray:
+    """``log2(weights) + potential log2(e)``, of a potential in units of epsilon; ``-inf`` where there is no weight or no way."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (np.log(weights) + potential) * LOG2E
+    return np.where((weights > 0) & np.isfinite(potential), found, -np.inf)
+
+
+def build_kernel(cost: np.ndarray, alpha: np.ndarray, beta: np.ndarray, scale: float, kernel: np.ndarray) -> None:
+    """``kernel = 2^(alpha + beta - scale cost)`` of one problem."""
+    n, m = cost.shape
+    each_piece(n, n * m, lambda k, first, last: build(cost, alpha, beta, scale, kernel, first, last))
+
+
+def marginals(
+    cost: np.ndarray, alpha: np.ndarray, beta: np.ndarray, scale: float, kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column sums in float64 of ``2^(alpha + beta - scale cost)``, ``(B, n, m)``, which is copied to ``kept``."""
+    count, n, m = cost.shape
+    r = np.empty((count, n))
+    if count == 1:
+        shared = (cost[0], alpha[0], beta[0], scale, AS_IT_IS, _NONE, _NONE, _NONE, SIDE, 0.0, r[0], np.empty(n))
+        c = summed(n, m, n * m, lambda total, first, last: exact_pass(*shared, total, kept[0], first, last))
+        return r, c[None]
+    c = np.zeros((count, m))
+    each_piece(count, cost.size, lambda k, first, last: exact_each(cost, alpha, beta, scale, r, c, kept, first, last))
+    return r, c
+
+
+def product(kernel: np.ndarray, v: np.ndarray, w: np.ndarray, rule: int = WEIGH) -> tuple[np.ndarray, np.ndarray]:
+    """``K v`` and ``K' (w K v)`` of a batch in one pass, both in float64."""
+    count, n, m = kernel.shape
+    y = np.empty((count, n))
+    if count == 1:
+        shared = (kernel[0], v[0].astype(kernel.dtype), rule, w[0], _NONE, _NONE, SIDE, 0.0, y[0], np.empty(n))
+        columns = summed(n, m, n * m, lambda total, first, last: stored_pass(*shared, total, first, last))
+        return y, columns[None]
+    columns = np.zeros((count, m))
+    each_piece(count, kernel.size, lambda k, first, last: stored_each(kernel, v, rule, w, y, columns, first, last))
+    return y, columns
+
+
+def softmin_over_columns(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:
+    """``-epsilon log sum_j exp(log_weights_j - C_ij / epsilon)`` of one problem, ``(n,)``, in float64."""
+    n, m = cost.shape
+    beta, found, scale = log_weights * LOG2E, np.empty(n), LOG2E / epsilon
+    each_piece(n, n * m, lambda k, first, last: row_sums(cost, beta, scale, found, first, last))
+    return -epsilon / LOG2E * found
+
+
+def softmin_over_rows(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:
+    """The same over rows, ``(m,)``: a pass for the largest exponents and one for the sums."""
+    n, m = cost.shape
+    alpha, scale = log_weights * LOG2E, LOG2E / epsilon
+    tops = np.full((len(pieces(n, n * m)), m), -np.inf)
+    each_piece(n, n * m, lambda k, first, last: raise_to(cost, alpha, scale, tops[k], first, last))
+    top = tops.max(0)
+    finite = np.where(np.isfinite(top), top, 0.0)
+    total = summed(n, m, n * m, lambda sums, first, last: column_sums(cost, alpha, scale, finite, sums, first, last))
+    with np.errstate(divide="ignore"):
+        return np.where(np.isfinite(top), -epsilon / LOG2E * (finite + np.log2(total)), np.inf)

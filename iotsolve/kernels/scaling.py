@@ -1,0 +1,274 @@
+"""Sinkhorn's fixed point in the scalings of a stored kernel, accelerated: the vector steps between two passes over a matrix.
+
+In units of epsilon, relative to potentials ``(f0, g0)`` that the kernel has absorbed: ``P = e^(p + lam) K e^q``. One pass makes
+the rows exact for ``q``; what the columns then ask for is the fixed-point map, and the distance to it, weighted by the mass
+that would move, is the marginal error. Anderson's mixing (type II, a window of a few differences, in the metric of the weights)
+replaces the plain iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+from types import FunctionType
+
+import numpy as np
+from numba import njit
+
+from iotsolve.kernels.dense import MATCH, RESPOND, _compiled, build, stored_pass
+from iotsolve.kernels.numeric import exp2_double, log_double
+from iotsolve.kernels.passes import build_kernel, logs
+from iotsolve.kernels.threads import summed
+
+__all__ = ["BROKEN", "CONVERGED", "FAR", "SLOW", "SPENT", "Rules", "mix", "propose", "relax", "relax_alone", "relax_each"]
+
+WINDOW = 20
+_LOG2E = math.log2(math.e)
+_RIDGE = 1e-12  # of the Gram matrix, relative
+_TINY = 1e-300  # column sums below which nothing is said to arrive
+_REACH = 30.0  # scalings' logarithms from which on the kernel is to absorb them
+_REBUILDS = 8
+_CHECK = 8  # steps between looks at the progress
+
+Rules = namedtuple("Rules", "rows columns soft_r soft_c mass")
+"""What the problem asks, in units of epsilon: the sides' answers ``(slope, low, up, down, high)``; the rates at which the masses
+they ask for decay, negative where these are no exponentials; the mass, 0 where there is none."""
+
+CONVERGED, SLOW, SPENT, FAR, BROKEN = range(5)
+"""How a relaxation ended: within tolerance; too slow to go on; out of steps; to be continued on a kernel that has absorbed the
+scalings; not finite."""
+
+
+@njit(inline="always")
+def _answer(s, side):
+    slope, low, up, down, high = side
+    s = slope * s
+    return max(min(high, s + up), max(low, s + down))
+
+
+@_compiled
+def propose(columns, q, known, log_b, side, change):
+    """What the columns would change ``q`` by, the mass that this would move, and the masses before and after.
+
+    ``columns = u K``, so that the columns' marginal is ``e^q columns``; ``known`` is ``g0``; ``change`` is written.
+    """
+    moved, before, after = 0.0, 0.0, 0.0
+    matches = side[0] == 1.0 and side[2] == 0.0 and side[3] == 0.0
+    for j in range(len(q)):
+        change[j] = 0.0
+        if not columns[j] > _TINY:
+            moved += math.inf if log_b[j] > -math.inf else 0.0
+        else:
+            mass = columns[j] * exp2_double(q[j] * _LOG2E)
+            log_c = log_double(columns[j])
+            step = log_b[j] - log_c - q[j]
+            if not matches:
+                step = _answer(known[j] + log_b[j] - log_c, side) - known[j] - q[j]
+            change[j] = step
+            new = mass * exp2_double(step * _LOG2E)
+            before += mass
+            after += new
+            moved += abs(new - mass)
+    return moved, before, after
+
+
+@_compiled
+def translation(a, f, b, g, soft_r, soft_c):
+    """``t`` for which ``(f + t, g - t)`` is best: the total masses that exponential sides ask for meet."""
+    top_r, top_c = 0.0, 0.0
+    for i in range(len(a)):
+        top_r = max(top_r, -soft_r * f[i]) if a[i] > 0.0 else top_r
+    for j in range(len(b)):
+        top_c = max(top_c, -soft_c * g[j]) if b[j] > 0.0 else top_c
+    total_r, total_c = 0.0, 0.0
+    for i in range(len(a)):
+        total_r += a[i] * exp2_double(_LOG2E * (-soft_r * f[i] - top_r)) if a[i] > 0.0 else 0.0
+    for j in range(len(b)):
+        total_c += b[j] * exp2_double(_LOG2E * (-soft_c * g[j] - top_c)) if b[j] > 0.0 else 0.0
+    return (top_r + math.log(total_r) - top_c - math.log(total_c)) / (soft_r + soft_c)
+
+
+@_compiled
+def mix(x, r, weights, memory, gram, count):
+    """The next iterate, written into ``x``, from the map's residual ``r`` there and the differences of earlier steps.
+
+    ``memory`` ``(2 + 2 WINDOW, m)`` holds the last ``x`` and ``r``, then the differences of both in a ring; ``gram`` their
+    products; ``count`` is the number of steps mixed since the memory was empty.
+    """
+    m = len(x)
+    last_x, last_r = memory[0], memory[1]
+    known = min(count, WINDOW)
+    if count > 0:
+        k = (count - 1) % WINDOW
+        dx, dr = memory[2 + k], memory[2 + WINDOW + k]
+        for j in range(m):
+            dx[j] = x[j] - last_x[j]
+            dr[j] = r[j] - last_r[j]
+        for l in range(known):
+            other, total = memory[2 + WINDOW + l], 0.0
+            for j in range(m):
+                total += weights[j] * dr[j] * other[j]
+            gram[k, l] = total
+            gram[l, k] = total
+    for j in range(m):
+        last_x[j] = x[j]
+        last_r[j] = r[j]
+        x[j] += r[j]
+    if known == 0:
+        return
+    right, factor = np.empty(WINDOW), np.empty((WINDOW, WINDOW))
+    ridge = 0.0
+    for l in range(known):
+        ridge = max(ridge, gram[l, l])
+    for l in range(known):
+        dr, total = memory[2 + WINDOW + l], 0.0
+        for j in range(m):
+            total += weights[j] * dr[j] * r[j]
+        right[l] = total
+    for k in range(known):  # Cholesky, of a matrix that is at most WINDOW wide
+        for l in range(k + 1):
+            total = gram[k, l] + (_RIDGE * ridge if k == l else 0.0)
+            for i in range(l):
+                total -= factor[k, i] * factor[l, i]
+            if k == l:
+                if not total > 0.0:
+                    return
+                factor[k, k] = math.sqrt(total)
+            else:
+                factor[k, l] = total / factor[l, l]
+    for k in range(known):
+        for i in range(k):
+            right[k] -= factor[k, i] * right[i]
+        right[k] /= factor[k, k]
+    for k in range(known - 1, -1, -1):
+        for i in range(k + 1, known):
+            right[k] -= factor[i, k] * right[i]
+        right[k] /= factor[k, k]
+    for l in range(known):
+        dx, dr, share = memory[2 + l], memory[2 + WINDOW + l], right[l]
+        for j in range(m):
+            x[j] -= share * (dx[j] + dr[j])
+
+
+@_compiled
+def _scalings(q, v):
+    largest = 0.0
+    for j in range(len(q)):
+        v[j] = exp2_double(q[j] * _LOG2E)
+        largest = max(largest, abs(q[j]))
+    return largest
+
+
+@_compiled
+def _sweep(kernel, v, rule, w, base, known, side, lam, y, u, columns):
+    columns[:] = 0.0
+    stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, 0, kernel.shape[0])
+
+
+@_compiled
+def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
+    """Iterate from ``q`` until the marginal error is within tolerance, relative to the mass moved, or hopeless.
+
+    Every few steps the error must have fallen below ``slow`` times what it was. Returns ``(end, steps, error, lam)``, with the
+    best ``q`` and its ``f`` in place.
+    """
+    n, m = kernel.shape
+    mass, exponential = rules.mass, rules.soft_r >= 0.0 and rules.soft_c >= 0.0 and rules.soft_r + rules.soft_c > 0.0
+    v, u, y, sums = np.empty(m, kernel.dtype), np.empty(n), np.empty(n), np.empty(m)
+    base, log_b, x, r, weights = np.log(a) + f0, np.log(b), np.zeros(m + 1), np.zeros(m + 1), np.zeros(m + 1)
+    memory, gram = np.zeros((2 + 2 * WINDOW, m + 1)), np.zeros((WINDOW, WINDOW))
+    slope, _, up, down, _ = rules.rows
+    rule = MATCH if slope == 1.0 and up == 0.0 and down == 0.0 and mass == 0.0 else RESPOND
+    x[:m], weights[:m] = q, b
+    x[m], weights[m] = lam, mass
+    best, checked, best_lam, steps = math.inf, math.inf, lam, 0
+    while True:
+        lam = x[m]
+        far = _scalings(x[:m], v) > _REACH
+        _sweep(kernel, v, rule, a, base, f0, rules.rows, lam, y, u, sums)
+        moved, before, after = propose(sums, x[:m], g0, log_b, rules.columns, r[:m])
+        steps += 1
+        error = moved / before
+        if mass > 0.0:
+            error += abs(before - mass) / mass
+            r[m] = math.log(mass / after)
+        if not error < math.inf:
+            return BROKEN, steps, best, best_lam
+        if error < best:
+            best, best_lam = error, lam
+            q[:] = x[:m]
+            f[:] = np.log(u) + f0 - lam
+        if error <= tolerance:
+            return CONVERGED, steps, best, best_lam
+        if far or steps >= max_steps:
+            return FAR if far else SPENT, steps, best, best_lam
+        if steps % _CHECK == 1:
+            if best > slow * checked:
+                return SLOW, steps, best, best_lam
+            checked = best
+        if mass > 0.0:
+            if rules.soft_r > 0.0:
+                r[m] -= _demand(a, np.log(u) + f0 - lam, rules.soft_r, mass)
+            if rules.soft_c > 0.0:
+                t = _demand(b, g0 + x[:m] + r[:m], rules.soft_c, mass)
+                r[:m] += t
+                r[m] -= t
+        elif exponential:
+            r[:m] -= translation(a, np.log(u) + f0, b, g0 + x[:m] + r[:m], rules.soft_r, rules.soft_c)
+        mix(x, r, weights, memory, gram, steps - 1)
+
+
+@_compiled
+def _demand(weights, potential, soft, mass):
+    """By how much a potential of an exponential side must rise for it to ask for ``mass``."""
+    return translation(weights, potential, np.full(1, mass), np.zeros(1), soft, 0.0)
+
+
+@_compiled
+def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps, errors, first, last):
+    """:func:`relax` for some problems of a batch, each on a kernel of its own that stays in the cache.
+
+    ``f (B, n)``, ``g (B, m)`` and ``lam (B,)`` are in units of epsilon: the start on entry, the answer on return; ``wide`` is an
+    empty array of the kernel's dtype; ``settings`` are ``tolerance, max_steps, slow``.
+    """
+    n, m = cost.shape[1:]
+    tolerance, max_steps, slow = settings
+    kernel = np.empty((n, m), wide.dtype)
+    q, found = np.zeros(m), np.zeros(n)
+    for k in range(first, last):
+        for _ in range(_REBUILDS):
+            build(cost[k], (np.log(a[k]) + f[k]) * _LOG2E, (np.log(b[k]) + g[k]) * _LOG2E, scale, kernel, 0, n)
+            q[:] = 0.0
+            start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
+            ends[k], taken, errors[k], lam[k] = relax(*start, q, found, tolerance, max_steps, slow)
+            steps[k] += taken
+            f[k] = np.where(a[k] > 0.0, found, f[k])
+            g[k] += q
+            if ends[k] != FAR:
+                break
+
+
+def _threaded_sweep(kernel, v, rule, w, base, known, side, lam, y, u, columns):
+    n, m = kernel.shape
+    shared = (kernel, v, rule, w, base, known, side, lam, y, u)
+    columns[:] = summed(n, m, n * m, lambda total, first, last: stored_pass(*shared, total, first, last))
+
+
+_relax_on_threads = FunctionType(relax.py_func.__code__, {**globals(), "_sweep": _threaded_sweep}, "relax")
+"""The loop of :func:`relax`, word for word, interpreted, its pass over the kernel on all threads: for large problems."""
+
+
+def relax_alone(cost, a, b, f, g, lam, rules, scale, kernel, settings):
+    """:func:`relax` for one large problem; changes ``f`` and ``g`` in place, returns ``(end, steps, error, lam)``."""
+    q, found, total = np.zeros(len(b)), np.zeros(len(a)), 0
+    with np.errstate(divide="ignore"):
+        for _ in range(_REBUILDS):
+            build_kernel(cost, logs(a, f), logs(b, g), scale, kernel)
+            q[:] = 0.0
+            end, steps, error, lam = _relax_on_threads(kernel, a, b, f, g, rules, lam, q, found, *settings)
+            total += steps
+            f[:] = np.where(a > 0.0, found, f)
+            g += q
+            if end != FAR:
+                break
+    return end, total, error, lam

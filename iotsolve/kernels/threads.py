@@ -1,0 +1,67 @@
+"""Passes over the rows of a large matrix on as many threads as torch is set to use; none of them spins.
+
+The rows are cut by the size of the matrix alone, and what the pieces add up is added in their order, so that a result does not
+depend on how many threads there were. A forked process starts without the threads of its parent and makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
+
+import numpy as np
+import torch
+
+__all__ = ["each_piece", "pieces", "summed"]
+
+_SERIAL = 2**20  # entries that one thread reads before another one could start
+_PIECES = 8
+
+
+def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
+    """Where to cut ``rows`` rows with ``entries`` entries in all: at multiples of four."""
+    number = 1 if entries < _SERIAL else min(_PIECES, max(1, rows // 4))
+    cuts = [4 * (rows * k // (4 * number)) for k in range(number)] + [rows]
+    return [(first, last) for first, last in pairwise(cuts) if first < last]
+
+
+def each_piece(rows: int, entries: int, work: Callable[[int, int, int], None]) -> None:
+    """``work(piece, first, last)`` for every piece, at the same time as far as there are threads."""
+    parts = pieces(rows, entries)
+    helpers = min(torch.get_num_threads(), len(parts)) - 1
+    if helpers < 1:
+        for k, (first, last) in enumerate(parts):
+            work(k, first, last)
+        return
+    turn = count()
+
+    def take() -> None:
+        while (k := next(turn)) < len(parts):
+            work(k, *parts[k])
+
+    waiting = [_pool().submit(take) for _ in range(helpers)]
+    take()
+    for other in waiting:
+        if not other.cancel():  # busy with other callers' passes, it has not begun, and nothing is left for it
+            other.result()
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}  # of this process
+
+
+def _pool() -> ThreadPoolExecutor:
+    pid = os.getpid()
+    if pid not in _pools:
+        _pools.clear()
+        _pools[pid] = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="iotsolve")
+    return _pools[pid]
+
+
+def summed(rows: int, columns: int, entries: int, work: Callable[[np.ndarray, int, int], None]) -> np.ndarray:
+    """Column sums of a pass: every piece adds into an array of its own, and these are added in order."""
+    parts = pieces(rows, entries)
+    totals = np.zeros((len(parts), columns))
+    each_piece(rows, entries, lambda k, first, last: work(totals[k], first, last))
+    return totals[0] if len(parts) == 1 else totals.sum(0)
