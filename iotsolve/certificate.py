@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import calm
+from iotsolve.costs import Dense, calm
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
-from iotsolve.plans import Chunk, Factors, Plan, plan_of
+from iotsolve.plans import Chunk, Factors, Plan, StoredPlan, plan_of
 from iotsolve.problem import Potentials, Problem
 from iotsolve.validation import default_tolerance
 
@@ -114,8 +114,9 @@ def certify(
 
 
 def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
-    double = problem.detach().to(torch.float64).flat()
+    double = _in_double(problem.detach()).flat()
     n, m = problem.shape[-2:]
+    tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
 
     def enter(name: str, x: Any, *shape: int) -> Tensor:
         x = problem.enter(name, x, *shape).detach().double()
@@ -133,20 +134,31 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     r, c = plan.marginals()
     rows, columns, mass = double.violations(r, c)
     known = ~(p.f.isnan().any(-1) | p.g.isnan().any(-1) | p.lam.isnan())
-    dual = torch.where(known, double.dual_at(p), -math.inf)
-    rounded, feasible, gap = _round(plan, p)
+    entropy = torch.zeros_like(p.lam) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double))
+    dual = torch.where(known, double.dual_at(p) if problem.is_exact else double.dual_sides(p) - entropy, -math.inf)
+    scale = double.dual_scale(p) + entropy.abs()
+    found = _nearby(plan, p, tolerance * scale)
+    if found is None and isinstance(plan, StoredPlan):
+        plan = plan.exact
+    rounded, feasible, gap = found or _round(plan, p)
     sane = dual.isfinite() & gap.isfinite()
     gap = torch.where(feasible & sane, gap.clamp(min=0.0), math.inf)
     # dual + gap has the better digits near the optimum, and none where the gap dwarfs the value it should lead back to
     close = sane & (gap <= 1e-6 * dual.abs())
     primal = dual + gap if bool((close | ~feasible).all()) else torch.where(close, dual + gap, _primal(plan, rounded))
     primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
-    entropy = torch.zeros_like(dual) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double)).abs()
-    scale = double.dual_scale(p) + entropy
     rounding_error = 16 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
     numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
     as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
-    return Certificate(*as_arrays, tolerance=default_tolerance(problem.dtype) if tolerance is None else tolerance)
+    return Certificate(*as_arrays, tolerance=tolerance)
+
+
+def _in_double(problem: Problem) -> Problem:
+    """The problem in float64, but for a cost that is read in float64 anyway."""
+    named = {name: x.double() for name, x in problem.tensors().items()}
+    if isinstance(problem.cost, Dense) and problem.cost.is_compiled:
+        del named["cost"]
+    return problem.with_tensors(named)
 
 
 def _product(problem: Problem) -> Tensor:
@@ -242,6 +254,88 @@ def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
         better = feasible & (~best[1] | ~(best[2] <= gap))
         best = rounded.where(better, best[0]), feasible | best[1], torch.where(better, gap, best[2])
     return best
+
+
+def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Tensor] | None:
+    """That there is a feasible plan near the stored one, and a bound of its gap, from products with vectors alone.
+
+    For plans whose violations are so small that float32 resolves what corrects them. A soft side needs no correction and one
+    fixed side is scaled. Two fixed sides: the plan is corrected linearly as far as a gap of ``enough`` asks for, scaled down
+    to at most the marginals, and what is lacking then is filled in by a rank-one piece. With ``x`` the relative change of an
+    entry and ``t`` the piece, the change costs ``sum P h(x)``, ``h(x) = (1 + x) log(1 + x) - x <= x^2 / (2 - 2 |x|)``, and the piece
+    by convexity at most ``sum t log(1 + t / P)``, which its largest ratio bounds. None if this says nothing.
+    """
+    if not isinstance(plan, StoredPlan):
+        return None
+    problem, (r, c) = plan.problem, plan.marginals()
+    fixed = [side.is_fixed for side in (problem.rows, problem.columns)]
+    hard = [side.is_hard for side in (problem.rows, problem.columns)]
+    if problem.mass is not None or fixed != hard:
+        return None
+    a, b = (side.allowed(x, w) for side, x, w in ((problem.rows, r, problem.a), (problem.columns, c, problem.b)))
+    off = (a - r).abs().sum(-1) + (b - c).abs().sum(-1)
+    if not (off <= _RESOLVED * r.sum(-1)).all():
+        return None
+    if not all(fixed):
+        scale_r, scale_c = _ratio(a, r), _ratio(b, c)
+        changed = r * _change_cost(scale_r - 1), c * _change_cost(scale_c - 1)
+        if fixed[0]:
+            r, c = a, c + plan.times_back(scale_r - 1)
+        elif fixed[1]:
+            r, c = r + plan.times(scale_c - 1), b
+        first = problem.epsilon * sum(x.sum(-1) for x in changed)
+        gap = first + problem.side_gaps(r, c, p)
+        return None, gap.isfinite(), gap
+    gap = _filled(plan, p, a, b, None)
+    if not (gap <= enough).all():
+        corrected = _filled(plan, p, a, b, enough)
+        gap = torch.where(corrected < gap, corrected, gap)
+    return (None, gap.isfinite(), gap) if gap.isfinite().all() else None
+
+
+_RESOLVED = 1e-5  # violation from which on corrections need float64
+
+
+def _filled(plan: StoredPlan, p: Potentials, a: Tensor, b: Tensor, enough: Tensor | None) -> Tensor:
+    """The gap of :func:`_nearby`: without a linear correction, or after one that makes the filling's share small enough."""
+    problem, (r, c), eps = plan.problem, plan.marginals(), plan.problem.epsilon
+    dearest = _dearest(problem, p)
+    changed, largest = torch.zeros_like(p.lam), torch.zeros_like(p.lam)
+    u, v = torch.zeros_like(r), torch.zeros_like(c)
+    if enough is not None:
+        system = DualSystem(plan, r, c, r > 0, c > 0, False)
+        lack = enough / (4 * eps * dearest.clamp(min=1.0))
+        u, v, _ = system.solve(a - r, b - c, torch.zeros_like(p.lam), enough=lack)
+        image, back = plan.times(v), plan.times_back(u)
+        squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
+        changed, largest = squares.clamp(min=0.0), u.abs().amax(-1) + v.abs().amax(-1)
+        r, c = r + r * u + image, c + c * v + back
+    down = _ratio(a, r).clamp(max=1.0) - 1
+    c = c + plan.times_back(down * (1 + u)) + v * plan.times_back(down)
+    across = _ratio(b, c).clamp(max=1.0) - 1
+    r = r + r * down + (1 + down) * ((1 + u) * plan.times(across) + plan.times(across * v))
+    lack_r, lack_c = (a - r).clamp(min=0.0), (b - c - c * across).clamp(min=0.0)
+    lacking = torch.maximum(lack_r.sum(-1), lack_c.sum(-1))
+    scaled = (plan.sums[0] * down * down).sum(-1) + (plan.sums[1] * across * across).sum(-1)
+    largest = largest + down.abs().amax(-1) + across.abs().amax(-1)
+    squares = 2 * scaled if enough is None else 1.1 * changed + 22 * scaled
+    most = largest * (1 + largest)
+    share = torch.where(most < 0.5, squares * (1 + largest) ** 2 / (2 - 2 * most), math.inf)
+    ratio = _log_ratio(lack_r, problem.a) + _log_ratio(lack_c, problem.b) - lacking.log() + dearest
+    piece = torch.where(lacking > 0, lacking * (torch.nn.functional.softplus(ratio) + largest), 0.0)
+    return eps * (share + piece)
+
+
+def _dearest(problem: Problem, p: Potentials) -> Tensor:
+    """A bound of ``(C - f - g - lam) / epsilon`` over the bins with weight."""
+    top = problem.cost.surveyed().ends[1]
+    f = torch.where(problem.a > 0, p.f, math.inf).amin(-1)
+    g = torch.where(problem.b > 0, p.g, math.inf).amin(-1)
+    return (top - f - g - p.lam) / problem.epsilon
+
+
+def _log_ratio(x: Tensor, weights: Tensor) -> Tensor:
+    return torch.where(weights > 0, x / torch.where(weights > 0, weights, 1.0), 0.0).amax(-1).log()
 
 
 def _feasible(problem: Problem, r: Tensor, c: Tensor) -> Tensor:

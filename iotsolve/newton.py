@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from iotsolve.plans import Plan
+from iotsolve.plans import Plan, StoredPlan
 
 __all__ = ["DualSystem"]
 
@@ -45,76 +46,93 @@ class DualSystem:
         nothing is gained.
         """
         keep_u, keep_v = self.keep_rows.to(rows.dtype), self.keep_columns.to(rows.dtype)
-        keep_w = float(self.with_mass)
         r, c = self.plan.marginals() if isinstance(self.plan, Plan) else (self.plan.sum(-1), self.plan.sum(-2))
-        total = r.sum(-1)
         inverse = keep_u / torch.where(self.keep_rows, self.row_diagonal, 1.0)
+        diagonal = torch.where(self.keep_columns, self.column_diagonal, 1.0)
+        border = corner = None
+        right = keep_v * (columns - self._times_back(inverse * rows))
+        if self.with_mass:
+            border = keep_v * (c - self._times_back(inverse * r))
+            corner = (r.sum(-1) - (inverse * r * r).sum(-1)).unsqueeze(-1)
+            lacking = (mass - (r * inverse * rows).sum(-1)).unsqueeze(-1)
+            right, diagonal = torch.cat([right, lacking], -1), torch.cat([diagonal, r.sum(-1, keepdim=True)], -1)
+        enough = (enough**2 / r.sum(-1)).unsqueeze(-1)
+        given = inverse, keep_v, self.column_diagonal, border, corner
+        if isinstance(self.plan, StoredPlan):  # small vectors cost a tenth in NumPy
+            given = tuple(None if x is None else x.numpy() for x in given)
+            schur = _schur(lambda w, v: self.plan.product(w, v, as_given=False)[1], *given)
+            x = _conjugate_gradients(schur, right.numpy(), 1.0 / diagonal.numpy(), enough.numpy())
+            x = torch.from_numpy(x)
+        else:
+            x = _conjugate_gradients(_schur(self._normal, *given), right, 1.0 / diagonal, enough)
+        v, w = (x[..., :-1], x[..., -1]) if self.with_mass else (x, torch.zeros_like(mass))
+        v = v * keep_v
+        return inverse * (rows - self._times(v) - r * w.unsqueeze(-1)), v, w
 
-        def eliminate(v: Tensor, w: Tensor) -> Tensor:
-            return inverse * (_times(self.plan, v) + r * w.unsqueeze(-1))
+    def _normal(self, w: Tensor, v: Tensor) -> Tensor:
+        return self._times_back(w * self._times(v))
 
-        def schur(x: Tensor) -> Tensor:
-            v, w = x[..., :-1] * keep_v, x[..., -1] * keep_w
-            u = eliminate(v, w)
-            top = keep_v * (self.column_diagonal * v + c * w.unsqueeze(-1) - _times_back(self.plan, u))
-            bottom = keep_w * ((c * v).sum(-1) + total * w - (r * u).sum(-1))
-            return torch.cat([top, bottom.unsqueeze(-1)], -1)
+    def _times(self, v: Tensor) -> Tensor:
+        return self.plan.times(v) if isinstance(self.plan, Plan) else (self.plan @ v.unsqueeze(-1)).squeeze(-1)
 
-        u0 = inverse * rows
-        right_columns = keep_v * (columns - _times_back(self.plan, u0))
-        right_mass = keep_w * (mass - (r * u0).sum(-1))
-        right = torch.cat([right_columns, right_mass.unsqueeze(-1)], -1)
-        diagonal = torch.cat([torch.where(self.keep_columns, self.column_diagonal, 1.0), total.unsqueeze(-1)], -1)
-        x = _conjugate_gradients(schur, right, 1.0 / diagonal, (enough**2 / total).unsqueeze(-1))
-        v, w = x[..., :-1] * keep_v, x[..., -1] * keep_w
-        return u0 - eliminate(v, w), v, w
+    def _times_back(self, u: Tensor) -> Tensor:
+        return self.plan.times_back(u) if isinstance(self.plan, Plan) else (self.plan.mT @ u.unsqueeze(-1)).squeeze(-1)
 
 
-def _times(plan: Plan | Tensor, v: Tensor) -> Tensor:
-    return plan.times(v) if isinstance(plan, Plan) else (plan @ v.unsqueeze(-1)).squeeze(-1)
+Array = np.ndarray | Tensor
 
 
-def _times_back(plan: Plan | Tensor, u: Tensor) -> Tensor:
-    return plan.times_back(u) if isinstance(plan, Plan) else (plan.mT @ u.unsqueeze(-1)).squeeze(-1)
+def _schur(
+    normal: Callable[[Array, Array], Array], inverse: Array, keep: Array, diagonal: Array, border: Array | None, corner: Array | None
+) -> Callable[[Array], Array]:
+    """The system with its rows eliminated: ``diag(S) - P' diag(1/R) P`` on the kept columns, bordered by that of the mass."""
+
+    def bordered(x: Array) -> Array:
+        v, w = x[..., :-1], x[..., -1:]
+        top = keep * (diagonal * v + border * w - normal(inverse, v))
+        bottom = (border * v).sum(-1, keepdims=True) + corner * w
+        return np.concatenate([top, bottom], -1) if isinstance(x, np.ndarray) else torch.cat([top, bottom], -1)
+
+    return bordered if border is not None else lambda v: keep * (diagonal * v - normal(inverse, v))
 
 
 def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    right: Tensor,
-    preconditioner: Tensor,
-    enough: Tensor,
+    apply: Callable[[Array], Array],
+    right: Array,
+    preconditioner: Array,
+    enough: Array,
     *,
     tolerance: float = 1e-14,
     max_steps: int = 2000,
-) -> Tensor:
-    """Preconditioned conjugate gradients for a batch of positive semidefinite systems; each stops for itself.
+) -> Array:
+    """Preconditioned conjugate gradients for a batch of positive semidefinite systems, of NumPy or torch; each stops for itself.
 
     Rounding leaves a little of a singular system's right-hand side outside its range, and iterating on that diverges: the
     best iterate is kept, and a system that has not bettered it for a while is left alone.
     """
-    x, residual = torch.zeros_like(right), right
+    xp = np if isinstance(right, np.ndarray) else torch
+    x, residual = xp.zeros_like(right), right
     z = preconditioner * residual
-    direction, rz = z, (residual * z).sum(-1, keepdim=True)
-    goal = torch.maximum(tolerance**2 * rz, enough)
-    best, best_rz, age = x, rz, torch.zeros_like(rz)
+    direction, rz = z, (residual * z).sum(-1, keepdims=True)
+    goal = xp.maximum(tolerance**2 * rz, enough)
+    best, best_rz, age = x, rz, xp.zeros_like(rz)
     for _ in range(max_steps):
+        if not ((rz > goal) & (age < _CG_PATIENCE)).any():
+            break
         image = apply(direction)
-        curvature = (direction * image).sum(-1, keepdim=True)
+        curvature = (direction * image).sum(-1, keepdims=True)
         moving = (rz > goal) & (curvature > 0) & (age < _CG_PATIENCE)
         if not moving.any():
             break
-        alpha = torch.where(moving, rz / torch.where(moving, curvature, 1.0), 0.0)
+        alpha = xp.where(moving, rz / xp.where(moving, curvature, 1.0), 0.0)
         x, residual = x + alpha * direction, residual - alpha * image
         z = preconditioner * residual
-        fresh = (residual * z).sum(-1, keepdim=True)
-        direction = z + torch.where(moving, fresh / torch.where(rz > 0, rz, 1.0), 0.0) * direction
-        rz = torch.where(moving, fresh, 0.0)
+        fresh = (residual * z).sum(-1, keepdims=True)
+        direction = z + xp.where(moving, fresh / xp.where(rz > 0, rz, 1.0), 0.0) * direction
+        rz = xp.where(moving, fresh, 0.0)
         better = moving & (fresh < best_rz)
-        best, best_rz, age = (
-            torch.where(better, x, best),
-            torch.where(better, fresh, best_rz),
-            torch.where(better, 0.0, age + 1),
-        )
+        best, best_rz = xp.where(better, x, best), xp.where(better, fresh, best_rz)
+        age = xp.where(better, 0.0, age + 1)
     return best
 
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.costs import Dense
+from iotsolve.marginals import number
 from iotsolve.problem import Potentials, Problem
 
 __all__ = ["Chunk", "Factors", "Plan", "plan_of"]
@@ -167,8 +170,63 @@ class Plan:
         return c
 
 
+@dataclass(frozen=True)
+class StoredPlan(Plan):
+    """The plan of a dense cost on a CPU: its marginals in float64, its products from a copy in float32, both compiled.
+
+    The products are for what is small already, corrections and directions; their relative error is that of float32.
+    """
+
+    kept: np.ndarray
+    sums: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, problem: Problem, p: Potentials) -> StoredPlan:
+        from iotsolve.kernels import passes  # numba is imported where it runs
+
+        eps = number(problem.epsilon)
+        cost = problem.cost.matrix.numpy()
+        lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
+        alpha = passes.logs(problem.a.double().numpy(), lifted)
+        beta = passes.logs(problem.b.double().numpy(), p.g.double().numpy() / eps)
+        kept = np.empty(cost.shape, np.float32)
+        r, c = passes.marginals(cost, alpha, beta, passes.LOG2E / eps, kept)
+        sums = torch.from_numpy(r), torch.from_numpy(c)
+
+        def read() -> Iterator[Chunk]:
+            blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
+            yield from (Chunk(values.double(), cost.dense(), part) for (part, values), (_, cost) in blocks)
+
+        return cls(problem, read, kept, sums)
+
+    @property
+    def _marginals(self) -> tuple[Tensor, Tensor]:
+        return self.sums
+
+    @property
+    def exact(self) -> Plan:
+        """The same plan in float64, computed again at every pass."""
+        return Plan(self.problem, self.read)
+
+    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+        """``P v`` with ``P' (w P v)``, or with ``P' w`` if that is ``as_given``."""
+        from iotsolve.kernels import passes
+
+        return passes.product(self.kept, v, w, as_given=as_given)
+
+    def times(self, v: Tensor) -> Tensor:
+        nothing = np.zeros(tuple(self.sums[0].shape))
+        return torch.from_numpy(self.product(nothing, v.numpy(), as_given=True)[0])
+
+    def times_back(self, u: Tensor) -> Tensor:
+        nothing = np.zeros(tuple(self.sums[1].shape))
+        return torch.from_numpy(self.product(u.numpy(), nothing, as_given=True)[1])
+
+
 def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None) -> Plan:
     """The plan of potentials, or an exact one, dense or sparse, of a flat problem."""
+    if exact is None and isinstance(problem.cost, Dense) and problem.cost.is_compiled:
+        return StoredPlan.of(problem, p)
     if exact is None:
 
         def gibbs() -> Iterator[Chunk]:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Upstream first. A room imports from the lines above its own.
 ORDER = (
+    ("kernels",),
     ("marginals",),
     ("costs",),
     ("support",),
@@ -18,6 +19,7 @@ ORDER = (
     ("problem",),
     ("solver",),
     ("sinkhorn", "plans"),
+    ("accelerated",),
     ("newton", "interior"),
     ("exact",),
     ("gradient", "certificate"),

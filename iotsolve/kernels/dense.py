@@ -19,10 +19,10 @@ from numba import njit
 
 from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single
 
-__all__ = ["AS_IT_IS", "MATCH", "RESPOND", "WEIGH", "build", "column_sums", "exact_each", "exact_pass", "raise_to", "row_sums", "stored_each", "stored_pass"]
+__all__ = ["AS_IT_IS", "MATCH", "RESPOND", "TAKE", "WEIGH", "build", "column_sums", "exact_each", "exact_pass", "raise_to", "row_sums", "stored_each", "stored_pass"]
 
-MATCH, RESPOND, WEIGH, AS_IT_IS = range(4)
-"""Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; 1."""
+MATCH, RESPOND, WEIGH, TAKE, AS_IT_IS = range(5)
+"""Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``; 1."""
 
 _LANES = 64
 _FLUSH = 128  # rows whose column sums float32 may add up
@@ -65,6 +65,8 @@ def _scaling(y, i, rule, w, base, known, side, lam):
         return w[i] / y if w[i] > 0 else 0.0
     if rule == WEIGH:
         return w[i] * y
+    if rule == TAKE:
+        return w[i]
     if rule == AS_IT_IS:
         return 1.0
     if y <= 0.0:
@@ -166,7 +168,7 @@ def exact_each(cost, alpha, beta, scale, y, columns, kept, first, last):
 
 @_compiled
 def stored_each(kernel, v, rule, w, y, columns, first, last):
-    """``y = K v`` and ``columns = (w y) K`` for some problems of a batch, or ``w K`` by the rule ``MATCH``."""
+    """``y = K v`` and ``columns = (w y) K`` for some problems of a batch, or ``w K``, by the rule."""
     n, m = kernel.shape[1:]
     none, u, single = np.empty(0), np.empty(n), np.empty(m, kernel.dtype)
     for k in range(first, last):

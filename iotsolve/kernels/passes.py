@@ -9,6 +9,7 @@ import numpy as np
 from iotsolve.kernels.dense import (
     AS_IT_IS,
     SIDE,
+    TAKE,
     WEIGH,
     build,
     column_sums,
@@ -55,10 +56,10 @@ def marginals(
     return r, c
 
 
-def product(kernel: np.ndarray, v: np.ndarray, w: np.ndarray, rule: int = WEIGH) -> tuple[np.ndarray, np.ndarray]:
-    """``K v`` and ``K' (w K v)`` of a batch in one pass, both in float64."""
+def product(kernel: np.ndarray, v: np.ndarray, w: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+    """``K v`` with ``K' (w K v)``, or with ``K' w`` if that is ``as_given``, of a batch in one pass; both in float64."""
     count, n, m = kernel.shape
-    y = np.empty((count, n))
+    y, rule = np.empty((count, n)), TAKE if as_given else WEIGH
     if count == 1:
         shared = (kernel[0], v[0].astype(kernel.dtype), rule, w[0], _NONE, _NONE, SIDE, 0.0, y[0], np.empty(n))
         columns = summed(n, m, n * m, lambda total, first, last: stored_pass(*shared, total, first, last))
