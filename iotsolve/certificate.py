@@ -135,8 +135,9 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     rows, columns, mass = double.violations(r, c)
     known = ~(p.f.isnan().any(-1) | p.g.isnan().any(-1) | p.lam.isnan())
     entropy = torch.zeros_like(p.lam) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double))
-    dual = torch.where(known, double.dual_at(p) if problem.is_exact else double.dual_sides(p) - entropy, -math.inf)
-    scale = double.dual_scale(p) + entropy.abs()
+    sides, scale = double.dual_sides_and_scale(p)
+    dual = torch.where(known, double.dual_at(p) if problem.is_exact else sides - entropy, -math.inf)
+    scale = scale + entropy.abs()
     found = _nearby(plan, p, tolerance * scale)
     if found is None and isinstance(plan, StoredPlan):
         plan = plan.exact
@@ -269,73 +270,97 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
         return None
     problem, (r, c) = plan.problem, plan.marginals()
     fixed = [side.is_fixed for side in (problem.rows, problem.columns)]
-    hard = [side.is_hard for side in (problem.rows, problem.columns)]
-    if problem.mass is not None or fixed != hard:
+    if problem.mass is not None or fixed != [side.is_hard for side in (problem.rows, problem.columns)]:
         return None
     a, b = (side.allowed(x, w) for side, x, w in ((problem.rows, r, problem.a), (problem.columns, c, problem.b)))
+    if all(fixed):
+        gap = _balanced_gap(plan, p, a.numpy(), b.numpy(), enough.numpy())
+        return None if gap is None else (None, torch.ones_like(enough, dtype=torch.bool), torch.from_numpy(gap))
     off = (a - r).abs().sum(-1) + (b - c).abs().sum(-1)
     if not (off <= _RESOLVED * r.sum(-1)).all():
         return None
-    if not all(fixed):
-        scale_r, scale_c = _ratio(a, r), _ratio(b, c)
-        changed = r * _change_cost(scale_r - 1), c * _change_cost(scale_c - 1)
-        if fixed[0]:
-            r, c = a, c + plan.times_back(scale_r - 1)
-        elif fixed[1]:
-            r, c = r + plan.times(scale_c - 1), b
-        first = problem.epsilon * sum(x.sum(-1) for x in changed)
-        gap = first + problem.side_gaps(r, c, p)
-        return None, gap.isfinite(), gap
-    gap = _filled(plan, p, a, b, None)
-    if not (gap <= enough).all():
-        corrected = _filled(plan, p, a, b, enough)
-        gap = torch.where(corrected < gap, corrected, gap)
+    scale_r, scale_c = _ratio(a, r), _ratio(b, c)
+    first = problem.epsilon * ((r * _change_cost(scale_r - 1)).sum(-1) + (c * _change_cost(scale_c - 1)).sum(-1))
+    if fixed[0]:
+        r, c = a, c + plan.times_back(scale_r - 1)
+    elif fixed[1]:
+        r, c = r + plan.times(scale_c - 1), b
+    gap = first + problem.side_gaps(r, c, p)
     return (None, gap.isfinite(), gap) if gap.isfinite().all() else None
 
 
 _RESOLVED = 1e-5  # violation from which on corrections need float64
 
 
-def _filled(plan: StoredPlan, p: Potentials, a: Tensor, b: Tensor, enough: Tensor | None) -> Tensor:
-    """The gap of :func:`_nearby`: without a linear correction, or after one that makes the filling's share small enough."""
-    problem, (r, c), eps = plan.problem, plan.marginals(), plan.problem.epsilon
-    dearest = _dearest(problem, p)
-    changed, largest = torch.zeros_like(p.lam), torch.zeros_like(p.lam)
-    u, v = torch.zeros_like(r), torch.zeros_like(c)
-    if enough is not None:
-        system = DualSystem(plan, r, c, r > 0, c > 0, False)
-        lack = enough / (4 * eps * dearest.clamp(min=1.0))
-        u, v, _ = system.solve(a - r, b - c, torch.zeros_like(p.lam), enough=lack)
-        image, back = plan.times(v), plan.times_back(u)
-        squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
-        changed, largest = squares.clamp(min=0.0), u.abs().amax(-1) + v.abs().amax(-1)
-        r, c = r + r * u + image, c + c * v + back
-    down = _ratio(a, r).clamp(max=1.0) - 1
-    c = c + plan.times_back(down * (1 + u)) + v * plan.times_back(down)
-    across = _ratio(b, c).clamp(max=1.0) - 1
-    r = r + r * down + (1 + down) * ((1 + u) * plan.times(across) + plan.times(across * v))
-    lack_r, lack_c = (a - r).clamp(min=0.0), (b - c - c * across).clamp(min=0.0)
-    lacking = torch.maximum(lack_r.sum(-1), lack_c.sum(-1))
-    scaled = (plan.sums[0] * down * down).sum(-1) + (plan.sums[1] * across * across).sum(-1)
-    largest = largest + down.abs().amax(-1) + across.abs().amax(-1)
-    squares = 2 * scaled if enough is None else 1.1 * changed + 22 * scaled
+def _balanced_gap(plan: StoredPlan, p: Potentials, a: np.ndarray, b: np.ndarray, enough: np.ndarray) -> np.ndarray | None:
+    """:func:`_nearby` between two fixed sides; NumPy, in which small vectors cost a third."""
+    problem, (r, c), zero = plan.problem, (x.numpy() for x in plan.marginals()), np.zeros(len(a))
+    if not (abs(a - r).sum(-1) + abs(b - c).sum(-1) <= _RESOLVED * r.sum(-1)).all():
+        return None
+    eps, dearest = number(problem.epsilon), _dearest(problem, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = _filled(plan, a, b, r, c, dearest, zero, 0.0)
+        if not (eps * found <= enough).all():
+            system = DualSystem(plan, *plan.marginals(), *(x > 0 for x in plan.marginals()), False)
+            target = torch.from_numpy(enough / (4 * eps * np.maximum(dearest, 1.0)))
+            u, v, _ = system.solve(*map(torch.from_numpy, (a - r, b - c, zero)), enough=target)
+            u, v = u.numpy(), v.numpy()
+            image, back = plan.product(u, v, as_given=True)
+            squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
+            there = r + r * u + image, c + c * v + back
+            largest = abs(u).max(-1) + abs(v).max(-1)
+            found = np.fmin(found, _filled(plan, a, b, *there, dearest, np.maximum(squares, 0.0), largest, u, v))
+    return eps * found if np.isfinite(found).all() else None
+
+
+def _filled(
+    plan: StoredPlan,
+    a: np.ndarray,
+    b: np.ndarray,
+    r: np.ndarray,
+    c: np.ndarray,
+    dearest: np.ndarray,
+    squares: np.ndarray,
+    largest: np.ndarray | float,
+    u: np.ndarray | None = None,
+    v: np.ndarray | None = None,
+) -> np.ndarray:
+    """A bound of ``KL(Q | P)``, Q made of ``P (1 + u + v)``, whose marginals are ``r`` and ``c``, by scaling down and filling in.
+
+    ``squares = sum P (u + v)^2``, ``largest`` bounds ``|u + v|``, ``dearest`` bounds ``-log(P / a b)``.
+    """
+    nothing = np.zeros_like(a), np.zeros_like(b)
+    down = np.minimum(_over(a, r), 1.0) - 1
+    if u is None:
+        c = c + plan.product(down, nothing[1], as_given=True)[1]
+    else:
+        c = c + plan.product(down * (1 + u), nothing[1], as_given=True)[1]
+        c = c + v * plan.product(down, nothing[1], as_given=True)[1]
+    across = np.minimum(_over(b, c), 1.0) - 1
+    more = plan.product(nothing[0], across, as_given=True)[0]
+    if u is not None:
+        more = (1 + u) * more + plan.product(nothing[0], across * v, as_given=True)[0]
+    r = r + r * down + (1 + down) * more
+    lack_r, lack_c = np.maximum(a - r, 0.0), np.maximum(b - c - c * across, 0.0)
+    lacking = np.maximum(lack_r.sum(-1), lack_c.sum(-1))
+    own_r, own_c = (x.numpy() for x in plan.marginals())
+    scaled = (own_r * down * down).sum(-1) + (own_c * across * across).sum(-1)
+    largest = largest + abs(down).max(-1) + abs(across).max(-1)
+    total = 2 * scaled if u is None else 1.1 * squares + 22 * scaled
     most = largest * (1 + largest)
-    share = torch.where(most < 0.5, squares * (1 + largest) ** 2 / (2 - 2 * most), math.inf)
-    ratio = _log_ratio(lack_r, problem.a) + _log_ratio(lack_c, problem.b) - lacking.log() + dearest
-    piece = torch.where(lacking > 0, lacking * (torch.nn.functional.softplus(ratio) + largest), 0.0)
-    return eps * (share + piece)
+    share = np.where(most < 0.5, total * (1 + largest) ** 2 / (2 - 2 * most), np.inf)
+    ratio = np.log(_over(lack_r, a, 0.0).max(-1)) + np.log(_over(lack_c, b, 0.0).max(-1)) - np.log(lacking) + dearest
+    return share + np.where(lacking > 0, lacking * (np.logaddexp(0.0, ratio) + largest), 0.0)
 
 
-def _dearest(problem: Problem, p: Potentials) -> Tensor:
-    """A bound of ``(C - f - g - lam) / epsilon`` over the bins with weight."""
-    top = problem.cost.surveyed().ends[1]
-    f = torch.where(problem.a > 0, p.f, math.inf).amin(-1)
-    g = torch.where(problem.b > 0, p.g, math.inf).amin(-1)
-    return (top - f - g - p.lam) / problem.epsilon
+def _dearest(problem: Problem, p: Potentials) -> np.ndarray:
+    """A bound of ``(C - f - g) / epsilon`` over the bins with weight."""
+    f, g = (np.where(w.numpy() > 0, x.numpy(), np.inf).min(-1) for x, w in ((p.f, problem.a), (p.g, problem.b)))
+    return (problem.cost.surveyed().ends[1] - f - g) / number(problem.epsilon)
 
 
-def _log_ratio(x: Tensor, weights: Tensor) -> Tensor:
-    return torch.where(weights > 0, x / torch.where(weights > 0, weights, 1.0), 0.0).amax(-1).log()
+def _over(x: np.ndarray, y: np.ndarray, otherwise: float = 1.0) -> np.ndarray:
+    return np.divide(x, y, out=np.full_like(x, otherwise), where=y > 0)
 
 
 def _feasible(problem: Problem, r: Tensor, c: Tensor) -> Tensor:

@@ -115,24 +115,26 @@ class Dense:
             epsilon: positive, in cost units.
             axis: ``-1`` sums over columns and gives ``(..., n)``; ``-2`` sums over rows and gives ``(..., m)``.
         """
-        traced = torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in (self.matrix, log_weights, epsilon)
-        )
-        if self.is_compiled and not traced:
-            return self._compiled_softmin(log_weights, float(epsilon), axis)
+        if self.is_compiled and not self._is_traced(log_weights, epsilon):
+            from iotsolve.kernels import passes
+
+            softmin, eps = passes.softmin_over_columns if axis == -1 else passes.softmin_over_rows, float(epsilon)
+            return self._each(lambda cost, x: softmin(cost, x, eps), log_weights, axis)
         exponent = self._less_cost(log_weights.unsqueeze(-2 if axis == -1 else -1), epsilon)
         return -epsilon * torch.logsumexp(exponent, axis)
 
-    def _compiled_softmin(self, log_weights: Tensor, epsilon: float, axis: int) -> Tensor:
-        from iotsolve.kernels import passes  # numba is imported where it runs
+    def _is_traced(self, *given: Scalar) -> bool:
+        """Whether autograd follows."""
+        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (self.matrix, *given))
 
+    def _each(self, work: Callable[[np.ndarray, np.ndarray], np.ndarray], given: Tensor, axis: int) -> Tensor:
+        """A compiled pass over every problem of a batch, that takes a vector along the axis and leaves one across it."""
         n, m = self.matrix.shape[-2:]
-        given = m if axis == -1 else n
+        size = m if axis == -1 else n
         costs = self.matrix.detach().reshape(-1, n, m).numpy()
-        weights = log_weights.detach().expand(*self.matrix.shape[:-2], given).reshape(-1, given).double().numpy()
-        softmin = passes.softmin_over_columns if axis == -1 else passes.softmin_over_rows
-        found = np.stack([softmin(cost, w, epsilon) for cost, w in zip(costs, weights, strict=True)])
-        return torch.from_numpy(found).to(log_weights.dtype).reshape(*self.matrix.shape[:-2], -1)
+        vectors = given.detach().expand(*self.matrix.shape[:-2], size).reshape(-1, size).double().numpy()
+        found = np.stack([work(cost, x) for cost, x in zip(costs, vectors, strict=True)])
+        return torch.from_numpy(found).to(given.dtype).reshape(*self.matrix.shape[:-2], -1)
 
     def _less_cost(self, x: Tensor, epsilon: Scalar) -> Tensor:
         """``x - C / epsilon``; in one pass over C where epsilon is a number."""
@@ -152,6 +154,13 @@ class Dense:
     def reduced_min(self, potential: Tensor, weights: Tensor, *, axis: int) -> Tensor:
         """``min (C - potential)`` over the bins of positive weight along the axis: the c-transform."""
         shift = torch.where((weights > 0) & potential.isfinite(), potential, -math.inf)
+        if self.is_compiled and not self._is_traced(potential):
+            from iotsolve.kernels import passes  # numba is imported where it runs
+
+            def lowest(cost: np.ndarray, x: np.ndarray) -> np.ndarray:
+                return -passes.highest(cost, x, 1.0, axis=axis)
+
+            return self._each(lowest, shift, axis)
         found = []
         for rows, block in self.blocks():
             own = shift.unsqueeze(-2) if axis == -1 else shift[..., rows].unsqueeze(-1)

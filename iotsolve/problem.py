@@ -402,10 +402,12 @@ class Problem:
             lowest, highest = torch.maximum(lowest, self.mass + 0 * rows), torch.minimum(highest, self.mass + 0 * rows)
         return (lowest - highest).clamp(min=0.0), highest
 
-    def dual_scale(self, p: Potentials) -> Tensor:
-        """Sum of the absolute values of the dual's terms on the sides and ``mass``."""
-        sides = weighted(self.a, self.rows.conjugate(p.f).abs()) + weighted(self.b, self.columns.conjugate(p.g).abs())
-        return sides if self.mass is None else sides + (p.lam * self.mass).abs()
+    def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
+        """:meth:`dual_sides`, and the sum of the absolute values of its terms."""
+        terms = [(self.a, self.rows.conjugate(p.f)), (self.b, self.columns.conjugate(p.g))]
+        value, scale = sum(weighted(w, x) for w, x in terms), sum(weighted(w, x.abs()) for w, x in terms)
+        mass = 0.0 if self.mass is None else p.lam * self.mass
+        return value + mass, scale + abs(mass)
 
     def magnitude(self, mass: Tensor) -> Tensor:
         """Size of the terms that a value near 0 may be the difference of: the price of no plan, and the entropy's."""

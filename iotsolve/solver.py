@@ -102,10 +102,11 @@ def judge(
         violation = violation + (moved - problem.mass).abs()
     violation = (violation - 2 * problem.mismatch()).clamp(min=0.0)
     entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
-    scale = problem.dual_scale(p) + entropy.abs()
+    sides, scale = problem.dual_sides_and_scale(p)
+    scale = scale + entropy.abs()
     resolved = gap > 2 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # a smaller one is rounding
     error = torch.maximum(torch.where(violation > 0, violation / moved, 0.0), torch.where(resolved, gap / scale, 0.0))
-    return error, problem.dual_sides(p) - entropy, scale
+    return error, sides - entropy, scale
 
 
 def iterate(problem: Problem, method: Method, start: Potentials | None = None) -> Outcome:

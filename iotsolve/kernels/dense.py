@@ -19,7 +19,7 @@ from numba import njit
 
 from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single
 
-__all__ = ["AS_IT_IS", "MATCH", "RESPOND", "TAKE", "WEIGH", "build", "column_sums", "exact_each", "exact_pass", "raise_to", "row_sums", "stored_each", "stored_pass"]
+__all__ = ["AS_IT_IS", "MATCH", "RESPOND", "TAKE", "WEIGH", "build", "column_sums", "exact_each", "exact_pass", "raise_to", "row_sums", "row_tops", "stored_each", "stored_pass"]
 
 MATCH, RESPOND, WEIGH, TAKE, AS_IT_IS = range(5)
 """Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``; 1."""
@@ -175,6 +175,24 @@ def stored_each(kernel, v, rule, w, y, columns, first, last):
         for j in range(m):
             single[j] = v[k, j]
         stored_pass(kernel[k], single, rule, w[k], none, none, SIDE, 0.0, y[k], u, columns[k], 0, n)
+
+
+@_compiled
+def row_tops(cost, beta, scale, found, first, last):
+    """``max_j beta_j - scale C_ij`` for some rows of a problem."""
+    m = cost.shape[1]
+    tops, whole = np.empty(_LANES), m // _LANES * _LANES
+    for i in range(first, last):
+        row = cost[i]
+        tops[:] = -np.inf
+        for j in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                x = beta[j + lane] - scale * np.float64(row[j + lane])
+                tops[lane] = x if x > tops[lane] else tops[lane]
+        top = tops.max()
+        for j in range(whole, m):
+            top = max(top, beta[j] - scale * np.float64(row[j]))
+        found[i] = top
 
 
 @_compiled

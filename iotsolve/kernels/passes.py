@@ -17,12 +17,13 @@ from iotsolve.kernels.dense import (
     exact_pass,
     raise_to,
     row_sums,
+    row_tops,
     stored_each,
     stored_pass,
 )
 from iotsolve.kernels.threads import each_piece, pieces, summed
 
-__all__ = ["LOG2E", "build_kernel", "logs", "marginals", "product", "softmin_over_columns", "softmin_over_rows"]
+__all__ = ["LOG2E", "build_kernel", "highest", "logs", "marginals", "product", "softmin_over_columns", "softmin_over_rows"]
 
 LOG2E = math.log2(math.e)
 _NONE = np.empty(0)
@@ -77,13 +78,23 @@ def softmin_over_columns(cost: np.ndarray, log_weights: np.ndarray, epsilon: flo
     return -epsilon / LOG2E * found
 
 
+def highest(cost: np.ndarray, potential: np.ndarray, scale: float, *, axis: int) -> np.ndarray:
+    """``max (potential - scale C)`` of one problem, over its columns (``axis=-1``) or its rows, in float64."""
+    n, m = cost.shape
+    if axis == -1:
+        found = np.empty(n)
+        each_piece(n, n * m, lambda k, first, last: row_tops(cost, potential, scale, found, first, last))
+        return found
+    tops = np.full((len(pieces(n, n * m)), m), -np.inf)
+    each_piece(n, n * m, lambda k, first, last: raise_to(cost, potential, scale, tops[k], first, last))
+    return tops.max(0)
+
+
 def softmin_over_rows(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:
     """The same over rows, ``(m,)``: a pass for the largest exponents and one for the sums."""
     n, m = cost.shape
     alpha, scale = log_weights * LOG2E, LOG2E / epsilon
-    tops = np.full((len(pieces(n, n * m)), m), -np.inf)
-    each_piece(n, n * m, lambda k, first, last: raise_to(cost, alpha, scale, tops[k], first, last))
-    top = tops.max(0)
+    top = highest(cost, alpha, scale, axis=-2)
     finite = np.where(np.isfinite(top), top, 0.0)
     total = summed(n, m, n * m, lambda sums, first, last: column_sums(cost, alpha, scale, finite, sums, first, last))
     with np.errstate(divide="ignore"):
