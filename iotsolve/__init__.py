@@ -14,6 +14,7 @@ from iotsolve.gradient import Envelope, Gradients, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.inverse import inverse_loss
 from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared
+from iotsolve.newton import Newton
 from iotsolve.problem import Potentials, Problem
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
@@ -38,6 +39,7 @@ __all__ = [
     "Gradients",
     "Implicit",
     "Interior",
+    "Newton",
     "Points",
     "Potentials",
     "Problem",

@@ -1,9 +1,9 @@
 """First order on a stored kernel: Sinkhorn's sweeps, accelerated, for dense costs on a CPU.
 
-Differs from :mod:`iotsolve.sinkhorn` in that 1. the kernel ``exp(-C / epsilon)`` is stored, around potentials that keep it in range,
-so that a sweep reads it once and computes no exponential; in float32 where the tolerance allows it; 2. Anderson's mixing over
-a window of twenty steps replaces over-relaxation and annealing; 3. a problem that gets nowhere is given up early, for a
-solver of second order to take over.
+Differs from :mod:`iotsolve.sinkhorn` in that 1. the kernel ``exp(-C / epsilon)`` is stored, around potentials that keep it in
+range, so that a sweep reads it once and computes no exponential; in float32 where the tolerance allows it; 2. Anderson's
+mixing over a window of twenty steps replaces annealing; 3. a problem that gets nowhere is given up early, for a solver of
+second order to take over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from iotsolve.costs import Dense
 from iotsolve.marginals import number
 from iotsolve.problem import Potentials, Problem
-from iotsolve.solver import Outcome, Status
+from iotsolve.sinkhorn import answered
+from iotsolve.solver import Outcome, Status, sobered
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["Accelerated"]
@@ -81,13 +82,13 @@ class Accelerated:
                 given = (cost[k], a[k], b[k], f[k], g[k], lam[k], rules, scale, kernel)
                 ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(*given, (aim, self.max_steps, self.slow))
         f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
-        p = _with_empty_bins(problem, Potentials(f, g, lam))
+        p = answered(problem, Potentials(f, g, lam))
         words = {scaling.BROKEN: Status.NOT_FINITE, scaling.SLOW: Status.STALLED}
         status = [
             Status.CONVERGED if error <= tolerance / 2 else words.get(end, Status.MAX_STEPS)
             for end, error in zip(ends.tolist(), errors.tolist(), strict=True)
         ]
-        return Outcome(p, status, steps.tolist())
+        return sobered(problem, Outcome(p, status, steps.tolist()), tolerance)
 
 
 _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
@@ -121,13 +122,3 @@ def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, 
         other = problem.cost.reduced_min(lowest, problem.a, axis=-2)
         f[:], g[:] = lowest.numpy(), torch.where(other.isfinite(), other, 0.0).numpy()
     return f, g, lam
-
-
-def _with_empty_bins(problem: Problem, p: Potentials) -> Potentials:
-    """Potentials of empty bins as the other side determines them, and at ``+inf`` where nothing can arrive."""
-    empty = (problem.a <= 0).any() or (problem.b <= 0).any()
-    if not empty:
-        return p
-    from iotsolve.sinkhorn import answered
-
-    return answered(problem, p)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense, calm
+from iotsolve.costs import calm
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, StoredPlan, plan_of
-from iotsolve.problem import Potentials, Problem
+from iotsolve.problem import Potentials, Problem, in_double
 from iotsolve.validation import default_tolerance
 
 __all__ = ["Certificate", "certify"]
@@ -114,7 +114,7 @@ def certify(
 
 
 def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
-    double = _in_double(problem.detach()).flat()
+    double = in_double(problem.detach()).flat()
     n, m = problem.shape[-2:]
     tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
 
@@ -150,16 +150,8 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
     rounding_error = 16 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
     numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
-    as_arrays = [x.reshape(problem.batch_shape).cpu().numpy()[()] for x in numbers]
+    as_arrays = [x.reshape(problem.batch_shape)[()] for x in torch.stack(numbers).cpu().numpy()]
     return Certificate(*as_arrays, tolerance=tolerance)
-
-
-def _in_double(problem: Problem) -> Problem:
-    """The problem in float64, but for a cost that is read in float64 anyway."""
-    named = {name: x.double() for name, x in problem.tensors().items()}
-    if isinstance(problem.cost, Dense) and problem.cost.is_compiled:
-        del named["cost"]
-    return problem.with_tensors(named)
 
 
 def _product(problem: Problem) -> Tensor:
@@ -263,8 +255,8 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
     For plans whose violations are so small that float32 resolves what corrects them. A soft side needs no correction and one
     fixed side is scaled. Two fixed sides: the plan is corrected linearly as far as a gap of ``enough`` asks for, scaled down
     to at most the marginals, and what is lacking then is filled in by a rank-one piece. With ``x`` the relative change of an
-    entry and ``t`` the piece, the change costs ``sum P h(x)``, ``h(x) = (1 + x) log(1 + x) - x <= x^2 / (2 - 2 |x|)``, and the piece
-    by convexity at most ``sum t log(1 + t / P)``, which its largest ratio bounds. None if this says nothing.
+    entry and ``t`` the piece, the change costs ``sum P h(x)``, ``h(x) = (1 + x) log(1 + x) - x <= x^2 / (2 - 2 |x|)``, and the
+    piece by convexity at most ``sum t log(1 + t / P)``, which its largest ratio bounds. None if this says nothing.
     """
     if not isinstance(plan, StoredPlan):
         return None
@@ -292,7 +284,9 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
 _RESOLVED = 1e-5  # violation from which on corrections need float64
 
 
-def _balanced_gap(plan: StoredPlan, p: Potentials, a: np.ndarray, b: np.ndarray, enough: np.ndarray) -> np.ndarray | None:
+def _balanced_gap(
+    plan: StoredPlan, p: Potentials, a: np.ndarray, b: np.ndarray, enough: np.ndarray
+) -> np.ndarray | None:
     """:func:`_nearby` between two fixed sides; NumPy, in which small vectors cost a third."""
     problem, (r, c), zero = plan.problem, (x.numpy() for x in plan.marginals()), np.zeros(len(a))
     if not (abs(a - r).sum(-1) + abs(b - c).sum(-1) <= _RESOLVED * r.sum(-1)).all():

@@ -116,6 +116,11 @@ class Marginal:
         return -math.inf
 
     @property
+    def kinks(self) -> tuple[float, ...]:
+        """Potentials at which the conjugate has a kink, in rising order; between them it is smooth."""
+        return ()
+
+    @property
     def is_free(self) -> bool:
         """True if the side pays nothing at all, so that its potential is 0 and needs no soft-min."""
         return False
@@ -247,6 +252,10 @@ class Between(Marginal):
         return 0.0 if math.isinf(number(self.hi)) else -math.inf
 
     @property
+    def kinks(self) -> tuple[float, ...]:
+        return () if self.is_fixed else (0.0,)
+
+    @property
     def is_free(self) -> bool:
         return number(self.lo) == 0 and math.isinf(number(self.hi))
 
@@ -261,7 +270,12 @@ class Between(Marginal):
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return torch.zeros_like(r)
 
+    def allowed(self, r: Tensor, a: Tensor) -> Tensor:
+        return (self.lo * a).expand_as(r) if self.is_fixed else super().allowed(r, a)
+
     def conjugate(self, f: Tensor) -> Tensor:
+        if self.lo is self.hi or (isinstance(self.lo, float) and self.lo == self.hi):
+            return self.lo * f
         lower = self.lo * torch.where(f > 0, f, 0.0) if number(self.lo) > 0 else torch.zeros_like(f)
         if math.isinf(number(self.hi)):
             return torch.where(f < 0, -math.inf, lower)
@@ -397,6 +411,10 @@ class TV(Marginal):
     @property
     def floor(self) -> Scalar:
         return -self.rho
+
+    @property
+    def kinks(self) -> tuple[float, ...]:
+        return -number(self.rho), number(self.rho)
 
     def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
         unbounded, price = np.full_like(a, math.inf), np.full_like(a, number(self.rho))

@@ -42,7 +42,7 @@ from iotsolve.validation import (
     rounding,
 )
 
-__all__ = ["Potentials", "Problem", "log_scaling", "weighted"]
+__all__ = ["Potentials", "Problem", "in_double", "log_scaling", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Problem:
     as_numpy: bool
     forgiven: float
     sides: tuple[Marginal, Marginal]
+    is_checked: bool
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class Problem:
         object.__setattr__(self, "as_numpy", as_numpy)
         with calm(cost):
             check_problem(self)
+        object.__setattr__(self, "is_checked", True)
 
     def _set(
         self,
@@ -131,7 +133,7 @@ class Problem:
     ) -> None:
         cost = Dense(cost) if isinstance(cost, Tensor) else cost
         values = dict(cost=cost, a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False, forgiven=rounding(cost.dtype))
-        values |= dict(sides=(rows, columns), rows=rows, columns=columns)
+        values |= dict(sides=(rows, columns), rows=rows, columns=columns, is_checked=False)
         if isinstance(rows, Marginal) and isinstance(columns, Marginal):  # else validation has the word
             values |= dict(rows=rows.at(a), columns=columns.at(b))
         for name, value in values.items():
@@ -191,10 +193,10 @@ class Problem:
 
     def with_tensors(self, named: dict[str, Tensor]) -> Problem:
         """The same problem with some of :meth:`tensors` replaced, unvalidated."""
-        sides = {
-            name: replace(side, **{k.split(".")[1]: v for k, v in named.items() if k.startswith(name)})
-            for name, side in zip(("rows", "columns"), self.sides, strict=True)
-        }
+        sides = {}
+        for name, side in zip(("rows", "columns"), self.sides, strict=True):
+            own = {k.split(".")[1]: v for k, v in named.items() if k.startswith(name)}
+            sides[name] = replace(side, **own) if own else side
         problem = Problem.unchecked(
             self.cost.with_tensors(named),
             named.get("a", self.a),
@@ -235,9 +237,7 @@ class Problem:
         if len(self.batch_shape) == 1:
             return self
         cost = {name: x.reshape(-1, *x.shape[-2:]) for name, x in self.cost.tensors().items()}
-        return self._viewed(
-            {**cost, "a": self.a.reshape(-1, self.shape[-2]), "b": self.b.reshape(-1, self.shape[-1])}
-        )
+        return self._viewed({**cost, "a": self.a.reshape(-1, self.shape[-2]), "b": self.b.reshape(-1, self.shape[-1])})
 
     def select(self, index: Tensor | int) -> Problem:
         """The problems at ``index`` along the first batch dimension."""
@@ -390,6 +390,8 @@ class Problem:
 
     def contradicts_itself(self) -> Bool[Tensor, "*batch"]:
         """Whether the totals differ by more than rounding: construction refuses that, :meth:`with_tensors` cannot."""
+        if self.is_checked:
+            return torch.zeros(self.batch_shape, dtype=torch.bool)
         apart, most = self._totals_apart()
         return apart > 2 * self.forgiven * most
 
@@ -404,8 +406,8 @@ class Problem:
 
     def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""
-        terms = [(self.a, self.rows.conjugate(p.f)), (self.b, self.columns.conjugate(p.g))]
-        value, scale = sum(weighted(w, x) for w, x in terms), sum(weighted(w, x.abs()) for w, x in terms)
+        terms = [_terms(self.a, self.rows.conjugate(p.f)), _terms(self.b, self.columns.conjugate(p.g))]
+        value, scale = sum(x.sum(-1) for x in terms), sum(x.abs().sum(-1) for x in terms)
         mass = 0.0 if self.mass is None else p.lam * self.mass
         return value + mass, scale + abs(mass)
 
@@ -454,6 +456,16 @@ class Problem:
         return x.detach().to(self.dtype).numpy()[()] if self.as_numpy else x.to(self.dtype)
 
 
+def in_double(problem: Problem) -> Problem:
+    """The problem in float64, but for a cost that compiled passes read in float64 anyway."""
+    named = problem.tensors()
+    if isinstance(problem.cost, Dense) and problem.cost.is_compiled:
+        del named["cost"]
+    if all(x.dtype == torch.float64 for x in named.values()):
+        return problem
+    return problem.with_tensors({name: x.double() for name, x in named.items()})
+
+
 def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:
     """``log(a exp(f / epsilon))``, ``-inf`` at empty and unreachable bins."""
     reached = (weights > 0) & potential.isfinite()
@@ -462,9 +474,12 @@ def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """``sum weights * values`` in which a bin of weight 0 counts 0 even at an infinite value, with its derivative kept."""
+    return _terms(weights, values).sum(-1)
+
+
+def _terms(weights: Tensor, values: Tensor) -> Tensor:
     largest = torch.finfo(values.dtype).max
-    reached = torch.where(weights > 0, values, values.clamp(-largest, largest))
-    return (weights * reached).sum(-1)
+    return weights * torch.where(weights > 0, values, values.clamp(-largest, largest))
 
 
 def _entries(plan: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -19,7 +19,7 @@ from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
-__all__ = ["Sinkhorn", "SinkhornState", "answered"]
+__all__ = ["Sinkhorn", "SinkhornState", "answered", "swept"]
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,16 @@ class Sinkhorn:
 
 def answered(problem: Problem, p: Potentials) -> Potentials:
     """The potentials with those of empty bins as the others determine them, by a soft-min over each side."""
+    if not ((problem.a <= 0).any() or (problem.b <= 0).any()):
+        return p
     s = None if problem.rows.is_free else _softmin(problem, p.g, problem.epsilon, axis=-1)
     return SinkhornState(p, s, _softmin(problem, p.f, problem.epsilon, axis=-2)).answer(problem)
+
+
+def swept(problem: Problem, p: Potentials) -> Potentials:
+    """The potentials after one sweep, each exactly at its kink if it is at one."""
+    method = Sinkhorn()
+    return method.step(problem, method.init(problem, p), problem.epsilon).potentials
 
 
 _EASY = 0.05  # epsilon, in cost ranges, above which annealing only costs sweeps

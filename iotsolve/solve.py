@@ -10,28 +10,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from iotsolve.accelerated import Accelerated
 from iotsolve.certificate import Certificate
-from iotsolve.costs import calm
+from iotsolve.costs import Dense, calm
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.marginals import number
+from iotsolve.newton import Newton
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate
 from iotsolve.support import carrying_arcs, separation
-from iotsolve.validation import default_tolerance
+from iotsolve.validation import check_tolerance, default_tolerance
 
 __all__ = ["run", "solve"]
 
-Solver = Sinkhorn | Interior | Exact
+Solver = Sinkhorn | Newton | Interior | Exact
 
 
 def solve(
     problem: Problem,
     solver: Solver | None = None,
     *,
+    tolerance: float | None = None,
     gradient: Gradient | None = None,
     init: Solution | Potentials | None = None,
     throw: bool = True,
@@ -40,8 +43,10 @@ def solve(
 
     Args:
         problem: what to solve; a batch is solved problem by problem, each with its own status and step count.
-        solver: ``Sinkhorn(...)`` for ``epsilon > 0``, ``Exact()`` for ``epsilon = 0``, ``Interior()`` for both; chosen by
-            itself if not given.
+        solver: ``Sinkhorn(...)`` or ``Newton(...)`` for ``epsilon > 0``, ``Exact()`` for ``epsilon = 0``, ``Interior()`` for
+            both; chosen by itself if not given.
+        tolerance: relative error to solve to at ``epsilon > 0`` if no solver is given; by default 1e-8 in float64 and 1e-5 in
+            float32. A solver has its own.
         gradient: how torch outputs are differentiated: ``Envelope()`` (default: the value, exactly), ``Implicit()`` or
             ``Unroll(steps)``.
         init: a solution or potentials of a similar problem to start from (``epsilon > 0``).
@@ -59,8 +64,11 @@ def solve(
         >>> solution.status.name, bool(solution.certificate.holds)
         ('CONVERGED', True)
     """
-    solver = _pick(problem) if solver is None and isinstance(problem, Problem) else solver
-    _check_arguments(problem, solver, gradient, init)
+    if solver is None and isinstance(problem, Problem):
+        check_tolerance(tolerance)
+        solver = Exact() if problem.is_exact else _Automatic(tolerance)
+        tolerance = None
+    _check_arguments(problem, solver, gradient, init, tolerance)
     if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
     given, problem = problem, _attainable(problem)
@@ -85,7 +93,7 @@ def solve(
     if (problem.is_exact and not plan.is_sparse) or _is_stiff(problem, tolerance):
         # nobody else has judged what the solvers claim; a closed form needs no judge
         solution = replace(solution, status=_judged(status, solution.certificate))
-    if bool((contradictory := problem.contradicts_itself()).any()):
+    if not problem.is_checked and bool((contradictory := problem.contradicts_itself()).any()):
         status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
         solution = replace(solution, status=status)
     if throw and not np.all(solution.converged):
@@ -98,13 +106,13 @@ def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Ou
     with calm(problem.cost):
         if isinstance(solver, Sinkhorn):
             return iterate(problem, solver, start)
-        return solver.run(problem, start) if isinstance(solver, _Automatic) else solver.run(problem)
+        return solver.run(problem, start) if isinstance(solver, _Automatic | Newton) else solver.run(problem)
 
 
-def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) -> None:
+def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any, tolerance: Any) -> None:
     for name, value, kinds in (
         ("problem", problem, (Problem,)),
-        ("solver", solver, (Sinkhorn, Interior, Exact, _Automatic)),
+        ("solver", solver, (Sinkhorn, Newton, Interior, Exact, _Automatic)),
         ("gradient", gradient, (Envelope, Implicit, Unroll, type(None))),
         ("init", init, (Solution, Potentials, type(None))),
     ):
@@ -122,10 +130,14 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any) ->
         raise ValueError(
             f"init with solver = {solver}: it has no use for a start. Leave init out, or at epsilon > 0 the solver."
         )
-    if isinstance(solver, Sinkhorn if problem.is_exact else Exact):
+    if tolerance is not None:
+        raise ValueError(
+            f"tolerance = {tolerance!r} beside solver = {solver}: a solver has its own. Pass it there, or leave the solver out."
+        )
+    if isinstance(solver, Sinkhorn | Newton if problem.is_exact else Exact):
         raise ValueError(
             f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0, "
-            "Sinkhorn() epsilon > 0, Interior() both. Change the one or the other, or leave the solver out."
+            "Sinkhorn() and Newton() epsilon > 0, Interior() both. Change the one or the other, or leave the solver out."
         )
 
 
@@ -151,24 +163,27 @@ def _judged(status: Any, certificate: Certificate) -> Any:
     return np.frompyfunc(one, 3, 1)(status, certificate.holds, np.isfinite(certificate.dual))
 
 
-def _pick(problem: Problem) -> Solver:
-    return Exact() if problem.is_exact else _Automatic()
-
-
 @dataclass(frozen=True)
 class _Automatic:
-    """First order while it is quick; what it leaves goes to the interior point where that fits, and back to be finished."""
+    """First order while it is quick; what it leaves goes to second order, or to an interior point where that fits."""
 
     tolerance: float | None = None
     stationary: bool = False
 
     def run(self, problem: Problem, start: Potentials | None) -> Outcome:
         n, m = problem.shape[-2:]
-        if n * m > _FITS:
-            return iterate(problem, Sinkhorn(stationary=self.stationary), start)
-        first = iterate(problem, Sinkhorn(max_steps=_QUICK, stationary=self.stationary), start)
-        second = _continued(problem, first, lambda left, _: Interior(stationary=self.stationary).run(left))
-        return _continued(problem, second, lambda left, p: iterate(left, Sinkhorn(stationary=self.stationary), p))
+        options = {"tolerance": self.tolerance, "stationary": self.stationary}
+        newton, interior = Newton(**options), Interior(**options)
+        if Accelerated.fits(problem):
+            done = Accelerated(self.tolerance).run(problem, start)
+            done = _continued(problem, done, newton.run)
+        elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
+            done = newton.run(problem, start)
+        else:
+            done = iterate(problem, Sinkhorn(max_steps=_QUICK if n * m <= _FITS else 10_000, **options), start)
+        if n * m <= _FITS:
+            done = _continued(problem, done, lambda left, _: interior.run(left))
+        return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(**options), p))
 
 
 _FITS = 10**6  # arcs
@@ -176,7 +191,7 @@ _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 
 
 def _continued(problem: Problem, done: Outcome, go_on: Callable[[Problem, Potentials], Outcome]) -> Outcome:
-    """The outcome with what ran out of steps or stalled taken further."""
+    """The outcome with what has not converged taken further."""
     left = [i for i, status in enumerate(done.status) if status in (Status.MAX_STEPS, Status.STALLED)]
     if not left:
         return done

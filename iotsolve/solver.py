@@ -7,7 +7,7 @@ computed anyway, and never by the size of the step: a small step says nothing ab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch import Tensor
 from iotsolve.marginals import Scalar, number
 from iotsolve.problem import Potentials, Problem
 
-__all__ = ["Outcome", "Status", "iterate", "judge"]
+__all__ = ["Outcome", "Status", "iterate", "judge", "sobered"]
 
 
 class Status(Enum):
@@ -156,6 +156,19 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         if k and (late & (late - 1) == 0 or late % 64 == 0):
             state = method.settle(problem, state)
     raise AssertionError("unreachable: every problem runs out of steps")
+
+
+def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
+    """The outcome, in which nothing has converged whose potentials cannot say so: not finite, or with too few digits."""
+    p, status = outcome.potentials, list(outcome.status)
+    size = float(p.f.abs().max() + p.g.abs().max() + p.lam.abs().max())
+    if size * torch.finfo(p.f.dtype).eps / 2 <= tolerance * number(problem.epsilon):  # of all of them
+        return outcome
+    usable, blunt = _usable(problem, p).tolist(), (_exponent_error(problem, p) > tolerance).tolist()
+    for k, word in enumerate(status):
+        if word is Status.CONVERGED and not (usable[k] and not blunt[k]):
+            status[k] = Status.STALLED if usable[k] else Status.NOT_FINITE
+    return replace(outcome, status=status)
 
 
 _PATIENCE = 30  # checks without progress

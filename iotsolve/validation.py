@@ -202,6 +202,8 @@ def as_weights(name: str, weights: Any, size: int, cost: Cost) -> Tensor:
             f"per {'row' if name == 'a' else 'column'}. Are a and b swapped, or the cost transposed?"
         )
     values = weights.detach()
+    if values.dim() == 1 and float(values.min()) >= 0 and 0 < float(values.sum()) < math.inf:  # the usual, in two looks
+        return weights
     bad = ~(values.isfinite() & (values >= 0))
     if bad.any():
         raise ValueError(
@@ -262,6 +264,8 @@ def _tensor(name: str, x: Any) -> Tensor:
         array = array.astype(np.float64)
     if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if array.flags.writeable:
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
         # Inputs are never written to, so a read-only array is as good as any.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -298,6 +302,13 @@ def common_batch(cost: Cost, a: Tensor, b: Tensor) -> torch.Size:
 
 def _check_totals(problem: Problem) -> None:
     """The intervals in which the total mass must lie, by rows, columns and ``mass``, have to meet."""
+    if problem.mass is None and problem.rows.is_fixed and problem.columns.is_fixed and not problem.batch_shape:
+        asked = [
+            number(side.bounds[0]) * float(weights.detach().double().sum())
+            for weights, side in ((problem.a, problem.rows), (problem.b, problem.columns))
+        ]
+        if max(asked) <= min(asked) * (1 + rounding(problem.dtype)):
+            return
     lows, highs = [], []
     for name, weights, side in (("rows", problem.a, problem.rows), ("columns", problem.b, problem.columns)):
         total = weights.detach().double().sum(-1)

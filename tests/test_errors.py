@@ -160,11 +160,11 @@ MISUSE = {
     "Exact with entropy": (lambda: solve(entropic(), Exact()), r"Exact.*epsilon = 0\.1.*Sinkhorn\(\)"),
     "solver by name": (
         lambda: solve(entropic(), "sinkhorn"),
-        r"solver = 'sinkhorn'.*of type Sinkhorn or Interior or Exact",
+        r"solver = 'sinkhorn'.*of type Sinkhorn or Newton or Interior or Exact",
     ),
     "solver class": (
         lambda: solve(entropic(), Sinkhorn),
-        r"solver = <class.*of type Sinkhorn or Interior or Exact.*without brackets",
+        r"solver = <class.*of type Sinkhorn or Newton or Interior or Exact.*without brackets",
     ),
     "gradient class": (
         lambda: solve(entropic(), gradient=Implicit),

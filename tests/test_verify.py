@@ -350,9 +350,7 @@ ONCE_BROKEN = {
     "a slope where the value is 0": Problem(
         [[0.0], [0.0]], [1.25, 0.35], [1.6], rows=TV(1.0), columns=KL(4.796302302117649)
     ),
-    "a slope that overflows": Problem(
-        [[-1e6, -2e6], [-1e6, -1e6]], [0.5, 0.0], [1.25, 0.0], epsilon=2e4, columns=FREE
-    ),
+    "a slope that overflows": Problem([[-1e6, -2e6], [-1e6, -1e6]], [0.5, 0.0], [1.25, 0.0], epsilon=2e4, columns=FREE),
 }
 
 

@@ -19,7 +19,20 @@ from numba import njit
 
 from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single
 
-__all__ = ["AS_IT_IS", "MATCH", "RESPOND", "TAKE", "WEIGH", "build", "column_sums", "exact_each", "exact_pass", "raise_to", "row_sums", "row_tops", "stored_each", "stored_pass"]
+__all__ = [
+    *("AS_IT_IS", "MATCH", "RESPOND", "SIDE", "TAKE", "WEIGH"),
+    *(
+        "build",
+        "column_sums",
+        "exact_each",
+        "exact_pass",
+        "raise_to",
+        "row_sums",
+        "row_tops",
+        "stored_each",
+        "stored_pass",
+    ),
+]
 
 MATCH, RESPOND, WEIGH, TAKE, AS_IT_IS = range(5)
 """Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``; 1."""

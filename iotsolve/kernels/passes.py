@@ -23,7 +23,16 @@ from iotsolve.kernels.dense import (
 )
 from iotsolve.kernels.threads import each_piece, pieces, summed
 
-__all__ = ["LOG2E", "build_kernel", "highest", "logs", "marginals", "product", "softmin_over_columns", "softmin_over_rows"]
+__all__ = [
+    "LOG2E",
+    "build_kernel",
+    "highest",
+    "logs",
+    "marginals",
+    "product",
+    "softmin_over_columns",
+    "softmin_over_rows",
+]
 
 LOG2E = math.log2(math.e)
 _NONE = np.empty(0)

@@ -20,7 +20,19 @@ from iotsolve.kernels.numeric import exp2_double, log_double
 from iotsolve.kernels.passes import build_kernel, logs
 from iotsolve.kernels.threads import summed
 
-__all__ = ["BROKEN", "CONVERGED", "FAR", "SLOW", "SPENT", "Rules", "mix", "propose", "relax", "relax_alone", "relax_each"]
+__all__ = [
+    "BROKEN",
+    "CONVERGED",
+    "FAR",
+    "SLOW",
+    "SPENT",
+    "Rules",
+    "mix",
+    "propose",
+    "relax",
+    "relax_alone",
+    "relax_each",
+]
 
 WINDOW = 20
 _LOG2E = math.log2(math.e)
@@ -238,7 +250,7 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
     for k in range(first, last):
         for _ in range(_REBUILDS):
             build(cost[k], (np.log(a[k]) + f[k]) * _LOG2E, (np.log(b[k]) + g[k]) * _LOG2E, scale, kernel, 0, n)
-            q[:] = 0.0
+            q[:], found[:] = 0.0, f[k]
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
             ends[k], taken, errors[k], lam[k] = relax(*start, q, found, tolerance, max_steps, slow)
             steps[k] += taken
@@ -260,7 +272,7 @@ _relax_on_threads = FunctionType(relax.py_func.__code__, {**globals(), "_sweep":
 
 def relax_alone(cost, a, b, f, g, lam, rules, scale, kernel, settings):
     """:func:`relax` for one large problem; changes ``f`` and ``g`` in place, returns ``(end, steps, error, lam)``."""
-    q, found, total = np.zeros(len(b)), np.zeros(len(a)), 0
+    q, found, total = np.zeros(len(b)), f.copy(), 0
     with np.errstate(divide="ignore"):
         for _ in range(_REBUILDS):
             build_kernel(cost, logs(a, f), logs(b, g), scale, kernel)
