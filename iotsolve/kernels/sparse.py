@@ -1,0 +1,393 @@
+"""Exact transport on a list of arcs: an assignment by shortest augmenting paths, a plan by the network simplex.
+
+Arcs are kept by rows (``start``, ``column``, ``cost``, as in a CSR matrix). A dense cost comes here as a shortlist of what an optimal
+plan may use, and what was left off is priced afterwards: whoever calls knows by its reduced costs whether it is missed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from iotsolve.kernels.dense import _compiled
+
+__all__ = ["assign", "lowest_arcs", "plant", "settle_flows", "shortlist", "simplex"]
+
+_LANES = 64
+
+
+@_compiled
+def shortlist(cost, f, g, reach, most, column, count, first, last):
+    """The cheapest arcs of some rows: at most ``most`` with ``C_ij - g_j <= f_i + reach``, ``f_i`` being set to the row's minimum.
+
+    Of more, those within a fifth of the reach come first; ties are taken from where the row's number points, so that equal
+    costs make a well-spread list. ``column (n, most)`` and ``count (n,)`` are written.
+    """
+    m = cost.shape[1]
+    reduced, tops = np.empty(m + _LANES), np.empty(_LANES)
+    reduced[m:] = np.inf
+    for i in range(first, last):
+        row = cost[i]
+        for j in range(m):
+            reduced[j] = np.float64(row[j]) - g[j]
+        tops[:] = np.inf
+        for j in range(0, m, _LANES):
+            for lane in range(_LANES):
+                x = reduced[j + lane]
+                tops[lane] = x if x < tops[lane] else tops[lane]
+        low = tops.min()
+        f[i] = low
+        found = 0
+        if low < np.inf:
+            begin = (i * 7919) % m // _LANES * _LANES
+            for share in range(2):
+                above = -np.inf if share == 0 else low + reach / 5
+                upto = low + (reach / 5 if share == 0 else reach)
+                for part in range(2):
+                    lower, upper = (begin, m) if part == 0 else (0, begin)
+                    for j in range(lower, upper, _LANES):
+                        best = np.inf
+                        for lane in range(_LANES):
+                            best = min(best, reduced[j + lane])
+                        if best <= upto:
+                            for k in range(j, min(j + _LANES, m)):
+                                if found < most and reduced[k] <= upto and reduced[k] > above:
+                                    column[i, found] = k
+                                    found += 1
+        count[i] = found
+
+
+@_compiled
+def lowest_arcs(cost, f, columns, row):
+    """For some columns the row in which ``C_ij - f_i`` is least; -1 where there is none."""
+    for k in range(len(columns)):
+        j, best = columns[k], np.inf
+        row[k] = -1
+        for i in range(cost.shape[0]):
+            x = np.float64(cost[i, j]) - f[i]
+            if x < best:
+                best, row[k] = x, i
+
+
+@_compiled
+def assign(start, column, cost, v, row_of, column_of, free, limit):
+    """Match the rows in ``free`` along shortest augmenting paths; all arrays are kept up to date.
+
+    ``v`` are the columns' potentials, at which every matched arc is the cheapest of its row. First every free row takes its
+    cheapest column, whose price falls to what the row would pay elsewhere and whose former row is free again, a few times
+    over (Jonker, Volgenant, Computing 38, 1987); what is left is augmented by Dijkstra's algorithm. Returns how many rows could
+    not be matched: those for which the list has no way.
+    """
+    n, m = len(column_of), len(v)
+    for _ in range(2):
+        waiting, left = free.copy(), 0
+        k, budget = 0, 4 * len(waiting) + 64
+        while k < len(waiting):
+            i = waiting[k]
+            k += 1
+            one, two, best, second = -1, -1, np.inf, np.inf
+            for e in range(start[i], start[i + 1]):
+                x = cost[e] - v[column[e]]
+                if x < best:
+                    second, two, best, one = best, one, x, column[e]
+                elif x < second:
+                    second, two = x, column[e]
+            if one < 0:
+                free[left] = i
+                left += 1
+                continue
+            other, budget = row_of[one], budget - 1
+            if best < second and second < np.inf:
+                v[one] -= second - best
+            elif other >= 0 and two >= 0:
+                one, other = two, row_of[two]
+            row_of[one], column_of[i] = i, one
+            if other >= 0:
+                column_of[other] = -1
+                if best < second and budget > 0:
+                    k -= 1
+                    waiting[k] = other
+                else:
+                    free[left] = other
+                    left += 1
+        free = free[:left].copy()
+        if left == 0:
+            break
+    distance, settled, seen, origin = np.empty(m), np.zeros(m, np.int64), np.zeros(m, np.int64), np.empty(m, np.int64)
+    order = np.empty(m, np.int64)
+    key, heap = np.empty(len(column) + m + 1), np.empty(len(column) + m + 1, np.int64)
+    failed = 0
+    for turn in range(len(free)):
+        mark, size, done, end, shortest = turn + 1, 0, 0, -1, 0.0
+        i, base = free[turn], 0.0
+        own = np.inf
+        for e in range(start[i], start[i + 1]):
+            own = min(own, cost[e] - v[column[e]])
+        base = -own
+        while True:
+            for e in range(start[i], start[i + 1]):  # from row i, which is reached at a distance that base accounts for
+                j = column[e]
+                if settled[j] != mark:
+                    x = cost[e] - v[j] + base
+                    if seen[j] != mark or x < distance[j]:
+                        seen[j], distance[j], origin[j] = mark, x, i
+                        size = _push(key, heap, size, x, j)
+            j = -1
+            while size > 0:
+                x, j = key[0], heap[0]
+                size = _pop(key, heap, size)
+                if settled[j] != mark and x <= distance[j]:
+                    break
+                j = -1
+            if j < 0:
+                break
+            settled[j], shortest = mark, distance[j]
+            if row_of[j] < 0:
+                end = j
+                break
+            order[done] = j
+            done += 1
+            i = row_of[j]
+            matched = np.inf
+            for e in range(start[i], start[i + 1]):
+                if column[e] == j:
+                    matched = cost[e] - v[j]
+            base = shortest - matched
+        if end < 0:
+            failed += 1
+            continue
+        for k in range(done):
+            j = order[k]
+            v[j] += distance[j] - shortest
+        while True:
+            i = origin[end]
+            row_of[end] = i
+            end, column_of[i] = column_of[i], end
+            if i == free[turn]:
+                break
+        if failed > limit:
+            break
+    return failed
+
+
+@_compiled
+def _push(key, heap, size, x, j):
+    k = size
+    while k > 0:
+        above = (k - 1) // 2
+        if key[above] <= x:
+            break
+        key[k], heap[k] = key[above], heap[above]
+        k = above
+    key[k], heap[k] = x, j
+    return size + 1
+
+
+@_compiled
+def _pop(key, heap, size):
+    size -= 1
+    x, j, k = key[size], heap[size], 0
+    while True:
+        child = 2 * k + 1
+        if child >= size:
+            break
+        if child + 1 < size and key[child + 1] < key[child]:
+            child += 1
+        if key[child] >= x:
+            break
+        key[k], heap[k] = key[child], heap[child]
+        k = child
+    key[k], heap[k] = x, j
+    return size
+
+
+@_compiled
+def plant(a, b, tail, head, price, order, dear, flow, parent, arc, depth, child, after, before, pi):
+    """A first tree of the network simplex: arcs in the given order take what both their ends still have.
+
+    Nodes are the rows, the columns and a root; the first ``n + m`` arcs lead between each of them and the root at the price
+    ``dear``, the others are the list's. Every arc that takes something uses up one end, so that no cycle is closed; of a component
+    at most one node has something left, and by this, or by any, it hangs at the root.
+    """
+    n, m = len(a), len(b)
+    nodes = n + m
+    left, component, hanging = np.empty(nodes), np.arange(nodes), np.full(nodes, -1)
+    left[:n], left[n:] = a, b
+    links = np.zeros(len(order), np.int64)
+    used = 0
+    for k in range(len(order)):
+        e = order[k]
+        i, j = tail[e], head[e]
+        if left[i] > 0.0 and left[j] > 0.0:
+            amount = min(left[i], left[j])
+            flow[e] = amount
+            left[i] -= amount
+            left[j] -= amount
+            links[used] = e
+            used += 1
+            one, two = i, j
+            while component[one] != one:
+                one = component[one]
+            while component[two] != two:
+                two = component[two]
+            component[two] = one
+    for u in range(nodes):
+        root = u
+        while component[root] != root:
+            root = component[root]
+        component[u] = root
+        if hanging[root] < 0 or left[u] > 0.0:
+            hanging[root] = u
+    first, second, where = np.full(nodes, -1), np.full(2 * used, -1), np.empty(2 * used, np.int64)
+    for k in range(used):  # the links at every node
+        e = links[k]
+        for end in range(2):
+            u = tail[e] if end == 0 else head[e]
+            where[2 * k + end], second[2 * k + end], first[u] = e, first[u], 2 * k + end
+    child[:], after[:], before[:] = -1, -1, -1
+    parent[nodes], arc[nodes], depth[nodes], pi[nodes] = -1, -1, 0, 0.0
+    stack, size = np.empty(nodes + 1, np.int64), 0
+    for root in range(nodes):
+        u = hanging[root]
+        if component[root] != root or u < 0:
+            continue
+        leaves = u >= n and left[u] > 0.0  # the only arcs from the root: what columns lack
+        tail[u], head[u] = (nodes, u) if leaves else (u, nodes)
+        flow[u], price[u] = left[u], dear
+        parent[u], arc[u], depth[u], pi[u] = nodes, u, 1, dear if leaves else -dear
+        _adopt(nodes, u, child, after, before)
+        stack[0], size = u, 1
+        while size > 0:
+            size -= 1
+            u = stack[size]
+            k = first[u]
+            while k >= 0:
+                e = where[k]
+                w = head[e] if tail[e] == u else tail[e]
+                if e != arc[u]:
+                    parent[w], arc[w], depth[w] = u, e, depth[u] + 1
+                    pi[w] = pi[u] + price[e] if tail[e] == u else pi[u] - price[e]
+                    _adopt(u, w, child, after, before)
+                    stack[size] = w
+                    size += 1
+                k = second[k]
+    for u in range(nodes):  # artificial arcs out of the tree
+        if arc[u] != u:
+            tail[u], head[u] = u, nodes
+            flow[u], price[u] = 0.0, dear
+
+
+@_compiled
+def _adopt(u, w, child, after, before):
+    after[w], before[w] = child[u], -1
+    if child[u] >= 0:
+        before[child[u]] = w
+    child[u] = w
+
+
+@_compiled
+def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, pi, tolerance, max_steps):
+    """Primal network simplex from a tree (:func:`plant`) until no arc of the list is cheaper than its potentials; the pivots taken.
+
+    Differs from textbooks in that no arc has a capacity; blocks of arcs are searched in turn and the cheapest of a block
+    enters; ties are broken so that every arc of the tree without flow leads to the root (Cunningham, Math. Prog. 11, 1976).
+    """
+    nodes = len(parent) - 1
+    count = len(tail) - nodes
+    block = max(64, int(math.sqrt(count)))
+    at, steps, stack = 0, 0, np.empty(nodes + 1, np.int64)
+    while steps < max_steps:
+        enter, least, seen, looked = -1, -tolerance, 0, 0
+        while looked < count:
+            e = nodes + at
+            x = price[e] + pi[tail[e]] - pi[head[e]]
+            if x < least:
+                least, enter = x, e
+            at = at + 1 if at + 1 < count else 0
+            looked += 1
+            seen += 1
+            if seen == block:
+                if enter >= 0:
+                    break
+                seen = 0
+        if enter < 0:
+            break
+        steps += 1
+        s, t = tail[enter], head[enter]
+        u, w = s, t
+        while u != w:
+            if depth[u] > depth[w]:
+                u = parent[u]
+            elif depth[w] > depth[u]:
+                w = parent[w]
+            else:
+                u, w = parent[u], parent[w]
+        join, amount, out, at_tail = u, np.inf, -1, True
+        u = s
+        while u != join:
+            e = arc[u]
+            if tail[e] == u and flow[e] < amount:
+                amount, out = flow[e], u
+            u = parent[u]
+        u = t
+        while u != join:
+            e = arc[u]
+            if tail[e] != u and flow[e] <= amount:
+                amount, out, at_tail = flow[e], u, False
+            u = parent[u]
+        if out < 0:
+            return -1
+        flow[enter] += amount
+        if amount > 0.0:
+            u = s
+            while u != join:
+                e = arc[u]
+                flow[e] += -amount if tail[e] == u else amount
+                u = parent[u]
+            u = t
+            while u != join:
+                e = arc[u]
+                flow[e] += amount if tail[e] == u else -amount
+                u = parent[u]
+        flow[arc[out]] = 0.0
+        shift = least if not at_tail else -least
+        u, above, by = (s, t, enter) if at_tail else (t, s, enter)
+        top = u
+        while True:  # the subtree without its old link, hung at its end of the arc that enters
+            old, link = parent[u], arc[u]
+            if before[u] >= 0:
+                after[before[u]] = after[u]
+            else:
+                child[old] = after[u]
+            if after[u] >= 0:
+                before[after[u]] = before[u]
+            parent[u], arc[u] = above, by
+            _adopt(above, u, child, after, before)
+            if u == out:
+                break
+            above, by, u = u, link, old
+        stack[0], size = top, 1
+        while size > 0:
+            size -= 1
+            u = stack[size]
+            pi[u] += shift
+            depth[u] = depth[parent[u]] + 1
+            w = child[u]
+            while w >= 0:
+                stack[size] = w
+                size += 1
+                w = after[w]
+    return steps
+
+
+@_compiled
+def settle_flows(a, b, tail, head, flow, parent, arc, depth):
+    """The flows of the tree anew from the weights alone, without what pivots have rounded."""
+    n, nodes = len(a), len(parent) - 1
+    excess = np.zeros(nodes + 1)
+    excess[:n], excess[n:nodes] = a, -b
+    for u in np.argsort(depth[:nodes])[::-1]:
+        e = arc[u]
+        flow[e] = excess[u] if tail[e] == u else -excess[u]
+        excess[parent[u]] += excess[u]
