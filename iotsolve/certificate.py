@@ -232,9 +232,10 @@ def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
     """
     problem, identity = plan.problem, Factors.identity(plan.problem)
     fixed = problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None
-    starts = [_linear_correction(plan, p)] if fixed else [identity]
+    there = bool(_exactly(problem, *plan.marginals()).all())
+    starts = [_linear_correction(plan, p)] if fixed and not there else [identity]
     hard = problem.rows.is_hard or problem.columns.is_hard or problem.mass is not None
-    if hard and not fixed and not _exactly(problem, *plan.marginals()).all():
+    if hard and not fixed and not there:
         starts.append(_linear_correction(plan, p))
     best = None
     for start in starts:

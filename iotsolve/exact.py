@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Points
+from iotsolve.costs import Dense, Points
 from iotsolve.interior import interior_point
 from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
+from iotsolve.shortlisted import balanced
 from iotsolve.solver import Outcome, Status
 from iotsolve.validation import check_steps
 
@@ -57,13 +58,40 @@ class Exact:
         matched = _on_a_line(problem) if _is_line(problem) else None
         if matched is not None:
             return matched
+        if (listed := self._shortlisted(problem)) is not None:
+            return listed
         answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
         like = problem.cost.dense()
         plan, f, g = (torch.stack([_tensor(x[k], like) for x in answers]) for k in range(3))
         lam = torch.tensor([x[3] for x in answers], dtype=torch.float64, device=like.device)
         double = problem.to(torch.float64)
         p = _tighten(double, Potentials(f.double(), g.double(), lam))
+        plan = plan.to_sparse().coalesce() if problem.batch_shape[0] == 1 and like.numel() >= _LARGE else plan
         return Outcome(p.to(like.dtype), [x[4] for x in answers], [x[5] for x in answers], plan.to(like.dtype))
+
+    def _shortlisted(self, problem: Problem) -> Outcome | None:
+        """One large balanced problem by a shortlist of its arcs, with a sparse plan; None where that is not the way."""
+        sides = (problem.rows.bounds, problem.columns.bounds)
+        ordinary = problem.mass is None and sides == ((1.0, 1.0), (1.0, 1.0)) and isinstance(problem.cost, Dense)
+        if not (ordinary and problem.batch_shape[0] == 1 and problem.cost.is_compiled):
+            return None
+        cost, a, b = problem.cost.matrix[0].numpy(), problem.a[0].double().numpy(), problem.b[0].double().numpy()
+        rows, columns = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
+        whole = len(rows) == len(a) and len(columns) == len(b)
+        given = cost if whole else np.ascontiguousarray(cost[np.ix_(rows, columns)])
+        low, high = _ends(problem.cost.surveyed().ends, given)
+        found = balanced(given, a[rows], b[columns], low, high, self.max_steps)
+        if found is None:
+            return None
+        f, g = np.zeros(len(a)), np.zeros(len(b))
+        f[rows], g[columns] = found.f, found.g
+        where = np.stack([np.zeros_like(found.rows), rows[found.rows], columns[found.columns]])
+        index, values = torch.from_numpy(where), torch.from_numpy(found.flow)
+        plan = torch.sparse_coo_tensor(index, values, tuple(problem.shape), check_invariants=False).coalesce()
+        p = Potentials(torch.from_numpy(f)[None], torch.from_numpy(g)[None], torch.zeros(1, dtype=torch.float64))
+        if not whole:
+            p = _tighten(problem, p)
+        return Outcome(p.to(problem.dtype), [Status.CONVERGED], [found.steps], plan.to(problem.dtype))
 
     def _one(self, problem: Problem) -> _Answer:
         cost, a, b = (x.cpu().numpy() for x in (problem.cost.dense(), problem.a, problem.b))
@@ -72,7 +100,7 @@ class Exact:
             f, g, lam, plan, steps, status = interior_point(problem)
             return plan, f, g, float(lam), status, steps
         ordinary = problem.mass is None and rows.bounds == columns.bounds == (1.0, 1.0)
-        if ordinary and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0:
+        if ordinary and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0 and cost.size < _LARGE:
             return _assignment(cost, a)
         if ordinary and np.isfinite(cost[np.ix_(a > 0, b > 0)]).all():
             return _network_simplex(cost, a, b, self.max_steps)
@@ -83,6 +111,15 @@ class Exact:
             plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
         return _linear_program(problem, cost, a, b)
+
+
+_LARGE = 2**16  # arcs from which on the simplex has its potentials sooner than Bellman and Ford theirs
+
+
+def _ends(ends: tuple[float, float], cost: np.ndarray) -> tuple[float, float]:
+    """Least and largest finite cost, where the ends of the whole matrix do not say."""
+    low, high = ends
+    return (low, high) if math.isfinite(high) else (low, float(cost[np.isfinite(cost)].max(initial=low)))
 
 
 def _is_line(problem: Problem) -> bool:

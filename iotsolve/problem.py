@@ -337,11 +337,9 @@ class Problem:
         value = self.dual_sides(p)
         if not self.is_exact:
             return value + self.dual_entropy(p)
-        excess = torch.full_like(p.lam, -math.inf)
-        for rows, block in self.cost.blocks():
-            slack, allowed = block.slack(p.f[..., rows] + p.lam.unsqueeze(-1), p.g)
-            used = allowed & (self.a[..., rows] > 0).unsqueeze(-1) & (self.b > 0).unsqueeze(-2)
-            excess = torch.maximum(excess, torch.where(used, slack, -math.inf).amax((-2, -1)))
+        ceiling = self.cost.reduced_min(p.g + p.lam.unsqueeze(-1), self.b, axis=-1)
+        reached = (self.a > 0) & ceiling.isfinite() & p.f.isfinite()
+        excess = torch.where(reached, p.f - torch.where(reached, ceiling, 0.0), -math.inf).amax(-1)
         rounding = 64 * torch.finfo(p.f.dtype).eps * (p.f.abs().amax(-1) + p.g.abs().amax(-1) + p.lam.abs())
         return torch.where(excess <= rounding, value, -math.inf)
 

@@ -90,9 +90,11 @@ def solve(
         plan = plan[0].coalesce() if plan.is_sparse else plan.reshape(problem.shape)
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
-    if (problem.is_exact and not plan.is_sparse) or _is_stiff(problem, tolerance):
+    if (problem.is_exact and isinstance(problem.cost, Dense)) or _is_stiff(problem, tolerance):
         # nobody else has judged what the solvers claim; a closed form needs no judge
-        solution = replace(solution, status=_judged(status, solution.certificate))
+        judgement = solution.certificate
+        solution = replace(solution, status=_judged(status, judgement))
+        solution.__dict__["certificate"] = judgement  # once computed
     if not problem.is_checked and bool((contradictory := problem.contradicts_itself()).any()):
         status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
         solution = replace(solution, status=status)

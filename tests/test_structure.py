@@ -20,7 +20,7 @@ ORDER = (
     ("solver",),
     ("sinkhorn", "plans"),
     ("accelerated",),
-    ("newton", "interior"),
+    ("newton", "interior", "shortlisted"),
     ("exact",),
     ("gradient", "certificate"),
     ("solution",),

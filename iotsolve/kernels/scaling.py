@@ -200,10 +200,10 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
         _sweep(kernel, v, rule, a, base, f0, rules.rows, lam, y, u, sums)
         moved, before, after = propose(sums, x[:m], g0, log_b, rules.columns, r[:m])
         steps += 1
-        error = moved / before
+        error = moved / before if before > 0.0 else math.inf
         if mass > 0.0:
             error += abs(before - mass) / mass
-            r[m] = math.log(mass / after)
+            r[m] = math.log(mass / after) if after > 0.0 else 0.0
         if not error < math.inf:
             return BROKEN, steps, best, best_lam
         if error < best:
@@ -273,14 +273,16 @@ _relax_on_threads = FunctionType(relax.py_func.__code__, {**globals(), "_sweep":
 def relax_alone(cost, a, b, f, g, lam, rules, scale, kernel, settings):
     """:func:`relax` for one large problem; changes ``f`` and ``g`` in place, returns ``(end, steps, error, lam)``."""
     q, found, total = np.zeros(len(b)), f.copy(), 0
+    tolerance, max_steps, slow = settings
     with np.errstate(divide="ignore"):
         for _ in range(_REBUILDS):
             build_kernel(cost, logs(a, f), logs(b, g), scale, kernel)
             q[:] = 0.0
-            end, steps, error, lam = _relax_on_threads(kernel, a, b, f, g, rules, lam, q, found, *settings)
+            limits = tolerance, max_steps - total, slow
+            end, steps, error, lam = _relax_on_threads(kernel, a, b, f, g, rules, lam, q, found, *limits)
             total += steps
             f[:] = np.where(a > 0.0, found, f)
             g += q
-            if end != FAR:
+            if end != FAR or total >= max_steps:
                 break
     return end, total, error, lam

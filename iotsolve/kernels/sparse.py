@@ -1,7 +1,7 @@
 """Exact transport on a list of arcs: an assignment by shortest augmenting paths, a plan by the network simplex.
 
-Arcs are kept by rows (``start``, ``column``, ``cost``, as in a CSR matrix). A dense cost comes here as a shortlist of what an optimal
-plan may use, and what was left off is priced afterwards: whoever calls knows by its reduced costs whether it is missed.
+Arcs are kept by rows (``start``, ``column``, ``cost``, as in a CSR matrix). A dense cost comes here as a shortlist of what an
+optimal plan may use, and what was left off is priced afterwards: whoever calls knows by its reduced costs whether it is missed.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import numpy as np
 
 from iotsolve.kernels.dense import _compiled
 
-__all__ = ["assign", "lowest_arcs", "plant", "settle_flows", "shortlist", "simplex"]
+__all__ = ["assign", "lowest_arcs", "plant", "reprice", "settle_flows", "shortlist", "simplex"]
 
 _LANES = 64
 
 
 @_compiled
-def shortlist(cost, f, g, reach, most, column, count, first, last):
-    """The cheapest arcs of some rows: at most ``most`` with ``C_ij - g_j <= f_i + reach``, ``f_i`` being set to the row's minimum.
+def shortlist(cost, rows, f, g, reach, most, column, count, first, last):
+    """The cheapest arcs of ``rows[first:last]``: at most ``most`` with ``C_ij - g_j <= f_i + reach_i``, ``f_i`` the least.
 
     Of more, those within a fifth of the reach come first; ties are taken from where the row's number points, so that equal
-    costs make a well-spread list. ``column (n, most)`` and ``count (n,)`` are written.
+    costs make a well-spread list. ``f``, ``column (k, most)`` and ``count (k,)`` are written, in the order of ``rows``.
     """
     m = cost.shape[1]
     reduced, tops = np.empty(m + _LANES), np.empty(_LANES)
     reduced[m:] = np.inf
-    for i in range(first, last):
+    for at in range(first, last):
+        i = rows[at]
         row = cost[i]
         for j in range(m):
             reduced[j] = np.float64(row[j]) - g[j]
@@ -37,25 +38,27 @@ def shortlist(cost, f, g, reach, most, column, count, first, last):
                 x = reduced[j + lane]
                 tops[lane] = x if x < tops[lane] else tops[lane]
         low = tops.min()
-        f[i] = low
+        f[at] = low
         found = 0
         if low < np.inf:
-            begin = (i * 7919) % m // _LANES * _LANES
+            begin = (i * 7919) % m
             for share in range(2):
-                above = -np.inf if share == 0 else low + reach / 5
-                upto = low + (reach / 5 if share == 0 else reach)
+                above = -np.inf if share == 0 else low + reach[at] / 5
+                upto = low + (reach[at] / 5 if share == 0 else reach[at])
                 for part in range(2):
                     lower, upper = (begin, m) if part == 0 else (0, begin)
-                    for j in range(lower, upper, _LANES):
-                        best = np.inf
+                    for j in range(lower // _LANES * _LANES, upper, _LANES):
+                        if found == most:
+                            break
+                        within = 0
                         for lane in range(_LANES):
-                            best = min(best, reduced[j + lane])
-                        if best <= upto:
-                            for k in range(j, min(j + _LANES, m)):
+                            within += np.int32(1) if reduced[j + lane] <= upto else np.int32(0)
+                        if within > 0:
+                            for k in range(max(j, lower), min(j + _LANES, upper)):
                                 if found < most and reduced[k] <= upto and reduced[k] > above:
-                                    column[i, found] = k
+                                    column[at, found] = k
                                     found += 1
-        count[i] = found
+        count[at] = found
 
 
 @_compiled
@@ -71,18 +74,20 @@ def lowest_arcs(cost, f, columns, row):
 
 
 @_compiled
-def assign(start, column, cost, v, row_of, column_of, free, limit):
+def assign(start, column, cost, v, row_of, column_of, free, dear, budget):
     """Match the rows in ``free`` along shortest augmenting paths; all arrays are kept up to date.
 
     ``v`` are the columns' potentials, at which every matched arc is the cheapest of its row. First every free row takes its
     cheapest column, whose price falls to what the row would pay elsewhere and whose former row is free again, a few times
     over (Jonker, Volgenant, Computing 38, 1987); what is left is augmented by Dijkstra's algorithm. Returns how many rows could
-    not be matched: those for which the list has no way.
+    not be matched, since the list has no way for them: then the potentials are moved as if there had been one that costs
+    ``dear`` more than the farthest column in reach, by which pricing finds the arcs that the list lacks. Or -1, if more than
+    ``budget`` arcs would have been looked at: where very many are equally cheap, a path visits most columns.
     """
-    n, m = len(column_of), len(v)
+    m = len(v)
     for _ in range(2):
         waiting, left = free.copy(), 0
-        k, budget = 0, 4 * len(waiting) + 64
+        k, displaced = 0, 4 * len(waiting) + 64
         while k < len(waiting):
             i = waiting[k]
             k += 1
@@ -97,7 +102,7 @@ def assign(start, column, cost, v, row_of, column_of, free, limit):
                 free[left] = i
                 left += 1
                 continue
-            other, budget = row_of[one], budget - 1
+            other, displaced = row_of[one], displaced - 1
             if best < second and second < np.inf:
                 v[one] -= second - best
             elif other >= 0 and two >= 0:
@@ -105,7 +110,7 @@ def assign(start, column, cost, v, row_of, column_of, free, limit):
             row_of[one], column_of[i] = i, one
             if other >= 0:
                 column_of[other] = -1
-                if best < second and budget > 0:
+                if best < second and displaced > 0:
                     k -= 1
                     waiting[k] = other
                 else:
@@ -126,13 +131,19 @@ def assign(start, column, cost, v, row_of, column_of, free, limit):
             own = min(own, cost[e] - v[column[e]])
         base = -own
         while True:
+            budget -= start[i + 1] - start[i]
             for e in range(start[i], start[i + 1]):  # from row i, which is reached at a distance that base accounts for
                 j = column[e]
                 if settled[j] != mark:
                     x = cost[e] - v[j] + base
                     if seen[j] != mark or x < distance[j]:
                         seen[j], distance[j], origin[j] = mark, x, i
+                        if x <= shortest and row_of[j] < 0:  # no other column can be nearer
+                            end = j
+                            break
                         size = _push(key, heap, size, x, j)
+            if end >= 0:
+                break
             j = -1
             while size > 0:
                 x, j = key[0], heap[0]
@@ -142,6 +153,8 @@ def assign(start, column, cost, v, row_of, column_of, free, limit):
                 j = -1
             if j < 0:
                 break
+            if budget < 0:
+                return -1
             settled[j], shortest = mark, distance[j]
             if row_of[j] < 0:
                 end = j
@@ -156,18 +169,18 @@ def assign(start, column, cost, v, row_of, column_of, free, limit):
             base = shortest - matched
         if end < 0:
             failed += 1
-            continue
+            shortest += dear
         for k in range(done):
             j = order[k]
             v[j] += distance[j] - shortest
+        if end < 0:
+            continue
         while True:
             i = origin[end]
             row_of[end] = i
             end, column_of[i] = column_of[i], end
             if i == free[turn]:
                 break
-        if failed > limit:
-            break
     return failed
 
 
@@ -207,8 +220,8 @@ def plant(a, b, tail, head, price, order, dear, flow, parent, arc, depth, child,
     """A first tree of the network simplex: arcs in the given order take what both their ends still have.
 
     Nodes are the rows, the columns and a root; the first ``n + m`` arcs lead between each of them and the root at the price
-    ``dear``, the others are the list's. Every arc that takes something uses up one end, so that no cycle is closed; of a component
-    at most one node has something left, and by this, or by any, it hangs at the root.
+    ``dear``, the others are the list's. Every arc that takes something uses up one end, so that no cycle is closed; of a
+    component at most one node has something left, and by this, or by any, it hangs at the root.
     """
     n, m = len(a), len(b)
     nodes = n + m
@@ -288,7 +301,7 @@ def _adopt(u, w, child, after, before):
 
 @_compiled
 def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, pi, tolerance, max_steps):
-    """Primal network simplex from a tree (:func:`plant`) until no arc of the list is cheaper than its potentials; the pivots taken.
+    """Primal network simplex from a tree (:func:`plant`) until no arc of the list is cheaper than its potentials; its pivots.
 
     Differs from textbooks in that no arc has a capacity; blocks of arcs are searched in turn and the cheapest of a block
     enters; ties are broken so that every arc of the tree without flow leads to the root (Cunningham, Math. Prog. 11, 1976).
@@ -302,7 +315,7 @@ def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, p
         while looked < count:
             e = nodes + at
             x = price[e] + pi[tail[e]] - pi[head[e]]
-            if x < least:
+            if x < least and arc[tail[e]] != e and arc[head[e]] != e:  # in the tree it is 0 but for rounding
                 least, enter = x, e
             at = at + 1 if at + 1 < count else 0
             looked += 1
@@ -379,6 +392,26 @@ def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, p
                 size += 1
                 w = after[w]
     return steps
+
+
+@_compiled
+def reprice(tail, price, parent, arc, child, after, pi, dear):
+    """The potentials anew where an artificial arc costs ``dear``."""
+    nodes = len(parent) - 1
+    price[:nodes] = dear
+    stack, size = np.empty(nodes + 1, np.int64), 1
+    stack[0], pi[nodes] = nodes, 0.0
+    while size > 0:
+        size -= 1
+        u = stack[size]
+        if u < nodes:
+            e = arc[u]
+            pi[u] = pi[parent[u]] - price[e] if tail[e] == u else pi[parent[u]] + price[e]
+        w = child[u]
+        while w >= 0:
+            stack[size] = w
+            size += 1
+            w = after[w]
 
 
 @_compiled
