@@ -69,7 +69,8 @@ def test_every_marginal_is_drawn():
 def test_the_dual_at_the_potentials_of_the_reference_is_its_value(problem):
     found = reference(problem)
     dual = dual_objective(problem, found.f, found.g, found.lam)
-    assert abs(dual - found.value) <= 1e-6 * found.scale + rounding(problem)
+    digits = 1e3 * rounding(problem)  # nine of what the value is the difference of, which may be 0
+    assert abs(dual - found.value) <= 1e-6 * found.scale + digits
 
 
 QUADRATIC = {
