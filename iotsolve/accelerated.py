@@ -9,7 +9,7 @@ second order to take over.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from iotsolve.costs import Dense
 from iotsolve.marginals import number
-from iotsolve.problem import Potentials, Problem
+from iotsolve.plans import plan_of
+from iotsolve.problem import Potentials, Problem, in_double
 from iotsolve.sinkhorn import answered
-from iotsolve.solver import Outcome, Status, sobered
+from iotsolve.solver import Outcome, Status, judge, sobered
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["Accelerated"]
@@ -56,14 +57,22 @@ class Accelerated:
         lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
         return isinstance(problem.cost, Dense) and problem.cost.is_compiled and None not in lines
 
+    def _threshold(self, problem: Problem) -> float:
+        return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
+
+    def within_reach(self, problem: Problem) -> Accelerated:
+        """This solver, to the tolerance that its kernel's precision allows: large kernels are kept in float32."""
+        tolerance = self._threshold(problem)
+        return self if _stays_in_cache(problem) else replace(self, tolerance=max(tolerance, _SINGLE))
+
     def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
         """Solve every problem of a detached flat batch."""
-        from iotsolve.kernels import scaling  # numba is imported where it runs
+        from iotsolve.kernels import scaling, workspace  # numba is imported where it runs
 
-        tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
+        tolerance = self._threshold(problem)
         eps, cost = number(problem.epsilon), problem.cost.matrix.numpy()
         count, n, m = cost.shape
-        wide = tolerance < _SINGLE and n * m <= _STAYS_IN_CACHE
+        wide = tolerance < _SINGLE and _stays_in_cache(problem)
         aim = max(tolerance / 4, 0.0 if wide else _SINGLE / 4)
         a, b = _doubles(problem.a), _doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
@@ -77,23 +86,39 @@ class Accelerated:
 
             each_piece(count, cost.size, lambda k, first, last: scaling.relax_each(*shared, first, last))
         else:
-            kernel = np.empty((n, m), kernel_type)
-            for k in range(count):
-                given = (cost[k], a[k], b[k], f[k], g[k], lam[k], rules, scale, kernel)
-                ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(*given, (aim, self.max_steps, self.slow))
+            with workspace.borrow((n, m), kernel_type) as kernel:
+                for k in range(count):
+                    given = (cost[k], a[k], b[k], f[k], g[k], lam[k], rules, scale, kernel)
+                    ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(*given, (aim, self.max_steps, self.slow))
         f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
-        words = {scaling.BROKEN: Status.NOT_FINITE, scaling.SLOW: Status.STALLED}
+        left = (scaling.BROKEN, scaling.SLOW)
         status = [
-            Status.CONVERGED if error <= tolerance / 2 else words.get(end, Status.MAX_STEPS)
+            Status.CONVERGED if error <= tolerance / 2 else Status.STALLED if end in left else Status.MAX_STEPS
             for end, error in zip(ends.tolist(), errors.tolist(), strict=True)
         ]
+        if any(0 < side.recession < math.inf for side in (problem.rows, problem.columns)):
+            status = _priced(problem, p, status, tolerance)
         return sobered(problem, Outcome(p, status, steps.tolist()), tolerance)
 
 
 _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
-_STAYS_IN_CACHE = 2**19  # entries of a kernel in float64
+_CACHED = 2**19  # entries of a kernel in float64
 _REACH = 60.0  # cost ranges in epsilons that exponentials in float32 span
+
+
+def _stays_in_cache(problem: Problem) -> bool:
+    """Whether a kernel in float64 costs little more to read than one in float32."""
+    n, m = problem.shape[-2:]
+    return n * m <= _CACHED
+
+
+def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: float) -> list[Status]:
+    """The status where a marginal's error has a price of its own, by which a small one may cost much."""
+    double = in_double(problem)
+    error, dual, _ = judge(double, p.to(torch.float64), *plan_of(double, p).marginals(), stationary=False)
+    dear = ~((error <= tolerance / 2) & dual.isfinite())
+    return [Status.STALLED if x is Status.CONVERGED and bad else x for x, bad in zip(status, dear.tolist(), strict=True)]
 
 
 def _doubles(x: Tensor) -> np.ndarray:

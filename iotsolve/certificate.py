@@ -146,7 +146,10 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     gap = torch.where(feasible & sane, gap.clamp(min=0.0), math.inf)
     # dual + gap has the better digits near the optimum, and none where the gap dwarfs the value it should lead back to
     close = sane & (gap <= 1e-6 * dual.abs())
-    primal = dual + gap if bool((close | ~feasible).all()) else torch.where(close, dual + gap, _primal(plan, rounded))
+    if rounded is None or bool((close | ~feasible).all()):
+        primal = dual + gap
+    else:
+        primal = torch.where(close, dual + gap, _primal(plan, rounded))
     primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
     rounding_error = 16 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
     numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
@@ -278,8 +281,8 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
         r, c = a, c + plan.times_back(scale_r - 1)
     elif fixed[1]:
         r, c = r + plan.times(scale_c - 1), b
-    gap = first + problem.side_gaps(r, c, p)
-    return (None, gap.isfinite(), gap) if gap.isfinite().all() else None
+    gap = first + problem.side_gaps(r, c, p)  # first order in the violation where the other side has a price for it
+    return (None, gap.isfinite(), gap) if (gap <= enough).all() else None
 
 
 _RESOLVED = 1e-5  # violation from which on corrections need float64

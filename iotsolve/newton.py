@@ -58,7 +58,7 @@ class DualSystem:
         keep_u, keep_v = self.keep_rows.to(rows.dtype), self.keep_columns.to(rows.dtype)
         r, c = self.plan.marginals() if isinstance(self.plan, Plan) else (self.plan.sum(-1), self.plan.sum(-2))
         inverse = keep_u / torch.where(self.keep_rows, self.row_diagonal, 1.0)
-        diagonal = torch.where(self.keep_columns, self.column_diagonal, 1.0)
+        diagonal = torch.where(self.keep_columns, self._diagonal(inverse, r, c), 1.0)
         border = corner = None
         right = keep_v * (columns - self._times_back(inverse * rows))
         if self.with_mass:
@@ -78,6 +78,16 @@ class DualSystem:
         v, w = (x[..., :-1], x[..., -1]) if self.with_mass else (x, torch.zeros_like(mass))
         v = v * keep_v
         return inverse * (rows - self._times(v) - r * w.unsqueeze(-1)), v, w
+
+    def _diagonal(self, inverse: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        """Of the system with its rows eliminated, ``S - sum_i P_ij^2 / R_i``, summed from terms that are not negative."""
+        if isinstance(self.plan, Plan):
+            spread = self.plan.spread(inverse, self.row_diagonal)
+        else:
+            spread = (self.plan * inverse.unsqueeze(-1) * (self.row_diagonal.unsqueeze(-1) - self.plan)).sum(-2)
+        held = c - self._times_back(inverse * self.row_diagonal)  # by rows that do not move
+        own = (self.column_diagonal - c).clamp(min=0.0) + held.clamp(min=0.0) + spread
+        return torch.maximum(own, 1e-8 * self.column_diagonal)
 
     def _normal(self, w: Tensor, v: Tensor) -> Tensor:
         return self._times_back(w * self._times(v))
@@ -207,15 +217,19 @@ class Newton:
         here = _Point.at(problem, swept(problem, p) if cold else p)
         if here.error > _FAR and not cold:
             here = _Point.at(problem, swept(problem, p))
-        best, status = here, Status.MAX_STEPS
+        best, status, trail = here, Status.MAX_STEPS, []
         for step in range(self.max_steps + 1):
             if here.error < best.error:
                 best = here
+            trail.append(best.error)
             if not math.isfinite(here.error):
                 status = Status.NOT_FINITE
             elif best.error <= tolerance / 2:
                 status = Status.CONVERGED
             if status is not Status.MAX_STEPS or step == self.max_steps:
+                break
+            if step >= _PATIENCE and trail[-1] > 0.7 * trail[-1 - _PATIENCE]:
+                status = Status.STALLED
                 break
             fresh = here.newton(tolerance)
             if fresh is None:
@@ -245,6 +259,7 @@ class _Point:
         plan = plan_of(problem, p)
         r, c = plan.marginals()
         error, dual, scale = (float(x) for x in judge(problem, p, r, c, stationary=True))
+        error = error if math.isfinite(dual) and math.isfinite(scale) else math.inf
         return cls(problem, p, plan, r, c, error, dual, scale)
 
     def improves(self, other: _Point) -> bool:
@@ -288,6 +303,7 @@ class _Point:
         return None
 
 
+_PATIENCE = 10  # steps that must take the error somewhere
 _LONGEST = 40.0  # of a step, in epsilons
 _TRIES = 4
 _FAR = 1e-2  # error from which on rows are made exact after a step: the dual in the columns' potentials alone is tamer

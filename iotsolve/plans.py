@@ -169,15 +169,31 @@ class Plan:
             chunk.add_times_back(c, u)
         return c
 
+    def spread(self, w: Tensor, rows: Tensor) -> Tensor:
+        """``sum_i P_ij w_i (rows_i - P_ij)``, shape ``(B, m)``: what leaves a column's rows by another one."""
+        c = torch.zeros_like(self.problem.b)
+        for chunk in self.read():
+            chunk.add_columns(c, chunk.values * chunk.rows(w) * (chunk.rows(rows) - chunk.values))
+        return c
+
+
+class _Copy:
+    """An array in a borrowed buffer, which goes back when nobody reads the plan any more."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type) -> None:
+        from iotsolve.kernels import workspace
+
+        self.values = workspace.lend_to(self, shape, dtype)
+
 
 @dataclass(frozen=True)
 class StoredPlan(Plan):
-    """The plan of a dense cost on a CPU: its marginals in float64, its products from a copy in float32, both compiled.
+    """The plan of a dense cost on a CPU: its marginals in float64, its products from a copy, in float32 if large; compiled.
 
-    The products are for what is small already, corrections and directions; their relative error is that of float32.
+    The products are for what is small already, corrections and directions; their relative error is that of the copy.
     """
 
-    kept: np.ndarray
+    copy: _Copy
     sums: tuple[Tensor, Tensor]
 
     @classmethod
@@ -189,15 +205,15 @@ class StoredPlan(Plan):
         lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
         alpha = passes.logs(problem.a.double().numpy(), lifted)
         beta = passes.logs(problem.b.double().numpy(), p.g.double().numpy() / eps)
-        kept = np.empty(cost.shape, np.float32)
-        r, c = passes.marginals(cost, alpha, beta, passes.LOG2E / eps, kept)
+        copy = _Copy(cost.shape, np.float64 if cost[0].size <= _KEPT_DOUBLE else np.float32)
+        r, c = passes.marginals(cost, alpha, beta, passes.LOG2E / eps, copy.values)
         sums = torch.from_numpy(r), torch.from_numpy(c)
 
         def read() -> Iterator[Chunk]:
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values.double(), cost.dense(), part) for (part, values), (_, cost) in blocks)
 
-        return cls(problem, read, kept, sums)
+        return cls(problem, read, copy, sums)
 
     @property
     def _marginals(self) -> tuple[Tensor, Tensor]:
@@ -212,7 +228,7 @@ class StoredPlan(Plan):
         """``P v`` with ``P' (w P v)``, or with ``P' w`` if that is ``as_given``."""
         from iotsolve.kernels import passes
 
-        return passes.product(self.kept, v, w, as_given=as_given)
+        return passes.product(self.copy.values, v, w, as_given=as_given)
 
     def times(self, v: Tensor) -> Tensor:
         nothing = np.zeros(tuple(self.sums[0].shape))
@@ -221,6 +237,14 @@ class StoredPlan(Plan):
     def times_back(self, u: Tensor) -> Tensor:
         nothing = np.zeros(tuple(self.sums[1].shape))
         return torch.from_numpy(self.product(u.numpy(), nothing, as_given=True)[1])
+
+    def spread(self, w: Tensor, rows: Tensor) -> Tensor:
+        from iotsolve.kernels import passes
+
+        return torch.from_numpy(passes.spread(self.copy.values, w.numpy(), rows.numpy()))
+
+
+_KEPT_DOUBLE = 2**19  # entries of a plan that is copied in float64
 
 
 def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None) -> Plan:

@@ -209,6 +209,12 @@ class Problem:
         object.__setattr__(problem, "forgiven", self.forgiven)  # in the precision of what was given
         return problem
 
+    def with_epsilon(self, epsilon: float) -> Problem:
+        """The same problem at another epsilon, unvalidated."""
+        problem = self._viewed(self.tensors())
+        object.__setattr__(problem, "epsilon", epsilon)
+        return problem
+
     def detach(self) -> Problem:
         named = self.tensors()
         if not any(x.requires_grad for x in named.values()):

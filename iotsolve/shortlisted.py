@@ -85,7 +85,7 @@ def balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: f
 
 def _potentials(cost: np.ndarray, a: np.ndarray, b: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Loose entropic potentials ``f, g`` at an epsilon small enough that few arcs matter, and the reach that goes with it."""
-    from iotsolve.kernels import passes, scaling, sparse
+    from iotsolve.kernels import passes, scaling, sparse, workspace
 
     n, m = cost.shape
     f, g = np.zeros(n), np.zeros(m)
@@ -95,7 +95,7 @@ def _potentials(cost: np.ndarray, a: np.ndarray, b: np.ndarray, spread: float) -
         f = -passes.highest(cost, g, 1.0, axis=-1)
         return f, -passes.highest(cost, f, 1.0, axis=-2), magnitude or 1.0
     fixed = (1.0, -math.inf, 0.0, 0.0, 0.0)
-    rules, kernel = scaling.Rules(fixed, fixed, 0.0, 0.0, 0.0), np.empty((n, m), np.float32)
+    rules = scaling.Rules(fixed, fixed, 0.0, 0.0, 0.0)
     lowest, columns, count = np.empty(len(sample)), np.empty((len(sample), m), np.int32), np.empty(len(sample))
     a, b = a / a.sum(), b / b.sum()
     first = epsilon = _FIRST * min(spread, typical)
@@ -104,7 +104,8 @@ def _potentials(cost: np.ndarray, a: np.ndarray, b: np.ndarray, spread: float) -
     for _ in range(_LEVELS):
         u, v = f / epsilon, g / epsilon
         settings = _LOOSE, _SWEEPS, 1.0
-        end, *_ = scaling.relax_alone(cost, a, b, u, v, 0.0, rules, passes.LOG2E / epsilon, kernel, settings)
+        with workspace.borrow((n, m), np.float32) as kernel:
+            end, *_ = scaling.relax_alone(cost, a, b, u, v, 0.0, rules, passes.LOG2E / epsilon, kernel, settings)
         if end == scaling.BROKEN or not (np.isfinite(u).all() and np.isfinite(v).all()):
             break
         f, g = epsilon * u, epsilon * v

@@ -90,7 +90,8 @@ def solve(
         plan = plan[0].coalesce() if plan.is_sparse else plan.reshape(problem.shape)
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
-    if (problem.is_exact and isinstance(problem.cost, Dense)) or _is_stiff(problem, tolerance):
+    doubtful = not np.all(solution.converged) and not (isinstance(solver, Exact) or solver.stationary)
+    if (problem.is_exact and isinstance(problem.cost, Dense)) or _is_stiff(problem, tolerance) or doubtful:
         # nobody else has judged what the solvers claim; a closed form needs no judge
         judgement = solution.certificate
         solution = replace(solution, status=_judged(status, judgement))
@@ -156,7 +157,7 @@ def _judged(status: Any, certificate: Certificate) -> Any:
     """The status, in which CONVERGED needs a certificate, and a certificate outweighs steps that ran out."""
 
     def one(word: Status, holds: bool, finite: bool) -> Status:
-        if holds and word is Status.MAX_STEPS:
+        if holds and word in (Status.MAX_STEPS, Status.STALLED):
             return Status.CONVERGED
         if holds or word is not Status.CONVERGED:
             return word
@@ -177,17 +178,44 @@ class _Automatic:
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
         newton, interior = Newton(**options), Interior(**options)
         if Accelerated.fits(problem):
-            done = Accelerated(self.tolerance).run(problem, start)
+            asked = Accelerated(self.tolerance)
+            quick = asked.within_reach(problem)
+            done = quick.run(problem, start)
+            done = _continued(problem, done, lambda left, _: quick.run(left, _annealed(left)))
+            if quick != asked:  # there is more to do for all
+                done = replace(done, status=[_MORE.get(word, word) for word in done.status])
             done = _continued(problem, done, newton.run)
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
-            done = newton.run(problem, start)
+            done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
             done = iterate(problem, Sinkhorn(max_steps=_QUICK if n * m <= _FITS else 10_000, **options), start)
         if n * m <= _FITS:
             done = _continued(problem, done, lambda left, _: interior.run(left))
-        return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(**options), p))
+        sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
+        return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(max_steps=sweeps, **options), p))
 
 
+_MORE = {Status.CONVERGED: Status.MAX_STEPS}
+
+
+def _annealed(problem: Problem) -> Potentials | None:
+    """Loose potentials at the problem's epsilon, by way of larger ones; None where it is large already."""
+    target = number(problem.epsilon)
+    top = _TOP * float(problem.cost.between(problem.a > 0, problem.b > 0).range().max())
+    count = math.ceil(math.log(top / target) / math.log(_RATIO)) if top > target else 0
+    p = None
+    for k in range(count, -1 if count else 0, -1):
+        rung = problem.with_epsilon(target * (top / target) ** (k / count))
+        rough = Accelerated(_ROUGH, max_steps=32, slow=1.0) if Accelerated.fits(rung) else Newton(_ROUGH, max_steps=8)
+        found = rough.run(rung, p).potentials
+        if not all(bool(x.isfinite().all()) for x in (found.f, found.g, found.lam)):
+            break
+        p = found
+    return p
+
+
+_TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # largest epsilon in cost ranges, ratio of successive ones, their tolerance
+_LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 

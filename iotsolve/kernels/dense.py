@@ -28,7 +28,7 @@ __all__ = [
         "exact_pass",
         "raise_to",
         "row_sums",
-        "row_tops",
+        "row_tops", "spread_pass",
         "stored_each",
         "stored_pass",
     ),
@@ -188,6 +188,17 @@ def stored_each(kernel, v, rule, w, y, columns, first, last):
         for j in range(m):
             single[j] = v[k, j]
         stored_pass(kernel[k], single, rule, w[k], none, none, SIDE, 0.0, y[k], u, columns[k], 0, n)
+
+
+@_compiled
+def spread_pass(kernel, w, rows, columns, first, last):
+    """``columns_j += sum_i K_ij w_i (rows_i - K_ij)`` over some rows."""
+    m = kernel.shape[1]
+    for i in range(first, last):
+        row, share, whole = kernel[i], w[i], rows[i]
+        for j in range(m):
+            x = np.float64(row[j])
+            columns[j] += x * share * (whole - x)
 
 
 @_compiled

@@ -18,6 +18,7 @@ from iotsolve.kernels.dense import (
     raise_to,
     row_sums,
     row_tops,
+    spread_pass,
     stored_each,
     stored_pass,
 )
@@ -77,6 +78,16 @@ def product(kernel: np.ndarray, v: np.ndarray, w: np.ndarray, *, as_given: bool)
     columns = np.zeros((count, m))
     each_piece(count, kernel.size, lambda k, first, last: stored_each(kernel, v, rule, w, y, columns, first, last))
     return y, columns
+
+
+def spread(kernel: np.ndarray, w: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``sum_i K_ij w_i (rows_i - K_ij)`` of a batch, ``(B, m)``."""
+    count, n, m = kernel.shape
+
+    def one(k: int) -> np.ndarray:
+        return summed(n, m, n * m, lambda total, *part: spread_pass(kernel[k], w[k], rows[k], total, *part))
+
+    return np.stack([one(k) for k in range(count)])
 
 
 def softmin_over_columns(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:

@@ -85,6 +85,13 @@ def propose(columns, q, known, log_b, side, change):
 
 
 @_compiled
+def respond(sums, base, side, lam, found):
+    """The potentials that rows of these sums ask for, exactly at a kink where they are at one."""
+    for i in range(len(sums)):
+        found[i] = _answer(base[i] - math.log(sums[i]) - lam, side) if sums[i] > 0.0 else found[i]
+
+
+@_compiled
 def translation(a, f, b, g, soft_r, soft_c):
     """``t`` for which ``(f + t, g - t)`` is best: the total masses that exponential sides ask for meet."""
     top_r, top_c = 0.0, 0.0
@@ -182,7 +189,7 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     """Iterate from ``q`` until the marginal error is within tolerance, relative to the mass moved, or hopeless.
 
     Every few steps the error must have fallen below ``slow`` times what it was. Returns ``(end, steps, error, lam)``, with the
-    best ``q`` and its ``f`` in place.
+    best ``f`` and the ``q`` that answers it in place.
     """
     n, m = kernel.shape
     mass, exponential = rules.mass, rules.soft_r >= 0.0 and rules.soft_c >= 0.0 and rules.soft_r + rules.soft_c > 0.0
@@ -203,13 +210,13 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
         error = moved / before if before > 0.0 else math.inf
         if mass > 0.0:
             error += abs(before - mass) / mass
-            r[m] = math.log(mass / after) if after > 0.0 else 0.0
+            r[m] = math.log(mass / after) if 0.0 < after < math.inf else 0.0
         if not error < math.inf:
             return BROKEN, steps, best, best_lam
         if error < best:
-            best, best_lam = error, lam
-            q[:] = x[:m]
-            f[:] = np.log(u) + f0 - lam
+            best, best_lam = error, lam + r[m]
+            q[:] = x[:m] + r[:m]
+            respond(y, base, rules.rows, lam, f)
         if error <= tolerance:
             return CONVERGED, steps, best, best_lam
         if far or steps >= max_steps:
