@@ -72,8 +72,9 @@ class Accelerated:
         tolerance = self._threshold(problem)
         eps, cost = number(problem.epsilon), problem.cost.matrix.numpy()
         count, n, m = cost.shape
-        wide = tolerance < _SINGLE and _stays_in_cache(problem)
-        aim = max(tolerance / 4, 0.0 if wide else _SINGLE / 4)
+        tiny = n * m <= _TINY
+        wide = tiny or (tolerance < _SINGLE and _stays_in_cache(problem))
+        aim = tolerance / 20 if tiny else max(tolerance / 4, 0.0 if wide else _SINGLE / 4)  # it is two steps more
         a, b = _doubles(problem.a), _doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
         rules, scale = _rules(problem, eps), math.log2(math.e) / eps
@@ -103,6 +104,7 @@ class Accelerated:
 
 
 _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
+_TINY = 2**14  # entries of a kernel that the nearest cache holds
 _CACHED = 2**19  # entries of a kernel in float64
 _REACH = 60.0  # cost ranges in epsilons that exponentials in float32 span
 
@@ -118,7 +120,9 @@ def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: fl
     double = in_double(problem)
     error, dual, _ = judge(double, p.to(torch.float64), *plan_of(double, p).marginals(), stationary=False)
     dear = ~((error <= tolerance / 2) & dual.isfinite())
-    return [Status.STALLED if x is Status.CONVERGED and bad else x for x, bad in zip(status, dear.tolist(), strict=True)]
+    return [
+        Status.STALLED if x is Status.CONVERGED and bad else x for x, bad in zip(status, dear.tolist(), strict=True)
+    ]
 
 
 def _doubles(x: Tensor) -> np.ndarray:

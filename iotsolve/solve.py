@@ -226,6 +226,9 @@ def _continued(problem: Problem, done: Outcome, go_on: Callable[[Problem, Potent
     if not left:
         return done
     index, p = torch.as_tensor(left, device=problem.cost.device), done.potentials
+    if len(left) == len(done.status):  # no copy of the costs
+        more = go_on(problem, p)
+        return replace(more, steps=[x + y for x, y in zip(done.steps, more.steps, strict=True)])
     more = go_on(problem.select(index), Potentials(p.f[index], p.g[index], p.lam[index]))
     status, steps = list(done.status), list(done.steps)
     for k, i in enumerate(left):

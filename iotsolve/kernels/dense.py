@@ -28,7 +28,9 @@ __all__ = [
         "exact_pass",
         "raise_to",
         "row_sums",
-        "row_tops", "spread_pass",
+        "row_tops",
+        "spread_each",
+        "spread_pass",
         "stored_each",
         "stored_pass",
     ),
@@ -68,6 +70,11 @@ def build(cost, alpha, beta, scale, kernel, first, last):
 
 
 @njit(inline="always", error_model="numpy")
+def _matched(w, y):
+    return w / y if w > 0 else 0.0
+
+
+@njit(inline="always", error_model="numpy")
 def _scaling(y, i, rule, w, base, known, side, lam):
     """The scaling of row ``i`` whose sum is ``y``: see the rules above.
 
@@ -75,7 +82,7 @@ def _scaling(y, i, rule, w, base, known, side, lam):
     down))``. ``base = log a + known``, ``known`` the potential in the kernel.
     """
     if rule == MATCH:
-        return w[i] / y if w[i] > 0 else 0.0
+        return _matched(w[i], y)
     if rule == WEIGH:
         return w[i] * y
     if rule == TAKE:
@@ -105,9 +112,13 @@ def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first
             y2 += k2[j] * x
             y3 += k3[j] * x
         y[i], y[i + 1], y[i + 2], y[i + 3] = y0, y1, y2, y3
-        for k in range(4):
-            u[i + k] = _scaling(y[i + k], i + k, rule, w, base, known, side, lam)
-            scale[k] = u[i + k]
+        if rule == MATCH:
+            u[i], u[i + 1] = _matched(w[i], y[i]), _matched(w[i + 1], y[i + 1])
+            u[i + 2], u[i + 3] = _matched(w[i + 2], y[i + 2]), _matched(w[i + 3], y[i + 3])
+        else:
+            for k in range(4):
+                u[i + k] = _scaling(y[i + k], i + k, rule, w, base, known, side, lam)
+        scale[0], scale[1], scale[2], scale[3] = u[i], u[i + 1], u[i + 2], u[i + 3]
         u0, u1, u2, u3 = scale[0], scale[1], scale[2], scale[3]
         for j in range(m):
             part[j] += (u0 * k0[j] + u1 * k1[j]) + (u2 * k2[j] + u3 * k3[j])
@@ -199,6 +210,13 @@ def spread_pass(kernel, w, rows, columns, first, last):
         for j in range(m):
             x = np.float64(row[j])
             columns[j] += x * share * (whole - x)
+
+
+@_compiled
+def spread_each(kernel, w, rows, columns, first, last):
+    """:func:`spread_pass` for some problems of a batch."""
+    for k in range(first, last):
+        spread_pass(kernel[k], w[k], rows[k], columns[k], 0, kernel.shape[1])
 
 
 @_compiled

@@ -18,6 +18,7 @@ from iotsolve.kernels.dense import (
     raise_to,
     row_sums,
     row_tops,
+    spread_each,
     spread_pass,
     stored_each,
     stored_pass,
@@ -83,11 +84,11 @@ def product(kernel: np.ndarray, v: np.ndarray, w: np.ndarray, *, as_given: bool)
 def spread(kernel: np.ndarray, w: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """``sum_i K_ij w_i (rows_i - K_ij)`` of a batch, ``(B, m)``."""
     count, n, m = kernel.shape
-
-    def one(k: int) -> np.ndarray:
-        return summed(n, m, n * m, lambda total, *part: spread_pass(kernel[k], w[k], rows[k], total, *part))
-
-    return np.stack([one(k) for k in range(count)])
+    if count == 1:
+        return summed(n, m, n * m, lambda total, *part: spread_pass(kernel[0], w[0], rows[0], total, *part))[None]
+    columns = np.zeros((count, m))
+    each_piece(count, kernel.size, lambda k, *part: spread_each(kernel, w, rows, columns, *part))
+    return columns
 
 
 def softmin_over_columns(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:

@@ -108,23 +108,23 @@ def translation(a, f, b, g, soft_r, soft_c):
 
 
 @_compiled
-def mix(x, r, weights, memory, gram, count):
+def mix(x, r, weights, memory, gram, count, window):
     """The next iterate, written into ``x``, from the map's residual ``r`` there and the differences of earlier steps.
 
-    ``memory`` ``(2 + 2 WINDOW, m)`` holds the last ``x`` and ``r``, then the differences of both in a ring; ``gram`` their
+    ``memory`` ``(2 + 2 window, m)`` holds the last ``x`` and ``r``, then the differences of both in a ring; ``gram`` their
     products; ``count`` is the number of steps mixed since the memory was empty.
     """
     m = len(x)
     last_x, last_r = memory[0], memory[1]
-    known = min(count, WINDOW)
+    known = min(count, window)
     if count > 0:
-        k = (count - 1) % WINDOW
-        dx, dr = memory[2 + k], memory[2 + WINDOW + k]
+        k = (count - 1) % window
+        dx, dr = memory[2 + k], memory[2 + window + k]
         for j in range(m):
             dx[j] = x[j] - last_x[j]
             dr[j] = r[j] - last_r[j]
         for l in range(known):
-            other, total = memory[2 + WINDOW + l], 0.0
+            other, total = memory[2 + window + l], 0.0
             for j in range(m):
                 total += weights[j] * dr[j] * other[j]
             gram[k, l] = total
@@ -135,12 +135,12 @@ def mix(x, r, weights, memory, gram, count):
         x[j] += r[j]
     if known == 0:
         return
-    right, factor = np.empty(WINDOW), np.empty((WINDOW, WINDOW))
+    right, factor = np.empty(window), np.empty((window, window))
     ridge = 0.0
     for l in range(known):
         ridge = max(ridge, gram[l, l])
     for l in range(known):
-        dr, total = memory[2 + WINDOW + l], 0.0
+        dr, total = memory[2 + window + l], 0.0
         for j in range(m):
             total += weights[j] * dr[j] * r[j]
         right[l] = total
@@ -164,7 +164,7 @@ def mix(x, r, weights, memory, gram, count):
             right[k] -= factor[i, k] * right[i]
         right[k] /= factor[k, k]
     for l in range(known):
-        dx, dr, share = memory[2 + l], memory[2 + WINDOW + l], right[l]
+        dx, dr, share = memory[2 + l], memory[2 + window + l], right[l]
         for j in range(m):
             x[j] -= share * (dx[j] + dr[j])
 
@@ -195,13 +195,14 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     mass, exponential = rules.mass, rules.soft_r >= 0.0 and rules.soft_c >= 0.0 and rules.soft_r + rules.soft_c > 0.0
     v, u, y, sums = np.empty(m, kernel.dtype), np.empty(n), np.empty(n), np.empty(m)
     base, log_b, x, r, weights = np.log(a) + f0, np.log(b), np.zeros(m + 1), np.zeros(m + 1), np.zeros(m + 1)
-    memory, gram = np.zeros((2 + 2 * WINDOW, m + 1)), np.zeros((WINDOW, WINDOW))
+    window = min(WINDOW, max(4, m // 8))  # what mixing costs must not exceed a pass over the kernel
+    memory, gram, best_y = np.zeros((2 + 2 * window, m + 1)), np.zeros((window, window)), np.zeros(n)
     slope, _, up, down, _ = rules.rows
     rule = MATCH if slope == 1.0 and up == 0.0 and down == 0.0 and mass == 0.0 else RESPOND
     x[:m], weights[:m] = q, b
     x[m], weights[m] = lam, mass
-    best, checked, best_lam, steps = math.inf, math.inf, lam, 0
-    while True:
+    best, checked, best_lam, asked_lam, steps, end = math.inf, math.inf, lam, lam, 0, -1
+    while end < 0:
         lam = x[m]
         far = _scalings(x[:m], v) > _REACH
         _sweep(kernel, v, rule, a, base, f0, rules.rows, lam, y, u, sums)
@@ -211,20 +212,21 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
         if mass > 0.0:
             error += abs(before - mass) / mass
             r[m] = math.log(mass / after) if 0.0 < after < math.inf else 0.0
-        if not error < math.inf:
-            return BROKEN, steps, best, best_lam
         if error < best:
-            best, best_lam = error, lam + r[m]
-            q[:] = x[:m] + r[:m]
-            respond(y, base, rules.rows, lam, f)
-        if error <= tolerance:
-            return CONVERGED, steps, best, best_lam
-        if far or steps >= max_steps:
-            return FAR if far else SPENT, steps, best, best_lam
-        if steps % _CHECK == 1:
-            if best > slow * checked:
-                return SLOW, steps, best, best_lam
+            best, best_lam, asked_lam = error, lam + r[m], lam
+            q[:], best_y[:] = x[:m], y
+            q += r[:m]
+        if not error < math.inf:
+            end = BROKEN
+        elif error <= tolerance:
+            end = CONVERGED
+        elif far or steps >= max_steps:
+            end = FAR if far else SPENT
+        elif steps % _CHECK == 1:
+            end = SLOW if best > slow * checked else end
             checked = best
+        if end >= 0:
+            break
         if mass > 0.0:
             if rules.soft_r > 0.0:
                 r[m] -= _demand(a, np.log(u) + f0 - lam, rules.soft_r, mass)
@@ -234,7 +236,10 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
                 r[m] -= t
         elif exponential:
             r[:m] -= translation(a, np.log(u) + f0, b, g0 + x[:m] + r[:m], rules.soft_r, rules.soft_c)
-        mix(x, r, weights, memory, gram, steps - 1)
+        mix(x, r, weights, memory, gram, steps - 1, window)
+    if best < math.inf:
+        respond(best_y, base, rules.rows, asked_lam, f)
+    return end, steps, best, best_lam
 
 
 @_compiled
