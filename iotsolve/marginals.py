@@ -273,6 +273,9 @@ class Between(Marginal):
     def allowed(self, r: Tensor, a: Tensor) -> Tensor:
         return (self.lo * a).expand_as(r) if self.is_fixed else super().allowed(r, a)
 
+    def violation(self, r: Tensor, a: Tensor) -> Tensor:
+        return (r - self.lo * a).abs() if self.is_fixed else super().violation(r, a)
+
     def conjugate(self, f: Tensor) -> Tensor:
         if self.lo is self.hi or (isinstance(self.lo, float) and self.lo == self.hi):
             return self.lo * f

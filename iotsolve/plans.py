@@ -205,7 +205,7 @@ class StoredPlan(Plan):
         lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
         alpha = passes.logs(problem.a.double().numpy(), lifted)
         beta = passes.logs(problem.b.double().numpy(), p.g.double().numpy() / eps)
-        copy = _Copy(cost.shape, np.float64 if cost[0].size <= _KEPT_DOUBLE else np.float32)
+        copy = _Copy(cost.shape, np.float64 if cost.size <= _KEPT_DOUBLE else np.float32)
         r, c = passes.marginals(cost, alpha, beta, passes.LOG2E / eps, copy.values)
         sums = torch.from_numpy(r), torch.from_numpy(c)
 
@@ -244,7 +244,7 @@ class StoredPlan(Plan):
         return torch.from_numpy(passes.spread(self.copy.values, w.numpy(), rows.numpy()))
 
 
-_KEPT_DOUBLE = 2**19  # entries of a plan that is copied in float64
+_KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
 
 
 def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None) -> Plan:

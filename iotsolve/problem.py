@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,12 @@ class Problem:
     def working_dtype(self) -> torch.dtype:
         """The arithmetic a problem is solved in: float32 for half precision, its own otherwise."""
         return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+
+    @cached_property
+    def is_full(self) -> bool:
+        """True if no bin is empty."""
+        shared = (w.detach()[tuple(0 if stride == 0 else slice(None) for stride in w.stride())] for w in (self.a, self.b))
+        return all(bool(w.min() > 0) for w in shared)  # not read again where a batch shares them
 
     @property
     def is_exact(self) -> bool:
@@ -410,7 +417,8 @@ class Problem:
 
     def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""
-        terms = [_terms(self.a, self.rows.conjugate(p.f)), _terms(self.b, self.columns.conjugate(p.g))]
+        terms = [(self.a, self.rows.conjugate(p.f)), (self.b, self.columns.conjugate(p.g))]
+        terms = [w * x if self.is_full else _terms(w, x) for w, x in terms]
         value, scale = sum(x.sum(-1) for x in terms), sum(x.abs().sum(-1) for x in terms)
         mass = 0.0 if self.mass is None else p.lam * self.mass
         return value + mass, scale + abs(mass)

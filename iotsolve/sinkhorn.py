@@ -168,7 +168,7 @@ class Sinkhorn:
 
 def answered(problem: Problem, p: Potentials) -> Potentials:
     """The potentials with those of empty bins as the others determine them, by a soft-min over each side."""
-    if not ((problem.a <= 0).any() or (problem.b <= 0).any()):
+    if problem.is_full:
         return p
     s = None if problem.rows.is_free else _softmin(problem, p.g, problem.epsilon, axis=-1)
     return SinkhornState(p, s, _softmin(problem, p.f, problem.epsilon, axis=-2)).answer(problem)

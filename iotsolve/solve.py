@@ -181,6 +181,8 @@ class _Automatic:
             asked = Accelerated(self.tolerance)
             quick = asked.within_reach(problem)
             done = quick.run(problem, start)
+            if quick == asked and all(word is Status.CONVERGED for word in done.status):
+                return done
             done = _continued(problem, done, lambda left, _: quick.run(left, _annealed(left)))
             if quick != asked:  # there is more to do for all
                 done = replace(done, status=[_MORE.get(word, word) for word in done.status])
