@@ -40,10 +40,11 @@ class Dense:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether compiled passes read this cost: on a CPU, in rows, large enough for a first call's compilation."""
+        """Whether compiled passes read this cost: on a CPU, in rows, large enough for a first call to wait for numba."""
         matrix = self.matrix
         ready = matrix.device.type == "cpu" and matrix.dtype in (torch.float64, torch.float32)
-        return ready and matrix.numel() >= _WORTH_COMPILING and matrix.stride(-1) == 1
+        large = matrix.shape[-2] * matrix.shape[-1] >= _WORTH_COMPILING or matrix.numel() >= 16 * _WORTH_COMPILING
+        return ready and large and matrix.stride(-1) == 1
 
     def surveyed(self) -> Dense:
         """The same cost with its ends known."""
@@ -339,7 +340,7 @@ class Points:
 
 Cost = Dense | Points
 
-_WORTH_COMPILING = 2**16  # entries, of all problems
+_WORTH_COMPILING = 2**12  # entries of a problem; of a batch of smaller ones sixteen times that
 _WHOLE = 2**22  # entries of a matrix that is not cut
 _BLOCK = 2**18  # entries of a block: 2 MB in float64 stay in the cache; larger ones are three times slower
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch

@@ -75,6 +75,8 @@ class Exact:
         ordinary = problem.mass is None and sides == ((1.0, 1.0), (1.0, 1.0)) and isinstance(problem.cost, Dense)
         if not (ordinary and problem.batch_shape[0] == 1 and problem.cost.is_compiled):
             return None
+        if problem.cost.matrix.numel() < _LISTED:
+            return None
         cost, a, b = problem.cost.matrix[0].numpy(), problem.a[0].double().numpy(), problem.b[0].double().numpy()
         rows, columns = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
         whole = len(rows) == len(a) and len(columns) == len(b)
@@ -113,6 +115,7 @@ class Exact:
         return _linear_program(problem, cost, a, b)
 
 
+_LISTED = 2**14  # arcs from which on a shortlist pays
 _LARGE = 2**16  # arcs from which on the simplex has its potentials sooner than Bellman and Ford theirs
 
 

@@ -197,7 +197,7 @@ class StoredPlan(Plan):
     sums: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, problem: Problem, p: Potentials) -> StoredPlan:
+    def of(cls, problem: Problem, p: Potentials, *, single: bool = False) -> StoredPlan:
         from iotsolve.kernels import passes  # numba is imported where it runs
 
         eps = number(problem.epsilon)
@@ -205,7 +205,7 @@ class StoredPlan(Plan):
         lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
         alpha = passes.logs(problem.a.double().numpy(), lifted)
         beta = passes.logs(problem.b.double().numpy(), p.g.double().numpy() / eps)
-        copy = _Copy(cost.shape, np.float64 if cost.size <= _KEPT_DOUBLE else np.float32)
+        copy = _Copy(cost.shape, np.float32 if single or cost.size > _KEPT_DOUBLE else np.float64)
         r, c = passes.marginals(cost, alpha, beta, passes.LOG2E / eps, copy.values)
         sums = torch.from_numpy(r), torch.from_numpy(c)
 

@@ -1,139 +1,225 @@
-"""Time our solvers and losses beside their peers, in one run, at an accuracy the harness measures itself.
+"""Time our solvers and losses beside their peers, in one run, at an accuracy that the harness measures itself.
 
-Each row is one piece of work: medians of several runs, interleaved so that a busy moment hits everybody, the ratio
-peer / ours, and the accuracy of both recomputed in float64 from what they returned. Losses are shown like wins.
+``python -m tests.benchmarks`` runs everything (about forty minutes), ``--quick`` the small sizes, ``--only entropic,exact`` some
+groups; results go to ``runs/bench/results.json``, and with ``--docs`` into the page in ``docs``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
-import statistics
-import time
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ot
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import Progress
+from scipy.sparse import coo_array
 from torch.nn import functional
 
-from contrastive.losses import ClipLoss, InfoNCELoss
-from iotsolve import FREE, KL, Problem, Sinkhorn, solve
+from tests.benchmarks import cases, page, peers
+from tests.benchmarks.measure import Entry, Row, peak_memory, race, timed
 
 OUT = Path("runs/bench")
-REPEATS = 5
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "torch",
+    "numba",
+    "POT",
+    "ott-jax",
+    "jax",
+    "geomloss",
+    "regot",
+    "mdot-tnt",
+    "lapjv",
+    "lapx",
+    "ortools",
+)
 
 
-@dataclass(frozen=True)
-class Row:
-    work: str
-    peer: str
-    ours_ms: float
-    peer_ms: float
-    ratio: float
-    ours_error: float
-    peer_error: float
+def as_dense(solution: Any) -> np.ndarray:
+    """The plan of what ours or a peer returns."""
+    plan = getattr(solution, "plan", solution)
+    return plan.toarray() if hasattr(plan, "toarray") else np.asarray(plan)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One piece of work: two callables that return what ``error`` judges."""
+def balanced_error(a: np.ndarray, b: np.ndarray) -> Callable[[Any], float]:
+    def error(found: Any) -> float:
+        plan = as_dense(found)
+        rows, columns = np.abs(plan.sum(-1) - a).sum(-1), np.abs(plan.sum(-2) - b).sum(-1)
+        return float(np.max(rows + columns))
 
-    work: str
-    peer: str
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
-    error: Callable[[object], float]
+    return error
 
 
-def clouds(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Squared distances of two uniform clouds in the plane, largest 1, and two random histograms."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.random((n, 2)), rng.random((n, 2))
-    cost = np.square(x[:, None] - y[None]).sum(-1)
-    a, b = rng.random(n), rng.random(n)
-    return cost / cost.max(), a / a.sum(), b / b.sum()
+# -- groups ------------------------------------------------------------------------------------------------------------
 
 
-def entropic(n: int, epsilon: float) -> Case:
-    cost, a, b = clouds(n)
-    tolerance = 1e-6
+def entropic(quick: bool) -> Iterator[Callable[[], Row]]:
+    for accuracy in (1e-6, 1e-9):
+        slow: dict[tuple[str, float], dict[str, str]] = {}
+        for n in (500,) if quick else (500, 2000, 5000):
+            for kind in cases.KINDS:
+                for epsilon in cases.EPSILONS[kind]:
+                    case = cases.Entropic(kind, n, epsilon, accuracy)
+                    yield partial(_entropic, case, slow.setdefault((kind, epsilon), {}))
 
-    def ours() -> np.ndarray:
-        solution = solve(Problem(cost, a, b, epsilon=epsilon), Sinkhorn(tolerance=tolerance))
-        assert solution.certificate.holds
-        return solution.plan
 
-    def theirs() -> np.ndarray:  # POT stops on an L2 error; this stop gives about the same L1 error
-        return ot.sinkhorn(a, b, cost, epsilon, method="sinkhorn_log", stopThr=tolerance / 30, numItermax=100_000)
-
-    return Case(
-        f"balanced, n={n}, eps={epsilon:g}", "POT sinkhorn_log", ours, theirs, lambda p: marginal_error(p, a, b)
+def _entropic(case: cases.Entropic, slow: dict[str, str]) -> Row:
+    c, a, b = case.data()
+    group = f"entropic, to {case.accuracy:g}"
+    return race(
+        Row(group, case.name, case.accuracy),
+        lambda: peers.ours(c, a, b, case.epsilon, case.accuracy),
+        lambda solution: solution.plan,
+        peers.ENTROPIC,
+        lambda peer, threshold: peer.solve(c, a, b, case.epsilon, threshold),
+        balanced_error(a, b),
+        slow,
     )
 
 
-def unbalanced(n: int, epsilon: float, rho: float) -> Case:
-    cost, a, b = clouds(n)
-    problem = Problem(cost, a, b, epsilon=epsilon, rows=KL(rho), columns=KL(rho))
-    best = float(solve(problem, Sinkhorn(tolerance=1e-13)).value)
-
-    def theirs() -> np.ndarray:
-        options = dict(reg_type="kl", method="sinkhorn", numItermax=100_000, stopThr=1e-9)
-        return ot.unbalanced.sinkhorn_unbalanced(a, b, cost, epsilon, rho, **options)
-
-    def error(plan: np.ndarray) -> float:
-        return (float(problem.primal(plan)) - best) / abs(best)
-
-    work = f"unbalanced KL({rho:g}), n={n}, eps={epsilon:g}"
-    return Case(work, "POT sinkhorn_unbalanced", lambda: solve(problem, Sinkhorn(tolerance=1e-6)).plan, theirs, error)
+def exact(quick: bool) -> Iterator[Callable[[], Row]]:
+    for uniform in (True, False):
+        slow: dict[str, dict[str, str]] = {}
+        for n in (1000,) if quick else (1000, 2000, 4000):
+            for kind in cases.KINDS:
+                yield partial(_exact, cases.Exact(kind, n, uniform), slow.setdefault(kind, {}))
 
 
-def semi_relaxed(n: int, epsilon: float) -> Case:
-    cost, a, b = clouds(n)
-    problem = Problem(cost, a, b, epsilon=epsilon, columns=FREE)
+def _exact(case: cases.Exact, slow: dict[str, str]) -> Row:
+    c, a, b = case.data()
+    best = float(peers.ours_exact(c, a, b).certificate.dual)
 
-    def theirs() -> np.ndarray:
-        scores = np.log(b) - cost / epsilon
-        density = np.exp(scores - scores.max(1, keepdims=True))
-        return a[:, None] * density / density.sum(1, keepdims=True)
+    def error(found: Any) -> float:
+        plan = coo_array(found)
+        off = np.abs(plan.sum(1) - a).sum() + np.abs(plan.sum(0) - b).sum()
+        return float(max(off, float(c[plan.coords] @ plan.data) / best - 1))
 
-    return Case(
-        f"semi-relaxed, n={n}, eps={epsilon:g}",
-        "NumPy softmax",
-        lambda: solve(problem).plan,
-        theirs,
-        lambda p: float(np.abs(p.sum(1) - a).sum()),
+    return race(
+        Row("exact, equal weights" if case.uniform else "exact, random weights", case.name, 1e-9),
+        lambda: peers.ours_exact(c, a, b),
+        lambda solution: solution.plan,
+        peers.EQUAL if case.uniform else peers.WEIGHTED,
+        lambda peer, threshold: peer.solve(c, a, b),
+        error,
+        slow,
     )
 
 
-def exact(n: int, weighted: bool) -> Case:
-    cost, a, b = clouds(n)
-    if not weighted:
-        a = b = np.full(n, 1 / n)
+def unbalanced(quick: bool) -> Iterator[Callable[[], Row]]:
+    for n in (500,) if quick else (500, 2000):
+        for rho in (0.1, 1.0, 10.0):
+            for epsilon in (0.1, 0.01):
+                yield partial(_unbalanced, cases.Unbalanced(n, epsilon, rho))
 
-    def ours() -> np.ndarray:
-        solution = solve(Problem(cost, a, b))
-        assert solution.certificate.holds
-        return solution.plan
 
-    best = float(ot.emd2(a, b, cost))
-    kind = "weighted" if weighted else "uniform"
-    return Case(
-        f"exact, {kind}, n={n}",
-        "POT emd",
+def _unbalanced(case: cases.Unbalanced) -> Row:
+    c, a, b = case.data()
+    best = as_dense(peers.ours_unbalanced(c, a, b, case.epsilon, case.rho, 1e-12))
+    return race(
+        Row("unbalanced KL", case.name, case.accuracy),
+        lambda: peers.ours_unbalanced(c, a, b, case.epsilon, case.rho, case.accuracy),
+        lambda solution: solution.plan,
+        peers.UNBALANCED,
+        lambda peer, threshold: peer.solve(c, a, b, case.epsilon, case.rho, threshold),
+        lambda found: float(np.abs(as_dense(found) - best).sum() / best.sum()),
+        {},
+    )
+
+
+def many(quick: bool) -> Iterator[Callable[[], Row]]:
+    for epsilon in (0.1, 0.01):
+        yield partial(_many, cases.Many(epsilon))
+
+
+def _many(case: cases.Many) -> Row:
+    c, a, b = case.data()
+
+    def ours() -> Any:
+        from iotsolve import Problem, solve
+
+        solution = solve(Problem(c, a, b, epsilon=case.epsilon), tolerance=case.accuracy)
+        assert np.all(solution.certificate.holds)
+        return solution
+
+    return race(
+        Row("many small problems", case.name, case.accuracy),
         ours,
-        lambda: ot.emd(a, b, cost),
-        lambda p: abs(float((cost * p).sum()) - best) / best,
+        lambda solution: solution.plan,
+        peers.MANY,
+        lambda peer, threshold: peer.solve(c, a, b, case.epsilon, threshold),
+        balanced_error(a, b),
+        {},
     )
 
 
-def loss(name: str, n: int, d: int = 128) -> Case:
+def gradients(quick: bool) -> Iterator[Callable[[], Row]]:
+    for epsilon in (0.1, 0.05):
+        yield partial(_gradient, 512 if quick else 2048, 128, epsilon)
+
+
+_GRADIENT = """
+import torch
+from iotsolve import Problem, inverse_loss
+torch.manual_seed(0)
+n, d, eps = {n}, {d}, {epsilon}
+x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1) for _ in range(2))
+target = torch.eye(n).to_sparse() / n
+
+def ours():
+    leaf = x.clone().requires_grad_()
+    inverse_loss(Problem(1 - leaf @ y.T, epsilon=eps), target).backward()
+    return leaf.grad
+
+def unrolled(steps=100):
+    leaf = x.clone().requires_grad_()
+    scores, log_n = (leaf @ y.T - 1) / eps, torch.log(torch.tensor(float(n)))
+    g = torch.zeros(n)
+    for _ in range(steps):
+        f = -torch.logsumexp(scores + g, 1) - log_n
+        g = -torch.logsumexp(scores + f[:, None], 0) - log_n
+    log_plan = scores + f[:, None] + g
+    (eps * (-log_plan.diagonal().mean())).backward()
+    return leaf.grad
+"""
+
+
+def _gradient(n: int, d: int, epsilon: float) -> Row:
+    made: dict[str, Any] = {}
+    code = _GRADIENT.format(n=n, d=d, epsilon=epsilon)
+    exec(code, made)
+    row = Row("gradient of the inverse loss", f"n = {n}, d = {d}, eps = {epsilon:g}", 1e-3)
+    first, second = made["ours"](), made["unrolled"]()
+    error = float((first - second).norm() / second.norm())
+    for who, work, repeats in (("iotsolve", made["ours"], 5), ("unrolled, 100 sweeps", made["unrolled"], 2)):
+        runs = sorted(timed(work)[1:] for _ in range(repeats))
+        name = "ours" if who == "iotsolve" else "unrolled"
+        memory = peak_memory(f"{code}\nwork = {name}")
+        row.entries.append(Entry(who, *runs[len(runs) // 2], error))
+        row.entries[-1].memory = memory  # type: ignore[attr-defined]
+    return row
+
+
+def losses(quick: bool) -> Iterator[Callable[[], Row]]:
+    for name in ("InfoNCE", "CLIP"):
+        yield partial(_loss, name, 1024 if quick else 4096, 128)
+
+
+def _loss(name: str, n: int, d: int) -> Row:
+    from contrastive.losses import ClipLoss, InfoNCELoss
+
     generator = torch.Generator().manual_seed(0)
     z0, z1 = (torch.randn(n, d, generator=generator, requires_grad=True) for _ in range(2))
     criterion = {"InfoNCE": InfoNCELoss(0.1), "CLIP": ClipLoss(0.1)}[name]
@@ -144,73 +230,182 @@ def loss(name: str, n: int, d: int = 128) -> Case:
         one = functional.cross_entropy(scores, labels)
         return one if name == "InfoNCE" else (one + functional.cross_entropy(scores.T, labels)) / 2
 
-    exactly = torch.autograd.grad(
-        reference(*(doubles := [z.detach().double().requires_grad_() for z in (z0, z1)])), doubles
-    )[0]
-
-    def error(gradient: torch.Tensor) -> float:
-        return float((gradient.double() - exactly).norm() / exactly.norm())
-
-    return Case(
-        f"{name} forward + backward, N={n}, D={d}",
-        "torch cross_entropy",
-        lambda: torch.autograd.grad(criterion(z0, z1), (z0, z1))[0],
-        lambda: torch.autograd.grad(reference(z0, z1), (z0, z1))[0],
-        error,
-    )
+    doubles = [z.detach().double().requires_grad_() for z in (z0, z1)]
+    exactly = torch.autograd.grad(reference(*doubles), doubles)[0]
+    row = Row("losses, forward and backward", f"{name}, N = {n}, D = {d}", 1e-4)
+    works = {
+        "iotsolve": lambda: torch.autograd.grad(criterion(z0, z1), (z0, z1))[0],
+        "torch cross_entropy": lambda: torch.autograd.grad(reference(z0, z1), (z0, z1))[0],
+    }
+    for who, work in works.items():
+        error = float((work().double() - exactly).norm() / exactly.norm())
+        runs = sorted(timed(work)[1:] for _ in range(5))
+        row.entries.append(Entry(who, *runs[2], error))
+    return row
 
 
-def marginal_error(plan: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(plan.sum(1) - a).sum() + np.abs(plan.sum(0) - b).sum())
+GROUPS = {
+    "entropic": entropic,
+    "exact": exact,
+    "unbalanced": unbalanced,
+    "many": many,
+    "gradients": gradients,
+    "losses": losses,
+}
 
 
-CASES: list[Callable[[], Case]] = [
-    *(lambda n=n, e=e: entropic(n, e) for n in (200, 500, 1000) for e in (0.1, 0.02)),
-    *(lambda r=r: unbalanced(500, 0.05, r) for r in (0.1, 1.0, 10.0)),
-    lambda: semi_relaxed(1000, 0.05),
-    *(lambda w=w: exact(1000, w) for w in (False, True)),
-    *(lambda k=k: loss(k, 1024) for k in ("InfoNCE", "CLIP")),
-]
+# -- what is not a race ------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case) -> Row:
-    """Medians of interleaved runs after one of each to warm up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    results: list[object] = [None, None]
-    for repeat in range(REPEATS + 1):
-        for k, work in enumerate((case.ours, case.theirs)):
-            began = time.perf_counter()
-            results[k] = work()
-            if repeat:
-                times[k].append(1e3 * (time.perf_counter() - began))
-    ours, theirs = (statistics.median(t) for t in times)
-    return Row(case.work, case.peer, ours, theirs, theirs / ours, *(case.error(r) for r in results))
+def growth(quick: bool) -> list[dict[str, Any]]:
+    """Seconds against n, ours and POT's, on one kind of cost."""
+    found = []
+    for n in (250, 500, 1000) if quick else (250, 500, 1000, 2000, 4000, 7000, 10_000):
+        c = cases.cost("2d", n).astype(np.float32)
+        u = cases.weights(n, 1, uniform=True)
+        for label, epsilon in (("eps = 0.1", 0.1), ("eps = 0.01", 0.01), ("eps = 0", 0.0)):
+            if epsilon == 0 and n > 5000:
+                continue
+            work = partial(_certified, c, epsilon) if epsilon else partial(peers.ours_exact, c.astype(float), u, u)
+            work()
+            found.append({"n": n, "who": "iotsolve", "work": label, "ms": min(timed(work)[1] for _ in range(2))})
+            if n <= 4000:
+                double = c.astype(float)
+                theirs = (
+                    partial(peers.ENTROPIC[0].solve, double, u, u, epsilon, 1e-6)
+                    if epsilon
+                    else partial(ot.emd, u, u, double)
+                )
+                found.append({"n": n, "who": "POT", "work": label, "ms": timed(theirs)[1]})
+    return found
+
+
+def _certified(c: np.ndarray, epsilon: float) -> Any:
+    from iotsolve import Problem, solve
+
+    solution = solve(Problem(c, epsilon=epsilon))
+    assert solution.certificate.holds
+    return solution
+
+
+_COLD = """
+import time
+begin = time.perf_counter()
+import numpy as np
+from iotsolve import Problem, solve
+imported = time.perf_counter()
+small = np.random.default_rng(0).random((20, 20))
+solve(Problem(small, epsilon=0.1)).certificate
+first = time.perf_counter()
+large = np.random.default_rng(0).random((1000, 1000))
+solve(Problem(large, epsilon=0.1), tolerance=1e-6).certificate
+second = time.perf_counter()
+solve(Problem(large)).certificate
+print(imported - begin, first - imported, second - first, time.perf_counter() - second)
+"""
+
+
+def cold() -> dict[str, list[float]]:
+    """Seconds to import, to a first small answer, to a first large one, to a first exact one; without and with a cache."""
+    import tempfile
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("compiled", "from the cache"):
+            env = os.environ | {"NUMBA_CACHE_DIR": folder}
+            done = subprocess.run([sys.executable, "-c", _COLD], capture_output=True, text=True, env=env, check=True)
+            found[name] = [float(x) for x in done.stdout.split()]
+    return found
+
+
+def memory(quick: bool) -> dict[str, float]:
+    """Peak growth in copies of the cost, float32 input, n = 10,000: solve and certificate."""
+    n = 2000 if quick else 10_000
+    code = f"""
+import numpy as np
+from iotsolve import Problem, solve
+rng = np.random.default_rng(0)
+solve(Problem(rng.random((300, 300), dtype=np.float32), epsilon=0.1)).certificate
+x, y = rng.random(({n}, 2), dtype=np.float32), rng.random(({n}, 2), dtype=np.float32)
+c = (x[:, :1] - y[:, 0]) ** 2
+c += (x[:, 1:] - y[:, 1]) ** 2
+def work():
+    assert solve(Problem(c, epsilon=0.05)).certificate.holds
+"""
+    return {"n": n, "copies beside the cost": peak_memory(code) / (n * n * 4 / 2**20)}
+
+
+def iteration() -> list[dict[str, float]]:
+    """One iteration of ours, of which every entry of the kernel is read once, beside reading it and doing nothing."""
+    from iotsolve.kernels import passes
+
+    found = []
+    for n in (500, 2000, 5000):
+        kernel = np.random.default_rng(0).random((1, n, n), dtype=np.float32)
+        v, w = np.ones((1, n)), np.ones((1, n))
+        passes.product(kernel, v, w, as_given=False)
+        flat = torch.from_numpy(kernel)
+        ours = min(timed(lambda k=kernel, v=v, w=w: passes.product(k, v, w, as_given=False))[1] for _ in range(30))
+        read = min(timed(lambda x=flat: x.sum())[1] for _ in range(30))
+        two = torch.from_numpy(kernel[0]), torch.ones(n)
+        gemv = min(timed(lambda k=two[0], v=two[1]: k.T @ (k @ v))[1] for _ in range(30))
+        found.append({"n": n, "ours": ours, "read": read, "two products in torch": gemv})
+    return found
 
 
 def main() -> None:
-    """Run every case, print the table and write runs/bench/results.json."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="ot")
-    torch.set_num_threads(1)
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="small sizes only")
+    options.add_argument("--only", default=",".join((*GROUPS, "growth", "cold", "memory", "iteration")))
+    options.add_argument("--docs", action="store_true", help="write the page and its plots into docs")
+    given = options.parse_args()
+    wanted = given.only.split(",")
+    warnings.filterwarnings("ignore")
     console = Console()
-    console = console if console.is_terminal else Console(width=130)
-    rows = [measure(make()) for make in track(CASES, description="benchmarks", console=console, transient=True)]
-    table = Table("work", "peer", title=f"one thread, medians of {REPEATS}; ratio above 1: we are faster")
-    for name in ("ours, ms", "peer, ms", "peer / ours", "our error", "peer error"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        numbers = (
-            f"{row.ours_ms:.1f}",
-            f"{row.peer_ms:.1f}",
-            f"{row.ratio:.2f}",
-            f"{row.ours_error:.0e}",
-            f"{row.peer_error:.0e}",
-        )
-        table.add_row(row.work, row.peer, *numbers)
-    console.print(table)
+    console = console if console.is_terminal else Console(width=140)
+    works = [work for name, group in GROUPS.items() if name in wanted for work in group(given.quick)]
     OUT.mkdir(parents=True, exist_ok=True)
-    about = {"python": platform.python_version(), "torch": torch.__version__, "POT": ot.__version__, "threads": 1}
-    (OUT / "results.json").write_text(json.dumps({"about": about, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
-    console.print(f"Written: {OUT / 'results.json'}")
+    target = OUT / "results.json"
+    results: dict[str, Any] = {"about": about(), "rows": []}
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("benchmarks", total=len(works) + 4)
+        for work in works:
+            row = work()
+            results["rows"].append(row.as_json() | {"memory": {e.who: getattr(e, "memory", None) for e in row.entries}})
+            ratio = f"{row.ratio:6.2f}" if row.ratio else "      "
+            console.print(
+                f"{ratio}  {row.group}: {row.work}: {page.entries_line(results['rows'][-1])}", highlight=False
+            )
+            target.write_text(json.dumps(results, indent=1))
+            bar.advance(task)
+        for name, extra in (
+            ("growth", lambda: growth(given.quick)),
+            ("cold", cold),
+            ("memory", lambda: memory(given.quick)),
+            ("iteration", iteration),
+        ):
+            if name in wanted:
+                results[name] = extra()
+                console.print(name, results[name], highlight=False)
+            bar.advance(task)
+    target.write_text(json.dumps(results, indent=1))
+    console.print(page.summary(results), highlight=False)
+    console.print(f"Written: {target}")
+    if given.docs:
+        page.write(results, Path("docs"))
+        console.print("Written: docs/performance.md")
+
+
+def about() -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return {"python": platform.python_version(), "cpu": model, "threads": torch.get_num_threads(), "versions": versions}
 
 
 if __name__ == "__main__":

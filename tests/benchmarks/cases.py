@@ -1,0 +1,107 @@
+"""The problems: three kinds of cost, and what is asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = ("2d", "cosine", "random")
+EPSILONS = {"2d": (0.1, 0.01, 0.001), "cosine": (0.1, 0.05, 0.01), "random": (0.1, 0.01, 0.001)}
+
+
+def cost(kind: str, n: int, seed: int = 0) -> np.ndarray:
+    """Largest entry 1: squared distances in the unit square, 1 - cosine of 128-dimensional normal vectors, uniform numbers."""
+    rng = np.random.default_rng(seed)
+    if kind == "2d":
+        x, y = rng.random((n, 2)), rng.random((n, 2))
+        found = np.square(x[:, None] - y[None]).sum(-1)
+    elif kind == "cosine":
+        x, y = rng.standard_normal((n, 128)), rng.standard_normal((n, 128))
+        x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+        found = 1 - x @ y.T
+    else:
+        found = rng.random((n, n))
+    return found / found.max()
+
+
+def weights(n: int, seed: int, *, uniform: bool) -> np.ndarray:
+    """Of total 1."""
+    if uniform:
+        return np.full(n, 1 / n)
+    w = np.random.default_rng(seed).random(n)
+    return w / w.sum()
+
+
+@dataclass(frozen=True)
+class Entropic:
+    """Balanced transport at ``epsilon > 0``, to an L1 error of both marginals together."""
+
+    kind: str
+    n: int
+    epsilon: float
+    accuracy: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, n = {self.n}, eps = {self.epsilon:g}"
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        uniform = weights(self.n, 1, uniform=True)
+        return cost(self.kind, self.n), uniform, uniform
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Balanced transport without entropy, between equal weights or random ones."""
+
+    kind: str
+    n: int
+    uniform: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, n = {self.n}, {'equal' if self.uniform else 'random'} weights"
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        a, b = (weights(self.n, seed, uniform=self.uniform) for seed in (1, 2))
+        return cost(self.kind, self.n), a, b
+
+
+@dataclass(frozen=True)
+class Unbalanced:
+    """Both sides pay ``rho KL``; accurate to an L1 distance of the plan from the optimal one, relative to its mass."""
+
+    n: int
+    epsilon: float
+    rho: float
+    accuracy: float = 1e-6
+
+    @property
+    def name(self) -> str:
+        return f"2d, n = {self.n}, rho = {self.rho:g}, eps = {self.epsilon:g}"
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        a, b = (weights(self.n, seed, uniform=False) for seed in (1, 2))
+        return cost("2d", self.n), a, b
+
+
+@dataclass(frozen=True)
+class Many:
+    """A thousand problems of 64 x 64 at once, points in the plane."""
+
+    epsilon: float
+    accuracy: float = 1e-6
+    count: int = 1000
+    n: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.count} of {self.n} x {self.n}, eps = {self.epsilon:g}"
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(0)
+        x, y = rng.random((self.count, self.n, 1, 2)), rng.random((self.count, 1, self.n, 2))
+        found = np.square(x - y).sum(-1)
+        uniform = weights(self.n, 1, uniform=True)
+        return found / found.max((1, 2), keepdims=True), uniform, uniform
