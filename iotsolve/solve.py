@@ -18,10 +18,11 @@ from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
-from iotsolve.problem import Potentials, Problem, log_scaling
+from iotsolve.plans import plan_of
+from iotsolve.problem import Potentials, Problem, in_double, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
-from iotsolve.solver import Outcome, Status, iterate
+from iotsolve.solver import Outcome, Status, iterate, judge, sobered
 from iotsolve.support import carrying_arcs, separation
 from iotsolve.validation import check_tolerance, default_tolerance
 
@@ -174,6 +175,19 @@ class _Automatic:
     stationary: bool = False
 
     def run(self, problem: Problem, start: Potentials | None) -> Outcome:
+        """Solve every problem of a detached flat batch; a start that is good enough is the answer."""
+        if start is None:
+            return self._search(problem, None)
+        tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
+        double = in_double(problem)
+        p = start.to(torch.float64)
+        error, dual, _ = judge(double, p, *plan_of(double, p).marginals(), stationary=self.stationary)
+        good = (error <= tolerance / 2) & dual.isfinite()
+        status = [Status.CONVERGED if x else Status.MAX_STEPS for x in good.tolist()]
+        judged = sobered(problem, Outcome(start, status, [0] * len(status)), tolerance)
+        return _continued(problem, judged, self._search)
+
+    def _search(self, problem: Problem, start: Potentials | None) -> Outcome:
         n, m = problem.shape[-2:]
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
         newton, interior = Newton(**options), Interior(**options)
