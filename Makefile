@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
 .PHONY: help demo test lint docs bench clean
 
@@ -11,7 +12,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   check the style of the code"
 	@echo "make docs   build the documentation into docs/_build/html"
-	@echo "make bench  run the benchmarks"
+	@echo "make bench  install the peers and run the benchmarks beside them (an hour)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a minute or two, once."
@@ -32,8 +33,12 @@ docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-bench: $(READY)
-	$(BIN)/python -m tests.benchmarks
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $(PEERS)
+
+bench: $(PEERS)
+	$(BIN)/python -m tests.benchmarks --docs
 
 clean:
 	rm -rf docs/_build build dist *.egg-info .pytest_cache .ruff_cache

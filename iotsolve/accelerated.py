@@ -118,7 +118,7 @@ def _stays_in_cache(problem: Problem) -> bool:
 def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: float) -> list[Status]:
     """The status where a marginal's error has a price of its own, by which a small one may cost much."""
     double = in_double(problem)
-    error, dual, _ = judge(double, p.to(torch.float64), *plan_of(double, p).marginals(), stationary=False)
+    error, dual, _ = judge(double, p.to(torch.float64), *plan_of(double, p, lazy=True).marginals(), stationary=False)
     dear = ~((error <= tolerance / 2) & dual.isfinite())
     return [
         Status.STALLED if x is Status.CONVERGED and bad else x for x, bad in zip(status, dear.tolist(), strict=True)
@@ -145,9 +145,7 @@ def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, 
     f, g, lam = (np.zeros(x.shape) for x in (problem.a, problem.b, problem.a[:, 0]))
     low, high = problem.cost.surveyed().ends
     if max(abs(low), high if high < math.inf else 0.0, high - low) > _REACH * number(problem.epsilon):
-        zero, one = torch.zeros_like(problem.b), torch.ones_like(problem.b)
-        lowest = problem.cost.reduced_min(zero, torch.where(problem.b > 0, one, 0.0), axis=-1)
-        lowest = torch.where(lowest.isfinite(), lowest, 0.0)
-        other = problem.cost.reduced_min(lowest, problem.a, axis=-2)
-        f[:], g[:] = lowest.numpy(), torch.where(other.isfinite(), other, 0.0).numpy()
+        from iotsolve.kernels import passes
+
+        passes.lowest(problem.cost.matrix.numpy(), problem.a.numpy() > 0, problem.b.numpy() > 0, f, g)
     return f, g, lam

@@ -132,7 +132,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
         p = _repair(double, p)
         plan = plan_of(double, p, double.a.new_zeros(double.shape) if exact is None else enter("plan", exact, n, m))
     else:
-        plan = plan_of(double, p)
+        plan = plan_of(double, p, lazy=not (double.rows.is_hard or double.columns.is_hard))
     r, c = plan.marginals()
     rows, columns, mass = double.violations(r, c)
     known = ~(p.f.isnan().any(-1) | p.g.isnan().any(-1) | p.lam.isnan())
@@ -273,11 +273,14 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
     off = (a - r).abs().sum(-1) + (b - c).abs().sum(-1)
     if not (off <= _RESOLVED * r.sum(-1)).all():
         return None
+    if not any(fixed):
+        gap = problem.side_gaps(r, c, p)
+        return (None, gap.isfinite(), gap) if (gap <= enough).all() else None
     scale_r, scale_c = _ratio(a, r), _ratio(b, c)
     first = problem.epsilon * ((r * _change_cost(scale_r - 1)).sum(-1) + (c * _change_cost(scale_c - 1)).sum(-1))
     if fixed[0]:
         r, c = a, c + plan.times_back(scale_r - 1)
-    elif fixed[1]:
+    else:
         r, c = r + plan.times(scale_c - 1), b
     gap = first + problem.side_gaps(r, c, p)  # first order in the violation where the other side has a price for it
     return (None, gap.isfinite(), gap) if (gap <= enough).all() else None

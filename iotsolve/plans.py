@@ -193,11 +193,12 @@ class StoredPlan(Plan):
     The products are for what is small already, corrections and directions; their relative error is that of the copy.
     """
 
-    copy: _Copy
     sums: tuple[Tensor, Tensor]
+    kept: _Copy | Callable[[], _Copy]
 
     @classmethod
-    def of(cls, problem: Problem, p: Potentials, *, single: bool = False) -> StoredPlan:
+    def of(cls, problem: Problem, p: Potentials, *, single: bool = False, lazy: bool = False) -> StoredPlan:
+        """``single``: the copy is in float32 whatever its size; ``lazy``: it is made when first asked for."""
         from iotsolve.kernels import passes  # numba is imported where it runs
 
         eps = number(problem.epsilon)
@@ -205,15 +206,29 @@ class StoredPlan(Plan):
         lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
         alpha = passes.logs(problem.a.double().numpy(), lifted)
         beta = passes.logs(problem.b.double().numpy(), p.g.double().numpy() / eps)
-        copy = _Copy(cost.shape, np.float32 if single or cost.size > _KEPT_DOUBLE else np.float64)
-        r, c = passes.marginals(cost, alpha, beta, passes.LOG2E / eps, copy.values)
+        dtype = np.float32 if single or cost.size > _KEPT_DOUBLE else np.float64
+
+        def summed(into: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return passes.marginals(cost, alpha, beta, passes.LOG2E / eps, into)
+
+        def copied() -> _Copy:
+            made = _Copy(cost.shape, dtype)
+            summed(made.values)
+            return made
+
+        kept = copied if lazy else _Copy(cost.shape, dtype)
+        r, c = summed(np.empty((len(cost), 0, 0), dtype) if lazy else kept.values)
         sums = torch.from_numpy(r), torch.from_numpy(c)
 
         def read() -> Iterator[Chunk]:
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values.double(), cost.dense(), part) for (part, values), (_, cost) in blocks)
 
-        return cls(problem, read, copy, sums)
+        return cls(problem, read, sums, kept)
+
+    @cached_property
+    def _copy(self) -> _Copy:
+        return self.kept if isinstance(self.kept, _Copy) else self.kept()
 
     @property
     def _marginals(self) -> tuple[Tensor, Tensor]:
@@ -228,7 +243,7 @@ class StoredPlan(Plan):
         """``P v`` with ``P' (w P v)``, or with ``P' w`` if that is ``as_given``."""
         from iotsolve.kernels import passes
 
-        return passes.product(self.copy.values, v, w, as_given=as_given)
+        return passes.product(self._copy.values, v, w, as_given=as_given)
 
     def times(self, v: Tensor) -> Tensor:
         nothing = np.zeros(tuple(self.sums[0].shape))
@@ -241,16 +256,16 @@ class StoredPlan(Plan):
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         from iotsolve.kernels import passes
 
-        return torch.from_numpy(passes.spread(self.copy.values, w.numpy(), rows.numpy()))
+        return torch.from_numpy(passes.spread(self._copy.values, w.numpy(), rows.numpy()))
 
 
 _KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
 
 
-def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None) -> Plan:
-    """The plan of potentials, or an exact one, dense or sparse, of a flat problem."""
+def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, lazy: bool = False) -> Plan:
+    """The plan of potentials, or an exact one, dense or sparse, of a flat problem; ``lazy`` if only its sums are wanted."""
     if exact is None and isinstance(problem.cost, Dense) and problem.cost.is_compiled:
-        return StoredPlan.of(problem, p)
+        return StoredPlan.of(problem, p, lazy=lazy)
     if exact is None:
 
         def gibbs() -> Iterator[Chunk]:

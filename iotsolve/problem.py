@@ -41,6 +41,7 @@ from iotsolve.validation import (
     common_batch,
     default_tolerance,
     rounding,
+    shared,
 )
 
 __all__ = ["Potentials", "Problem", "in_double", "log_scaling", "weighted"]
@@ -181,8 +182,7 @@ class Problem:
     @cached_property
     def is_full(self) -> bool:
         """True if no bin is empty."""
-        shared = (w.detach()[tuple(0 if stride == 0 else slice(None) for stride in w.stride())] for w in (self.a, self.b))
-        return all(bool(w.min() > 0) for w in shared)  # not read again where a batch shares them
+        return all(bool(shared(w).min() > 0) for w in (self.a, self.b))
 
     @property
     def is_exact(self) -> bool:
@@ -239,6 +239,8 @@ class Problem:
         problem = self.with_tensors(named)
         if isinstance(self.cost, Dense):
             object.__setattr__(problem, "cost", self.cost.viewed(problem.cost.matrix))
+        if self.__dict__.get("is_full"):  # and so is every part
+            problem.__dict__["is_full"] = True
         return problem
 
     def working(self) -> Problem:
@@ -434,7 +436,10 @@ class Problem:
         if self.mass is None:
             if not (self.rows.is_fixed and self.columns.is_fixed):
                 return p
-            shift = (weighted(self.a, p.f) - weighted(self.b, p.g)) / (self.a.sum(-1) + self.b.sum(-1))
+            on_rows, on_columns = (
+                (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
+            )
+            shift = (on_rows - on_columns) / (self.a.sum(-1) + self.b.sum(-1))
             return Potentials(p.f - shift.unsqueeze(-1), p.g + shift.unsqueeze(-1), p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:
@@ -475,7 +480,7 @@ def in_double(problem: Problem) -> Problem:
         del named["cost"]
     if all(x.dtype == torch.float64 for x in named.values()):
         return problem
-    return problem.with_tensors({name: x.double() for name, x in named.items()})
+    return problem._viewed({name: x.double() for name, x in named.items()})
 
 
 def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:

@@ -181,7 +181,7 @@ class _Automatic:
         tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
         double = in_double(problem)
         p = start.to(torch.float64)
-        error, dual, _ = judge(double, p, *plan_of(double, p).marginals(), stationary=self.stationary)
+        error, dual, _ = judge(double, p, *plan_of(double, p, lazy=True).marginals(), stationary=self.stationary)
         good = (error <= tolerance / 2) & dual.isfinite()
         status = [Status.CONVERGED if x else Status.MAX_STEPS for x in good.tolist()]
         judged = sobered(problem, Outcome(start, status, [0] * len(status)), tolerance)

@@ -12,6 +12,7 @@ from enum import Enum
 from itertools import count
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,7 +162,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
 def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
     """The outcome, in which nothing has converged whose potentials cannot say so: not finite, or with too few digits."""
     p, status = outcome.potentials, list(outcome.status)
-    size = float(p.f.abs().max() + p.g.abs().max() + p.lam.abs().max())
+    size = sum(_largest(x) for x in (p.f, p.g, p.lam))
     if size * torch.finfo(p.f.dtype).eps / 2 <= tolerance * number(problem.epsilon):  # of all of them
         return outcome
     usable, blunt = _usable(problem, p).tolist(), (_exponent_error(problem, p) > tolerance).tolist()
@@ -169,6 +170,11 @@ def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
         if word is Status.CONVERGED and not (usable[k] and not blunt[k]):
             status[k] = Status.STALLED if usable[k] else Status.NOT_FINITE
     return replace(outcome, status=status)
+
+
+def _largest(x: Tensor) -> float:
+    """``max |x|``, which torch would wake its threads for."""
+    return float(np.abs(x.numpy()).max() if x.device.type == "cpu" else x.abs().max())
 
 
 _PATIENCE = 30  # checks without progress

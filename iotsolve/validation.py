@@ -291,8 +291,11 @@ def as_scalar(name: str, x: Any, *, hint: str) -> Scalar:
 
 def common_batch(cost: Cost, a: Tensor, b: Tensor) -> torch.Size:
     """The leading dimensions that cost and weights broadcast to."""
+    batches = cost.shape[:-2], a.shape[:-1], b.shape[:-1]
+    if batches[0] == batches[1] == batches[2]:
+        return batches[0]
     try:
-        return torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1])
+        return torch.broadcast_shapes(*batches)
     except RuntimeError as error:
         raise ValueError(
             f"cost {tuple(cost.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)} have leading dimensions that do not broadcast: "
@@ -300,12 +303,19 @@ def common_batch(cost: Cost, a: Tensor, b: Tensor) -> torch.Size:
         ) from error
 
 
+def shared(weights: Tensor) -> Tensor:
+    """The weights without the dimensions along which a batch shares them."""
+    return weights.detach()[tuple(0 if stride == 0 else slice(None) for stride in weights.stride())]
+
+
 def _check_totals(problem: Problem) -> None:
     """The intervals in which the total mass must lie, by rows, columns and ``mass``, have to meet."""
-    if problem.mass is None and problem.rows.is_fixed and problem.columns.is_fixed and not problem.batch_shape:
+    fixed = problem.mass is None and problem.rows.is_fixed and problem.columns.is_fixed
+    a, b = shared(problem.a), shared(problem.b)
+    if fixed and a.dim() == b.dim() == 1:  # the usual
         asked = [
-            number(side.bounds[0]) * float(weights.detach().double().sum())
-            for weights, side in ((problem.a, problem.rows), (problem.b, problem.columns))
+            number(side.bounds[0]) * float(weights.double().sum())
+            for weights, side in ((a, problem.rows), (b, problem.columns))
         ]
         if max(asked) <= min(asked) * (1 + rounding(problem.dtype)):
             return

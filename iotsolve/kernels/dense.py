@@ -26,6 +26,7 @@ __all__ = [
         "column_sums",
         "exact_each",
         "exact_pass",
+        "lowest_each",
         "raise_to",
         "row_sums",
         "row_tops",
@@ -281,3 +282,24 @@ def column_sums(cost, alpha, scale, tops, total, first, last):
         row, a = cost[i], alpha[i]
         for j in range(m):
             total[j] += exp2_double(a - tops[j] - scale * np.float64(row[j]))
+
+
+@_compiled
+def lowest_each(cost, rows, columns, f, g, first, last):
+    """``f_i = min_j C_ij`` over columns that count, then ``g_j = min_i C_ij - f_i`` over rows, for some problems of a batch.
+
+    0 where nothing is allowed.
+    """
+    n, m = cost.shape[1:]
+    alpha, beta, tops = np.empty(n), np.empty(m), np.empty(m)
+    for k in range(first, last):
+        for j in range(m):
+            beta[j] = 0.0 if columns[k, j] else -np.inf
+        row_tops(cost[k], beta, 1.0, alpha, 0, n)
+        for i in range(n):
+            f[k, i] = -alpha[i] if abs(alpha[i]) < np.inf else 0.0
+            alpha[i] = f[k, i] if rows[k, i] else -np.inf
+        tops[:] = -np.inf
+        raise_to(cost[k], alpha, 1.0, tops, 0, n)
+        for j in range(m):
+            g[k, j] = -tops[j] if abs(tops[j]) < np.inf else 0.0

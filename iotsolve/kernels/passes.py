@@ -15,6 +15,7 @@ from iotsolve.kernels.dense import (
     column_sums,
     exact_each,
     exact_pass,
+    lowest_each,
     raise_to,
     row_sums,
     row_tops,
@@ -30,6 +31,7 @@ __all__ = [
     "build_kernel",
     "highest",
     "logs",
+    "lowest",
     "marginals",
     "product",
     "softmin_over_columns",
@@ -109,6 +111,16 @@ def highest(cost: np.ndarray, potential: np.ndarray, scale: float, *, axis: int)
     tops = np.full((len(pieces(n, n * m)), m), -np.inf)
     each_piece(n, n * m, lambda k, first, last: raise_to(cost, potential, scale, tops[k], first, last))
     return tops.max(0)
+
+
+def lowest(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray, f: np.ndarray, g: np.ndarray) -> None:
+    """``f = min C`` over the columns given, then ``g = min C - f`` over the rows given; 0 if nothing is allowed; ``(B, .)``."""
+    if len(cost) > 1:
+        each_piece(len(cost), cost.size, lambda k, *part: lowest_each(cost, rows, columns, f, g, *part))
+        return
+    for found, given, other, axis in ((f, columns, g, -1), (g, rows, f, -2)):
+        top = highest(cost[0], np.where(given[0], other[0], -np.inf), 1.0, axis=axis)
+        found[0] = np.where(np.isfinite(top), -top, 0.0)
 
 
 def softmin_over_rows(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:

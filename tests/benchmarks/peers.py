@@ -185,16 +185,6 @@ def _ortools(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
     return _permutation(np.array([solver.right_mate(i) for i in range(n)]))
 
 
-def _highs(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
-    from scipy import sparse
-    from scipy.optimize import linprog
-
-    n, m = cost.shape
-    sums = sparse.vstack([sparse.kron(sparse.eye(n), np.ones((1, m))), sparse.kron(np.ones((1, n)), sparse.eye(m))])
-    found = linprog(cost.ravel(), A_eq=sums.tocsr(), b_eq=np.r_[a, b], method="highs")
-    return found.x.reshape(n, m)
-
-
 EQUAL = (
     Peer("scipy", ("scipy",), _scipy),
     Peer("lapjv", ("lapjv",), _lapjv),
@@ -203,7 +193,6 @@ EQUAL = (
     Peer("ortools", ("ortools",), _ortools),
 )
 WEIGHTED = (Peer("POT, emd", ("ot",), _emd),)
-SMALL_LINEAR = (Peer("HiGHS", ("highspy",), _highs),)
 
 
 # -- unbalanced, and many at once --------------------------------------------------------------------------------------
