@@ -1,6 +1,6 @@
 """Time our solvers and losses beside their peers, in one run, at an accuracy that the harness measures itself.
 
-``python -m tests.benchmarks`` runs everything (about forty minutes), ``--quick`` the small sizes, ``--only entropic,exact`` some
+``python -m tests.benchmarks`` runs everything (about an hour), ``--quick`` the small sizes, ``--only entropic,exact`` some
 groups; results go to ``runs/bench/results.json``, and with ``--docs`` into the page in ``docs``.
 """
 
@@ -366,7 +366,7 @@ def main() -> None:
     works = [work for name, group in GROUPS.items() if name in wanted for work in group(given.quick)]
     OUT.mkdir(parents=True, exist_ok=True)
     target = OUT / "results.json"
-    results: dict[str, Any] = {"about": about(), "rows": []}
+    results: dict[str, Any] = {"about": about() | {"quick": given.quick}, "rows": []}
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("benchmarks", total=len(works) + 4)
         for work in works:

@@ -69,6 +69,7 @@ def about(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in known["versions"].items() if v)
     missing = ", ".join(k for k, v in known["versions"].items() if not v)
     text = f"{known['cpu']}, {known['threads']} threads for everybody, Python {known['python']}; {versions}."
+    text += " Small sizes only (`--quick`)." if known.get("quick") else ""
     return text + (f" Not installed: {missing}." if missing else "")
 
 
