@@ -181,7 +181,7 @@ def plot_ratios(results: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(found)), [name for name, _ in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel("time of the best peer / ours: one point per problem, a bar at the geometric mean")
+    axes.set_xlabel("time of the best peer / ours; a point per problem, a bar at the mean")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,0 +1,161 @@
+"""What was observed: who goes where, and how many of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Coupling", "Table"]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """An observed plan with what belongs to it, per unit of mass observed."""
+
+    plan: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    allowed: np.ndarray | None
+    observations: float | None
+    cluster: np.ndarray | None
+
+    def thinned(self, plan: np.ndarray) -> Table:
+        """Another plan on the same cells, with its own marginals."""
+        total = plan.sum()
+        observations = None if self.observations is None else self.observations * total
+        return Table(plan / total, plan.sum(1) / total, plan.sum(0) / total, self.allowed, observations, self.cluster)
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """An observed coupling, in one of four shapes.
+
+    Args:
+        counts: how often a row met a column, shape ``(n, m)``, non-negative; its total is the number of observations.
+        plan: the same as shares or flows in any unit, of which nothing can be said about the number of observations; give
+            ``observations`` for standard errors.
+        pairs: ``(i, j)`` or ``(i, j, weight)``: index of the row, of the column, and how often, 1 by default.
+        matched: True where row ``i`` met column ``i``, once each.
+        a: weights of the rows in the same unit, if they are not the sums of what was observed: of a population, say.
+        b: weights of the columns.
+        mask: cells that were possible, boolean, shape ``(n, m)``; all by default.
+        cluster: labels whose cells vary together: ``"rows"``, ``"columns"``, one label per cell ``(n, m)``, or one per pair.
+        observations: their number, if the data do not tell it.
+
+    Raises:
+        ValueError: on data of another shape, negative or not finite, without mass, or where the mask has a hole.
+
+    Example:
+        >>> Coupling([[3, 1], [1, 3]]).table((2, 2)).plan
+        array([[0.375, 0.125],
+               [0.125, 0.375]])
+    """
+
+    counts: Any = None
+    plan: Any = None
+    pairs: Any = None
+    matched: bool = False
+    a: Any = None
+    b: Any = None
+    mask: Any = None
+    cluster: Any = None
+    observations: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.counts is not None, self.plan is not None, self.pairs is not None, bool(self.matched)]
+        if sum(given) != 1:
+            raise ValueError(
+                f"{sum(given)} of counts, plan, pairs and matched were given: an observed coupling is exactly one of them."
+            )
+        if self.observations is not None and not 0 < self.observations < np.inf:
+            raise ValueError(f"observations = {self.observations!r}: must be a positive number of matches.")
+
+    def table(self, shape: tuple[int, int]) -> Table:
+        """The coupling between ``n`` rows and ``m`` columns, per unit of mass."""
+        n, m = shape
+        flows = self._flows(n, m)
+        if flows.shape != (n, m):
+            raise ValueError(
+                f"a coupling of shape {flows.shape} for features of {n} rows and {m} columns: is it transposed, or are these the "
+                "features of something else?"
+            )
+        bad = ~(np.isfinite(flows) & (flows >= 0))
+        if bad.any():
+            i, j = np.argwhere(bad)[0]
+            raise ValueError(f"coupling[{i}, {j}] = {flows[i, j]}: must be finite and not negative.")
+        total = flows.sum()
+        if not 0 < total < np.inf:
+            raise ValueError(f"the coupling has total {total}: nothing was observed, or it overflows.")
+        allowed = None
+        if self.mask is not None:
+            allowed = np.asarray(self.mask, dtype=bool)
+            if allowed.shape != (n, m):
+                raise ValueError(f"mask of shape {allowed.shape}: must be {(n, m)}, True where a match is possible.")
+            if (flows[~allowed] > 0).any():
+                i, j = np.argwhere((flows > 0) & ~allowed)[0]
+                raise ValueError(f"coupling[{i}, {j}] = {flows[i, j]} where the mask forbids it. Is the mask inverted?")
+            allowed = None if allowed.all() else allowed
+        a, b = (
+            sums if given is None else self._weights(name, given, len(sums))
+            for name, given, sums in (("a", self.a, flows.sum(1)), ("b", self.b, flows.sum(0)))
+        )
+        observations = self.observations
+        if observations is None and self.plan is None:
+            observations = total
+        return Table(flows / total, a / total, b / total, allowed, observations, self._labels(n, m))
+
+    def _flows(self, n: int, m: int) -> np.ndarray:
+        if self.matched:
+            if n != m:
+                raise ValueError(
+                    f"matched=True with {n} rows and {m} columns: couples need as many of the one as of the other."
+                )
+            return np.eye(n)
+        if self.pairs is None:
+            return np.array(self.counts if self.plan is None else self.plan, dtype=np.float64)
+        i, j, weight = self._listed(n, m)
+        flows = np.zeros((n, m))
+        np.add.at(flows, (i, j), weight)
+        return flows
+
+    def _listed(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if len(self.pairs) not in (2, 3):
+            raise ValueError(f"pairs has {len(self.pairs)} parts: must be (i, j) or (i, j, weight).")
+        i, j = (np.asarray(x) for x in self.pairs[:2])
+        weight = np.asarray(self.pairs[2], dtype=np.float64) if len(self.pairs) == 3 else np.ones(len(i))
+        if not len(i) == len(j) == len(weight) or i.dtype.kind not in "iu" or j.dtype.kind not in "iu":
+            raise ValueError("pairs: i, j and weight must have one entry per pair, i and j whole numbers.")
+        if len(i) == 0 or min(i.min(), j.min()) < 0 or i.max() >= n or j.max() >= m:
+            raise ValueError(
+                f"pairs: rows must be from 0 to {n - 1} and columns from 0 to {m - 1}, and there must be one."
+            )
+        return i, j, weight
+
+    def _weights(self, name: str, given: Any, size: int) -> np.ndarray:
+        weights = np.asarray(given, dtype=np.float64)
+        if weights.shape != (size,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.sum() > 0:
+            raise ValueError(
+                f"{name} of shape {weights.shape}: must be {size} finite, non-negative weights, not all 0."
+            )
+        return weights
+
+    def _labels(self, n: int, m: int) -> np.ndarray | None:
+        if self.cluster is None:
+            return None
+        if isinstance(self.cluster, str):
+            if self.cluster not in ("rows", "columns"):
+                raise ValueError(f"cluster = {self.cluster!r}: must be 'rows', 'columns', or labels.")
+            own = np.arange(n)[:, None] if self.cluster == "rows" else np.arange(m)[None, :]
+            return np.broadcast_to(own, (n, m))
+        labels = np.asarray(self.cluster)
+        if self.pairs is not None and labels.shape == np.shape(self.pairs[0]):
+            i, j, _ = self._listed(n, m)
+            codes = np.unique(labels, return_inverse=True)[1]
+            found = np.arange(n * m).reshape(n, m) + len(codes)  # a cell that no pair names varies alone
+            found[i, j] = codes
+            return found
+        if labels.shape != (n, m):
+            raise ValueError(f"cluster of shape {labels.shape}: must be one label per cell {(n, m)}, or one per pair.")
+        return np.unique(labels, return_inverse=True)[1].reshape(n, m)

@@ -1,0 +1,440 @@
+"""``Fit``: what an estimate says, how sure it is, and what it cannot know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import chdtrc, ndtri
+
+from iotsolve.inverse.data import Coupling
+from iotsolve.inverse.features import Bilinear, FeatureMap
+from iotsolve.inverse.market import Market, Point
+from iotsolve.inverse.steps import Constraints
+
+if TYPE_CHECKING:
+    from iotsolve.inverse.estimator import InverseOT
+
+__all__ = ["Fit", "IdentifiabilityWarning", "Saliency", "Test"]
+
+_KINDS = ("model", "robust", "clustered")
+
+
+class IdentifiabilityWarning(UserWarning):
+    """The data do not determine all coefficients; the message names those they leave open."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """A chi-squared test: the statistic, its degrees of freedom and the probability of a larger one under the hypothesis."""
+
+    __test__ = False  # not one of pytest's
+
+    statistic: float
+    degrees: int
+    p_value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Saliency:
+    """Dimensions of sorting: the singular values of the affinity between traits of unit covariance.
+
+    Args:
+        values: singular values, falling, shape ``(r,)``.
+        shares: of their sum.
+        intervals: of the shares, shape ``(r, 2)``; None without standard errors.
+        rows: weights of the rows' traits in each dimension, shape ``(p, r)``.
+        columns: weights of the columns' traits, shape ``(q, r)``.
+    """
+
+    values: np.ndarray
+    shares: np.ndarray
+    intervals: np.ndarray | None
+    rows: np.ndarray
+    columns: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """An estimate; made by :meth:`InverseOT.fit`."""
+
+    model: InverseOT
+    features: list[FeatureMap]
+    points: list[Point]
+    shares: np.ndarray
+    hessian: np.ndarray
+    effects: list[tuple[np.ndarray, np.ndarray]]
+    observations: float | None
+    steps: int
+    converged: bool
+    kkt_residual: float
+    unseen: np.ndarray
+    separated: bool
+    constraints: Constraints
+
+    # -- the estimate ------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One per coefficient."""
+        return self.features[0].names
+
+    @property
+    def coefficients(self) -> np.ndarray:
+        """``theta``, shape ``(K,)``, in cost units per unit of the feature."""
+        return self.points[0].theta
+
+    @property
+    def matrix(self) -> np.ndarray | None:
+        """The coefficients as the matrix they are: the affinity of :class:`Bilinear`, the metric of :class:`Mahalanobis`."""
+        return self.features[0].gains(self.coefficients)
+
+    def _each(self, of: Any) -> Any:
+        found = [of(k) for k in range(len(self.points))]
+        return found[0] if len(found) == 1 else found
+
+    @property
+    def plan(self) -> Any:
+        """The fitted plan per unit of mass observed, shape ``(n, m)``; one for each coupling of a panel."""
+        return self._each(lambda k: self.points[k].plan)
+
+    @property
+    def cost(self) -> Any:
+        """``-Phi``, ``+inf`` where the mask forbids a match."""
+
+        def one(k: int) -> np.ndarray:
+            allowed = self.points[k].market.table.allowed
+            cost = -self.features[k].apply(self.coefficients)
+            return cost if allowed is None else np.where(allowed, cost, np.inf)
+
+        return self._each(one)
+
+    @property
+    def potentials(self) -> Any:
+        """``(f, g)`` of :attr:`cost`, in the gauge of :class:`iotsolve.Problem`."""
+
+        def one(k: int) -> tuple[np.ndarray, np.ndarray]:
+            point = self.points[k]
+            moved = self.features[k].apply(self.coefficients) - point.market.features.apply(self.coefficients)
+            f, g = point.solution.f - moved[:, 0], point.solution.g - (moved[0] - moved[0, 0])
+            if not (self.model.rows.is_fixed and self.model.columns.is_fixed):
+                return f, g
+            a, b = point.market.table.a, point.market.table.b
+            shift = (a @ np.where(a > 0, f, 0.0) - b @ np.where(b > 0, g, 0.0)) / (a.sum() + b.sum())
+            return f - shift, g + shift
+
+        return self._each(one)
+
+    @property
+    def log_likelihood(self) -> float:
+        """Of all observations, given their number; of one on average where it is not known. ``-inf`` if one was impossible."""
+        each = (_log_likelihood(p.market.table.plan, p.plan) for p in self.points)
+        total = float(sum(s * x for s, x in zip(self.shares, each, strict=True)))
+        return total * (1.0 if self.observations is None else self.observations)
+
+    # -- inference ---------------------------------------------------------------------------------------------------
+
+    @property
+    def information(self) -> np.ndarray:
+        """Fisher information of the coefficients, ``(K, K)``: of all observations, of one where their number is not known."""
+        return self.hessian * (1.0 if self.observations is None else self.observations) / self.model.epsilon
+
+    def covariance(self, kind: str = "model", *, small_sample: bool = False) -> np.ndarray:
+        """Covariance matrix of the coefficients.
+
+        Args:
+            kind: ``"model"``: the inverse information, for independent matches. ``"robust"``: cells whose variance is not their
+                mean. ``"clustered"``: cells that vary together by the coupling's ``cluster``, times ``G / (G - 1)``.
+            small_sample: multiply by ``cells / (cells - K - n - m + 1)``, as for least squares with two-way effects.
+
+        Raises:
+            ValueError: without a number of observations, with a penalty that biases the coefficients, or without clusters.
+        """
+        if kind not in _KINDS:
+            raise ValueError(f"kind = {kind!r}: must be one of {', '.join(_KINDS)}.")
+        if self.observations is None:
+            raise ValueError(
+                "standard errors need the number of observations, and shares do not tell it: pass counts, or observations=N."
+            )
+        if self.model.penalty is not None or self.model.nonnegative:
+            raise ValueError(
+                "standard errors of penalised or sign-constrained coefficients would ignore their bias. Fit again without the "
+                "penalty, on the support that was found if there is one (fixed={...: 0})."
+            )
+        basis = self._identified
+        bread = (
+            basis @ np.linalg.inv(basis.T @ self.information @ basis) @ basis.T if basis.shape[1] else 0 * self.hessian
+        )
+        factor = 1.0
+        if kind != "model":
+            meat = sum(self._meat(k, kind) for k in range(len(self.points)))
+            bread = bread @ meat @ bread
+        if kind == "clustered":
+            groups = sum(len(np.unique(p.market.table.cluster)) for p in self.points)
+            factor *= groups / (groups - 1)
+        if small_sample:
+            cells = sum(
+                p.plan.size if p.market.table.allowed is None else int(p.market.table.allowed.sum())
+                for p in self.points
+            )
+            used = len(self.coefficients) + sum(sum(p.plan.shape) - 1 for p in self.points)
+            factor *= cells / (cells - used)
+        return factor * bread
+
+    @cached_property
+    def _identified(self) -> np.ndarray:
+        """Directions that constraints leave and the data see."""
+        free = self.constraints.free()
+        blind = free.T @ self.unseen
+        if not blind.size:
+            return free
+        kept = np.linalg.svd(blind, full_matrices=True)
+        rank = int((kept[1] > 1e-8).sum())
+        return free @ kept[0][:, rank:]
+
+    def _meat(self, k: int, kind: str) -> np.ndarray:
+        """``sum e^2 phi~ phi~'`` over cells, or of sums of ``e phi~`` over clusters, in units of epsilon."""
+        point, (over_rows, over_columns) = self.points[k], self.effects[k]
+        table, features = point.market.table, point.market.features
+        number = float(self.shares[k]) * self.observations
+        error = number * (table.plan - point.plan) / self.model.epsilon
+        if kind == "robust":
+            return _residual_gram(features, error**2, over_rows, over_columns)
+        if table.cluster is None:
+            raise ValueError("kind = 'clustered': the coupling has no cluster. Give Coupling(..., cluster=labels).")
+        codes = np.unique(table.cluster, return_inverse=True)[1].reshape(table.plan.shape)
+        scores = np.zeros((int(codes.max()) + 1, features.count))
+        for rows, block in features.blocks():
+            left = error[rows, :, None] * (block + over_rows[rows, None] + over_columns[None])
+            np.add.at(scores, codes[rows].ravel(), left.reshape(-1, features.count))
+        return scores.T @ scores
+
+    @property
+    def standard_errors(self) -> np.ndarray:
+        """By the model's covariance, shape ``(K,)``; infinite where the data say nothing."""
+        return self.errors("model")
+
+    def errors(self, kind: str = "model", *, small_sample: bool = False) -> np.ndarray:
+        """Standard errors by a covariance of this kind."""
+        found = np.sqrt(np.diag(self.covariance(kind, small_sample=small_sample)))
+        open_ = abs(self.unseen).max(1, initial=0.0) > 1e-8
+        return np.where(open_, np.inf, found)
+
+    def confidence_intervals(
+        self, level: float = 0.95, kind: str = "model", *, small_sample: bool = False
+    ) -> np.ndarray:
+        """Shape ``(K, 2)``: lower and upper ends."""
+        if not 0 < level < 1:
+            raise ValueError(f"level = {level!r}: must be between 0 and 1, such as 0.95.")
+        half = ndtri(0.5 + level / 2) * self.errors(kind, small_sample=small_sample)
+        return np.stack([self.coefficients - half, self.coefficients + half], -1)
+
+    def wald(self, matrix: Any, right: Any = 0.0, kind: str = "model") -> Test:
+        """Whether ``R theta = r`` (Wald)."""
+        matrix = np.atleast_2d(np.asarray(matrix, dtype=np.float64))
+        if matrix.shape[1] != len(self.coefficients):
+            raise ValueError(
+                f"R of shape {matrix.shape}: must have one column for each of {len(self.coefficients)} coefficients."
+            )
+        apart = matrix @ self.coefficients - np.broadcast_to(np.asarray(right, dtype=np.float64), len(matrix))
+        spread = matrix @ self.covariance(kind) @ matrix.T
+        degrees = int(np.linalg.matrix_rank(spread))
+        statistic = float(apart @ np.linalg.pinv(spread) @ apart)
+        return Test(statistic, degrees, float(chdtrc(degrees, statistic)))
+
+    # -- what bilinear coefficients say ------------------------------------------------------------------------------
+
+    def _whitened(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        features = self.features[0]
+        if not isinstance(features, Bilinear):
+            raise ValueError(f"{type(features).__name__} has no traits of rows and columns: this is for Bilinear.")
+        table = self.points[0].market.table
+        root_x, root_y = _root(features.x, table.a), _root(features.y, table.b)
+        return root_x @ self.matrix @ root_y, root_x, root_y
+
+    def saliency(self, level: float = 0.95, kind: str = "model") -> Saliency:
+        """Along which combinations of traits people sort, and how much each matters (Dupuy and Galichon, JPE 2014).
+
+        Intervals of the shares by the delta method, without a penalty and with a number of observations.
+        """
+        affinity, root_x, root_y = self._whitened()
+        u, s, v = np.linalg.svd(affinity, full_matrices=False)
+        shares = s / s.sum()
+        intervals = None
+        if self.observations is not None and self.model.penalty is None and not self.model.nonnegative:
+            slopes = np.stack(
+                [(root_x @ np.outer(u[:, k], v[k]) @ root_y).ravel() for k in range(len(s))]
+            )  # of s in theta
+            slopes = (slopes - shares[:, None] * slopes.sum(0)) / s.sum()
+            half = ndtri(0.5 + level / 2) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
+            intervals = np.clip(np.stack([shares - half, shares + half], -1), 0.0, 1.0)
+        return Saliency(s, shares, intervals, root_x @ u, root_y @ v.T)
+
+    def rank_test(self, rank: int, kind: str = "model") -> Test:
+        """Whether the affinity has this rank (Kleibergen and Paap, J. Econometrics 2006)."""
+        affinity, root_x, root_y = self._whitened()
+        p, q = affinity.shape
+        if not 0 <= rank < min(p, q):
+            raise ValueError(
+                f"rank = {rank}: must be from 0 to {min(p, q) - 1}, less than the affinity {p} x {q} can have."
+            )
+        u, _, v = np.linalg.svd(affinity)
+        left, right = u[:, rank:], v[rank:].T
+        lever = np.einsum("pa,qb->abpq", root_x @ left, root_y @ right).reshape(-1, p * q)
+        rest = (left.T @ affinity @ right).ravel()
+        statistic = float(rest @ np.linalg.pinv(lever @ self.covariance(kind) @ lever.T) @ rest)
+        degrees = (p - rank) * (q - rank)
+        return Test(statistic, degrees, float(chdtrc(degrees, statistic)))
+
+    # -- other data --------------------------------------------------------------------------------------------------
+
+    def predict(self, a: Any, b: Any, features: FeatureMap | None = None) -> np.ndarray:
+        """The optimal plan between other weights, of other types if their features are given; in the unit of the weights."""
+        features = self.features[0] if features is None else features
+        if features.names != self.names:
+            raise ValueError(
+                "the new features must have the names, and so the meaning, of those the coefficients are for."
+            )
+        a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+        total = a.sum()
+        table = Coupling(plan=np.outer(a, b), a=a, b=b).table(features.shape)
+        scaled = type(table)(table.plan, a / total, b / total, None, None, None)
+        market = Market(features, scaled, self.model.epsilon, self.model.rows, self.model.columns)
+        return total * np.array(market.at(self.coefficients, 1e-10).plan)
+
+    def score(self, held_out: Coupling | Any, features: FeatureMap | None = None) -> float:
+        """Mean log-likelihood of an observation of another coupling, between its own marginals."""
+        features = self.features[0] if features is None else features
+        held_out = held_out if isinstance(held_out, Coupling) else Coupling(held_out)
+        table = held_out.table(features.shape)
+        market = Market(features, table, self.model.epsilon, self.model.rows, self.model.columns)
+        return _log_likelihood(table.plan, market.at(self.coefficients, 1e-10).plan)
+
+    # -- what was noticed --------------------------------------------------------------------------------------------
+
+    @property
+    def null_vectors(self) -> list[dict[str, float]]:
+        """Combinations of coefficients of which the data say nothing, by name."""
+        found = []
+        for vector in _sparse_basis(self.unseen).T:
+            found.append({self.names[k]: float(vector[k]) for k in np.flatnonzero(abs(vector) > 1e-8)})
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know before believing the numbers."""
+        said = []
+        if self.unseen.shape[1]:
+            free = self.constraints.free()
+            if np.linalg.matrix_rank(free.T @ self.unseen, tol=1e-8) and self.model.penalty is None:
+                listed = "; ".join(_combination(v) for v in self.null_vectors[:5])
+                said.append(
+                    f"{self.unseen.shape[1]} of {len(self.names)} directions of coefficients are not identified: {listed}. "
+                    "Between fixed sides the effects of a row or a column alone cannot be told. The smallest coefficients that "
+                    "explain the data were returned; leave features out, fix some (fixed=), or add a Ridge."
+                )
+        if self.separated:
+            said.append(
+                "the data are separated: some combination of features is never observed against another, and its coefficient "
+                "goes to infinity. What is returned explains the data as well as any; its size says nothing. Add a Ridge for "
+                "finite coefficients, or leave out the feature."
+            )
+        if not self.converged and not self.separated:
+            said.append(
+                f"not converged after {self.steps} steps: residual {self.kkt_residual:.1e}. Raise max_steps or epsilon; large "
+                "features against a small epsilon make the problem stiff."
+            )
+        return said
+
+    def report(self, kind: str = "model") -> str:
+        """Everything in one table, for reading."""
+        lines, known = [], self.observations is not None and self.model.penalty is None and not self.model.nonnegative
+        n, m = self.points[0].plan.shape
+        panel = f"{len(self.points)} couplings, the first " if len(self.points) > 1 else ""
+        observed = "an unknown number of" if self.observations is None else f"{self.observations:,.0f}"
+        lines.append(
+            f"Inverse optimal transport: {panel}{n} x {m}, {observed} observations, epsilon = {self.model.epsilon:g}"
+        )
+        lines.append(f"sides {self.model.rows}, {self.model.columns}; penalty {self.model.penalty}")
+        width = max(len(x) for x in (*self.names, "coefficient"))
+        header = f"{'':{width}}  {'estimate':>12}"
+        lines += ["", header + (f"  {'std. error':>12}  {'95 % interval':>27}" if known else "")]
+        errors = self.errors(kind) if known else None
+        intervals = self.confidence_intervals(0.95, kind) if known else None
+        for k, name in enumerate(self.names):
+            line = f"{name:{width}}  {self.coefficients[k]:12.6g}"
+            if known:
+                line += f"  {errors[k]:12.4g}  [{intervals[k, 0]:12.6g}, {intervals[k, 1]:12.6g}]"
+            lines.append(line)
+        table, plan = self.points[0].market.table, self.points[0].plan
+        size = np.sqrt(np.maximum(np.diag(self.hessian), 1e-300))
+        seen = np.linalg.eigvalsh(self.hessian / np.outer(size, size))[self.unseen.shape[1] :]
+        marginal = max(
+            float(abs(p.solution.certificate.row_violation + p.solution.certificate.column_violation))
+            for p in self.points
+        )
+        lines += [
+            "",
+            f"log-likelihood {self.log_likelihood:.10g}" + (" per observation" if self.observations is None else ""),
+            f"rank {len(self.names) - self.unseen.shape[1]} of {len(self.names)}"
+            + "".join(f"; not identified: {_combination(v)}" for v in self.null_vectors),
+            f"condition number of the scaled information {float(seen[-1] / seen[0]) if len(seen) else 1.0:.2g}",
+            f"gradient or KKT residual {self.kkt_residual:.1e}, violation of the marginals {marginal:.1e}, {self.steps} steps, "
+            + ("converged" if self.converged else "not converged"),
+            f"cells without observations {int((table.plan == 0).sum())} of {plan.size}; separated: "
+            + ("yes" if self.separated else "no"),
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.report()
+
+
+def _log_likelihood(observed: np.ndarray, fitted: np.ndarray) -> float:
+    seen = observed > 0
+    with np.errstate(divide="ignore"):
+        return float(observed[seen] @ np.log(fitted[seen] / fitted.sum()))
+
+
+def _residual_gram(
+    features: FeatureMap, weights: np.ndarray, over_rows: np.ndarray, over_columns: np.ndarray
+) -> np.ndarray:
+    """``sum W (phi + F + G) (phi + F + G)'``."""
+    r, c = features.sums(weights)
+    cross = r.T @ over_rows + c.T @ over_columns + over_rows.T @ (weights @ over_columns)
+    own = over_rows.T @ (weights.sum(1)[:, None] * over_rows) + over_columns.T @ (
+        weights.sum(0)[:, None] * over_columns
+    )
+    return features.gram(weights) + cross + cross.T + own
+
+
+def _root(traits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Symmetric root of the traits' covariance."""
+    share = weights / weights.sum()
+    centred = traits - share @ traits
+    values, vectors = np.linalg.eigh(centred.T @ (share[:, None] * centred))
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def _sparse_basis(basis: np.ndarray) -> np.ndarray:
+    """The same space by vectors with few entries, each with a largest entry of 1: reduced row echelon form by full pivoting."""
+    rows = basis.T.copy()
+    for k in range(len(rows)):
+        i, j = np.unravel_index(abs(rows[k:]).argmax(), rows[k:].shape)
+        rows[[k, k + i]] = rows[[k + i, k]]
+        rows[k] /= rows[k, j]
+        for other in range(len(rows)):
+            if other != k:
+                rows[other] -= rows[other, j] * rows[k]
+    rows[abs(rows) < 1e-9] = 0.0
+    return rows.T
+
+
+def _combination(vector: dict[str, float]) -> str:
+    def term(name: str, x: float) -> str:
+        size = "" if abs(abs(x) - 1) < 1e-9 else f"{abs(x):.3g} "
+        return f"{'+' if x > 0 else '-'} {size}{name}"
+
+    return " ".join(term(name, x) for name, x in vector.items()).removeprefix("+ ")

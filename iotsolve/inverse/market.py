@@ -1,0 +1,153 @@
+"""One observed coupling at given coefficients: the loss, its gradient and its Hessian, from the forward problem's solution.
+
+    loss(theta) = max_P { <Phi, P> - eps KL(P | a x b) - D_rows - D_columns } - <Phi, Phat>
+    gradient    = <phi, P - Phat>
+    Hessian     = 1 / eps (<phi, phi'>_P + r' F + c' G),   [[R, P], [P', S]] (F, G) = -(r, c),
+
+``r = sum_j P phi``, ``c = sum_i P phi``, ``R = P 1 + eps a curvature``, ``S`` likewise; bins that a kink holds have ``F = 0``.
+``phi~ = phi + F + G`` is what of a feature the sides cannot take up (Dupuy, Galichon, 2014; Correia, Guimaraes, Zylkin, Stata J.
+2020, for fixed sides).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.linalg import cho_factor, cho_solve
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from iotsolve.gradient import Implicit
+from iotsolve.inverse.data import Table
+from iotsolve.inverse.features import FeatureMap
+from iotsolve.marginals import Marginal
+from iotsolve.problem import Potentials, Problem
+from iotsolve.solution import Solution
+from iotsolve.solve import solve
+
+__all__ = ["Market", "Point"]
+
+
+@dataclass(frozen=True, eq=False)
+class Market:
+    """An observed coupling with its features and the forward problem around it."""
+
+    features: FeatureMap
+    table: Table
+    epsilon: float
+    rows: Marginal
+    columns: Marginal
+
+    def problem(self, theta: np.ndarray) -> Problem:
+        cost = -self.features.apply(theta)
+        if self.table.allowed is not None:
+            cost = np.where(self.table.allowed, cost, np.inf)
+        return Problem(cost, self.table.a, self.table.b, epsilon=self.epsilon, rows=self.rows, columns=self.columns)
+
+    def at(self, theta: np.ndarray, tolerance: float, start: Potentials | None = None) -> Point:
+        """Loss and gradient at these coefficients; the forward problem solved to a relative marginal error."""
+        solution = solve(self.problem(theta), gradient=Implicit(), tolerance=tolerance, init=start, throw=False)
+        plan = np.ascontiguousarray(solution.plan)
+        observed = self.features.adjoint(self.table.plan)
+        gradient = self.features.adjoint(plan) - observed
+        return Point(self, theta, solution, plan, -float(solution.value) - float(theta @ observed), gradient)
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A market at some coefficients."""
+
+    market: Market
+    theta: np.ndarray
+    solution: Solution
+    plan: np.ndarray
+    loss: float
+    gradient: np.ndarray
+
+    @cached_property
+    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.market.features.sums(self.plan)
+
+    def hessian(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The Hessian of the loss, with the effects that it took: ``(K, K)``, ``(n, K)``, ``(m, K)``."""
+        r, c = self._sums
+        over_rows, over_columns = self._solved(r, c)
+        found = self.market.features.gram(self.plan) + r.T @ over_rows + c.T @ over_columns
+        return (found + found.T) / (2 * self.market.epsilon), over_rows, over_columns
+
+    def _solved(self, r: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(F, G)`` for right-hand sides ``-(r, c)``; by the Schur complement of the longer side."""
+        market, plan = self.market, self.plan
+        sides = (market.rows, market.table.a, plan.sum(1), self.solution.f), (
+            market.columns, market.table.b, plan.sum(0), self.solution.g,
+        )  # fmt: skip
+        (keep_r, big_r), (keep_c, big_c) = (_diagonal(*side, market.epsilon) for side in sides)
+        if len(r) < len(c):
+            second, first = _eliminated(plan.T, c, r, keep_c, big_c, keep_r, big_r)
+            return first, second
+        return _eliminated(plan, r, c, keep_r, big_r, keep_c, big_c)
+
+    def moved(self, step: np.ndarray, over_rows: np.ndarray, over_columns: np.ndarray) -> Potentials:
+        """Where the potentials would be after a step of the coefficients, to first order."""
+        p = self.solution.potentials
+        f, g = (x.detach().double().reshape(-1).numpy() for x in (p.f, p.g))
+        f, g = (np.where(np.isfinite(x), x + effect @ step, x) for x, effect in ((f, over_rows), (g, over_columns)))
+        return replace(p, f=torch.from_numpy(f), g=torch.from_numpy(g))
+
+
+def _diagonal(
+    side: Marginal, weights: np.ndarray, marginal: np.ndarray, potential: np.ndarray, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The bins whose potential moves, and the diagonal of the system there."""
+    a, f = torch.from_numpy(np.ascontiguousarray(weights)), torch.from_numpy(np.ascontiguousarray(potential))
+    bend = side.at(a).curvature(torch.where(f.isfinite(), f, 0.0)).numpy()
+    keep = (weights > 0) & (marginal > 0) & np.isfinite(bend)
+    return keep, np.where(keep, marginal + epsilon * weights * np.where(keep, bend, 0.0), 1.0)
+
+
+def _eliminated(
+    plan: np.ndarray,
+    r: np.ndarray,
+    c: np.ndarray,
+    keep_r: np.ndarray,
+    big_r: np.ndarray,
+    keep_c: np.ndarray,
+    big_c: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The system solved for the columns first, by Cholesky; singular directions, that nothing anchors, are filled up."""
+    first, second = np.zeros_like(r), np.zeros_like(c)
+    whole = bool(keep_r.all() and keep_c.all())
+    p = plan if whole else plan[np.ix_(keep_r, keep_c)]
+    inverse = 1 / big_r[keep_r]
+    if p.shape[1]:
+        schur = -(p.T @ (p * inverse[:, None]))
+        schur[np.diag_indices_from(schur)] += big_c[keep_c]
+        for members in _adrift(p, big_r[keep_r], big_c[keep_c]):
+            d = np.where(members, big_c[keep_c], 0.0)
+            schur += np.outer(d, d / d.sum())
+        right = -(c[keep_c] - p.T @ (r[keep_r] * inverse[:, None]))
+        schur[np.diag_indices_from(schur)] *= 1 + 1e-15  # rounding
+        second[keep_c] = cho_solve(cho_factor(schur, overwrite_a=True, check_finite=False), right, check_finite=False)
+    first[keep_r] = -(r[keep_r] + p @ second[keep_c]) * inverse[:, None]
+    return first, second
+
+
+def _adrift(p: np.ndarray, big_r: np.ndarray, big_c: np.ndarray) -> list[np.ndarray]:
+    """The columns of every part of the plan that no curvature and no held bin anchors, so that ``(1, -1)`` moves freely."""
+    n, m = p.shape
+    if (p > 0).all():
+        parts, labels = 1, np.zeros(n + m, np.int64)
+    else:
+        i, j = np.nonzero(p)
+        graph = csr_array((np.ones(len(i)), (i, n + j)), shape=(n + m, n + m))
+        parts, labels = connected_components(graph, directed=False)
+    loose_r, loose_c = abs(p.sum(1) - big_r) <= 1e-9 * big_r, abs(p.sum(0) - big_c) <= 1e-9 * big_c
+    found = []
+    for part in range(parts):
+        rows, columns = labels[:n] == part, labels[n:] == part
+        if columns.any() and loose_r[rows].all() and loose_c[columns].all():
+            found.append(columns)
+    return found

@@ -1,0 +1,557 @@
+"""Estimates of costs: planted coefficients, Poisson regression with dummies, conditional logit, differences, convex programs."""
+
+import itertools
+import warnings
+
+import cvxpy as cp
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+from iotsolve import AT_MOST, FIXED, FREE, KL, L2, Between, ChiSquared, Problem, inverse, solve
+from iotsolve.inverse.market import Market
+
+
+def traits(n, p, seed):
+    return np.random.default_rng(seed).standard_normal((n, p))
+
+
+def weights(n, seed):
+    w = np.random.default_rng(seed).random(n) + 0.5
+    return w / w.sum()
+
+
+def planted(features, theta, *, epsilon=1.0, rows=FIXED, columns=FIXED, seed=0):
+    n, m = features.shape
+    problem = Problem(
+        -features.apply(np.asarray(theta, float)), weights(n, seed), weights(m, seed + 1),
+        epsilon=epsilon, rows=rows, columns=columns,
+    )  # fmt: skip
+    return problem, solve(problem, tolerance=1e-13, throw=False).plan
+
+
+def counted(n=12, m=9, seed=0, total=4000, scale=0.6):
+    """A table drawn from a plan of two features of the distance between two sets of points."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.random((n, 2)), rng.random((m, 2))
+    features = inverse.Features({"far": -abs(x[:, None] - y[None]).sum(-1), "same": (rng.random((n, m)) < 0.3) * 1.0})
+    _, plan = planted(features, [2.0, scale], seed=seed)
+    return features, rng.multinomial(total, plan.ravel() / plan.sum()).reshape(n, m).astype(float)
+
+
+def dummies(features, shape):
+    n, m = shape
+    effects = [np.kron(np.eye(n), np.ones((m, 1))), np.kron(np.ones((n, 1)), np.eye(m))[:, 1:]]
+    return np.hstack([np.moveaxis(features.values, 0, -1).reshape(n * m, -1), *effects])
+
+
+def poisson(counts, design):
+    """Iteratively reweighted least squares, as textbooks have it."""
+    y, mean = counts.ravel(), counts.ravel() + 0.5
+    for _ in range(100):
+        z = np.log(mean) + (y - mean) / mean
+        beta = np.linalg.lstsq(design * np.sqrt(mean)[:, None], z * np.sqrt(mean), rcond=None)[0]
+        mean = np.exp(design @ beta)
+    bread = np.linalg.inv(design.T @ (mean[:, None] * design))
+    return beta, mean, bread
+
+
+# -- planted coefficients ----------------------------------------------------------------------------------------------
+
+EVERY = {
+    "bilinear": lambda: inverse.Bilinear(traits(15, 2, 0), traits(12, 3, 1)),
+    "features": lambda: inverse.Features(np.random.default_rng(0).random((3, 15, 12))),
+    "mahalanobis": lambda: inverse.Mahalanobis(traits(15, 2, 0), traits(12, 2, 1)),
+    "toeplitz": lambda: inverse.Toeplitz(6),
+    "one-way": lambda: inverse.Toeplitz(5, 6, symmetric=False),
+    "symmetric": lambda: inverse.Symmetric(5),
+    "graph": lambda: inverse.GraphPath([(0, 1), (1, 2), (2, 3), (3, 0), (0, 2)], 4, [1.0, 1.1, 1.2, 1.3, 1.5]),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_operators_agree_with_the_tensor_of_features(kind):
+    features = EVERY[kind]()
+    tensor, rng = features.block(slice(None)), np.random.default_rng(0)
+    assert tensor.shape == (*features.shape, features.count)
+    theta, w = rng.standard_normal(features.count), rng.standard_normal(features.shape)
+    np.testing.assert_allclose(features.apply(theta), tensor @ theta, atol=1e-12)
+    np.testing.assert_allclose(features.adjoint(w), np.einsum("ij,ijk->k", w, tensor), atol=1e-12)
+    np.testing.assert_allclose(features.gram(w), np.einsum("ij,ijk,ijl->kl", w, tensor, tensor), atol=1e-11)
+    r, c = features.sums(w)
+    np.testing.assert_allclose(r, np.einsum("ij,ijk->ik", w, tensor), atol=1e-12)
+    np.testing.assert_allclose(c, np.einsum("ij,ijk->jk", w, tensor), atol=1e-12)
+    a, b = rng.random(features.shape[0]), rng.random(features.shape[1])
+    moved = features.centred(a, b).apply(theta) - features.apply(theta)
+    np.testing.assert_allclose(moved - moved[:1] - moved[:, :1] + moved[0, 0], 0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "features", "mahalanobis", "symmetric", "toeplitz"])
+def test_planted_coefficients_are_found(kind):
+    features = EVERY[kind]()
+    theta = np.random.default_rng(5).uniform(-1, 1, features.count)
+    if kind == "toeplitz":
+        theta[-1] = theta[0]  # one cell each way: told by its neighbours
+    _, plan = planted(features, theta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", inverse.IdentifiabilityWarning)
+        fit = inverse.InverseOT(features).fit(inverse.Coupling(plan=plan))
+    assert fit.converged and abs(fit.plan - plan / plan.sum()).sum() < 1e-9
+    if not fit.unseen.shape[1]:
+        np.testing.assert_allclose(fit.coefficients, theta, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1, 1.0, 100.0])
+def test_epsilon_is_a_unit(epsilon):
+    features = EVERY["bilinear"]()
+    theta = np.random.default_rng(5).uniform(-1, 1, features.count)
+    _, plan = planted(features, theta)
+    fit = inverse.InverseOT(features, epsilon=epsilon).fit(inverse.Coupling(plan=plan))
+    np.testing.assert_allclose(fit.coefficients, epsilon * theta, rtol=1e-7)
+
+
+def test_forty_traits_are_found():
+    features = inverse.Bilinear(traits(200, 5, 0), traits(150, 5, 1))
+    theta = np.random.default_rng(2).uniform(-0.5, 0.5, 25)
+    _, plan = planted(features, theta)
+    fit = inverse.InverseOT(features).fit(inverse.Coupling(plan=plan))
+    assert abs(fit.coefficients - theta).max() <= 1e-8 * abs(theta).max() and fit.steps <= 12
+
+
+# -- Poisson regression with effects of rows and columns ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_coefficients_and_errors_are_those_of_poisson_regression_with_dummies(seed):
+    features, counts = counted(seed=seed)
+    labels = np.random.default_rng(seed).integers(0, 20, counts.shape)
+    fit = inverse.InverseOT(features).fit(inverse.Coupling(counts, cluster=labels))
+    design = dummies(features, counts.shape)
+    beta, mean, bread = poisson(counts, design)
+    np.testing.assert_allclose(fit.coefficients, beta[:2], rtol=1e-8)
+    np.testing.assert_allclose(counts.sum() * fit.plan.ravel(), mean, rtol=1e-7)
+    np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(bread)[:2]), rtol=1e-6)
+    scores = design * (counts.ravel() - mean)[:, None]
+    robust = bread @ scores.T @ scores @ bread
+    np.testing.assert_allclose(fit.errors("robust"), np.sqrt(np.diag(robust)[:2]), rtol=1e-6)
+    sums = np.zeros((20, design.shape[1]))
+    np.add.at(sums, labels.ravel(), scores)
+    groups = len(np.unique(labels))
+    clustered = bread @ sums.T @ sums @ bread * groups / (groups - 1)
+    np.testing.assert_allclose(fit.errors("clustered"), np.sqrt(np.diag(clustered)[:2]), rtol=1e-6)
+    cells, used = counts.size, design.shape[1]
+    corrected = fit.errors("robust", small_sample=True) / fit.errors("robust")
+    np.testing.assert_allclose(corrected**2, cells / (cells - used), rtol=1e-12)
+
+
+def test_clusters_of_rows_are_those_of_their_labels():
+    features, counts = counted()
+    own = np.broadcast_to(np.arange(len(counts))[:, None], counts.shape)
+    first, second = (
+        inverse.InverseOT(features).fit(inverse.Coupling(counts, cluster=labels)) for labels in ("rows", own)
+    )
+    np.testing.assert_allclose(first.covariance("clustered"), second.covariance("clustered"))
+
+
+def test_a_panel_is_the_regression_with_effects_of_its_own_in_each_table():
+    (one, first), (two, second) = counted(seed=1), counted(n=8, m=7, seed=2, total=1000)
+    fit = inverse.InverseOT([one, two]).fit([inverse.Coupling(first), inverse.Coupling(second)])
+    blocks = dummies(one, first.shape), dummies(two, second.shape)
+    design = np.vstack([
+        np.hstack([blocks[0], np.zeros((len(blocks[0]), blocks[1].shape[1] - 2))]),
+        np.hstack([blocks[1][:, :2], np.zeros((len(blocks[1]), blocks[0].shape[1] - 2)), blocks[1][:, 2:]]),
+    ])  # fmt: skip
+    beta, _, bread = poisson(np.concatenate([first.ravel(), second.ravel()]), design)
+    np.testing.assert_allclose(fit.coefficients, beta[:2], rtol=1e-8)
+    np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(bread)[:2]), rtol=1e-6)
+
+
+def test_masked_cells_are_cells_that_are_not_there():
+    features, counts = counted(seed=3)
+    mask = np.random.default_rng(0).random(counts.shape) < 0.8
+    fit = inverse.InverseOT(features).fit(inverse.Coupling(counts * mask, mask=mask))
+    kept = mask.ravel()
+    beta, _, bread = poisson(counts.ravel()[kept], dummies(features, counts.shape)[kept])
+    np.testing.assert_allclose(fit.coefficients, beta[:2], rtol=1e-8)
+    np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(bread)[:2]), rtol=1e-6)
+    assert (fit.plan[~mask] == 0).all() and np.isinf(fit.cost[~mask]).all()
+
+
+# -- the other sides ---------------------------------------------------------------------------------------------------
+
+
+def test_free_columns_are_conditional_logit():
+    rng = np.random.default_rng(0)
+    features = inverse.Features(rng.standard_normal((3, 40, 6)))
+    chosen = rng.integers(0, 6, 40)
+    b = weights(6, 1)
+    data = inverse.Coupling(pairs=(np.arange(40), chosen), b=b * 40)
+    fit = inverse.InverseOT(features, columns=FREE).fit(data)
+
+    def loss(theta):
+        scores = np.tensordot(theta, features.values, 1) + np.log(b)
+        return -(scores[np.arange(40), chosen] - logsumexp(scores, axis=1)).mean()
+
+    found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-10})
+    np.testing.assert_allclose(fit.coefficients, found.x, atol=1e-6)
+    scores = np.tensordot(fit.coefficients, features.values, 1) + np.log(b)
+    chance = np.exp(scores - logsumexp(scores, axis=1, keepdims=True))
+    apart = features.values - np.einsum("kij,ij->ki", features.values, chance)[:, :, None]
+    information = np.einsum("kij,lij,ij->kl", apart, apart, chance)
+    np.testing.assert_allclose(fit.information, information, rtol=1e-8)
+
+
+MODES = {
+    "fixed": (FIXED, FIXED),
+    "free": (FIXED, FREE),
+    "free rows": (FREE, FIXED),
+    "kl": (KL(0.7), KL(2.0)),
+    "semi": (FIXED, KL(0.5)),
+    "bounds": (FIXED, Between(0.8, 1.3)),
+    "at most": (AT_MOST, AT_MOST),
+    "chi": (ChiSquared(0.8), FIXED),
+    "l2": (FIXED, L2(3.0)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_and_information_are_derivatives_of_the_loss(mode, seed):
+    rows, columns = MODES[mode]
+    features = inverse.Bilinear(traits(9, 2, seed), traits(7, 2, seed + 10))
+    a, b = weights(9, seed), weights(7, seed + 1) * (0.9 if mode == "at most" else 1.0)
+    observed = np.random.default_rng(seed).random((9, 7)) * np.outer(a, b)
+    table = inverse.Coupling(plan=observed, a=a * observed.sum(), b=b * observed.sum()).table((9, 7))
+    market = Market(features, table, 0.6, rows, columns)
+    theta = np.random.default_rng(seed).uniform(-0.5, 0.5, 4)
+    point, step = market.at(theta, 1e-13), 1e-4
+    gradient, hessian = np.empty(4), np.empty((4, 4))
+    for k in range(4):
+        ahead, behind = (market.at(theta + s * step * np.eye(4)[k], 1e-13) for s in (1, -1))
+        gradient[k] = (ahead.loss - behind.loss) / (2 * step)
+        hessian[k] = (ahead.gradient - behind.gradient) / (2 * step)
+    np.testing.assert_allclose(point.gradient, gradient, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(point.hessian()[0], hessian, rtol=1e-5, atol=1e-7)
+
+
+def test_a_soft_side_lies_between_a_free_and_a_fixed_one():
+    features = inverse.Features(np.random.default_rng(0).standard_normal((2, 10, 8)))
+    problem, plan = planted(features, [1.0, -0.5])
+    a, b = (np.asarray(x) for x in (problem.a, problem.b))
+    data = inverse.Coupling(plan=plan, a=a, b=b)
+
+    def found(side):
+        return inverse.InverseOT(features, columns=side).fit(data).coefficients
+
+    np.testing.assert_allclose(found(KL(1e-7)), found(FREE), rtol=1e-4)
+    np.testing.assert_allclose(found(KL(1e6)), found(FIXED), rtol=1e-4)
+    for rho in (0.5, 5.0, 500.0):
+        assert inverse.InverseOT(features, columns=KL(rho)).fit(data).converged
+
+
+# -- penalties and constraints -----------------------------------------------------------------------------------------
+
+
+def many_features():
+    rng = np.random.default_rng(3)
+    features = inverse.Features(rng.standard_normal((8, 15, 12)))
+    theta = np.array([1.0, -0.8, 0.6, 0, 0, 0, 0, 0])
+    _, plan = planted(features, theta)
+    return features, rng.multinomial(20_000, plan.ravel() / plan.sum()).reshape(plan.shape).astype(float)
+
+
+def by_convex_program(features, counts, price, *constraints):
+    n, m = counts.shape
+    share = counts / counts.sum()
+    theta, u, v = cp.Variable(features.count), cp.Variable(n), cp.Variable(m)
+    design = np.moveaxis(features.block(slice(None)), -1, 0)
+    phi = sum(theta[k] * design[k] for k in range(features.count))
+    exponent = phi + u[:, None] @ np.ones((1, m)) + np.ones((n, 1)) @ v[None, :]
+    a, b = share.sum(1), share.sum(0)
+    loss = cp.sum(cp.multiply(np.outer(a, b), cp.exp(exponent))) - a @ u - b @ v - cp.sum(cp.multiply(share, phi))
+    cp.Problem(cp.Minimize(loss + price(theta)), [c(theta) for c in constraints]).solve(
+        solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11
+    )
+    return theta.value
+
+
+@pytest.mark.parametrize("strength", [0.003, 0.03])
+def test_lasso_equals_a_convex_program(strength):
+    features, counts = many_features()
+    fit = inverse.InverseOT(features, penalty=inverse.L1(strength)).fit(counts)
+    expected = by_convex_program(features, counts, lambda t: strength * cp.norm1(t))
+    np.testing.assert_allclose(fit.coefficients, expected, atol=1e-6)
+    assert fit.kkt_residual < 1e-8 and (fit.coefficients == 0).any()
+
+
+def test_group_and_ridge_equal_a_convex_program():
+    features, counts = many_features()
+    groups = [0, 0, 1, 1, 2, 2, 3, 3]
+    fit = inverse.InverseOT(features, penalty=(inverse.Ridge(0.1), inverse.Group(0.02, groups))).fit(counts)
+    expected = by_convex_program(
+        features,
+        counts,
+        lambda t: 0.05 * cp.sum_squares(t) + 0.02 * sum(2**0.5 * cp.norm(t[k : k + 2]) for k in range(0, 8, 2)),
+    )
+    np.testing.assert_allclose(fit.coefficients, expected, atol=1e-6)
+    assert fit.kkt_residual < 1e-8
+
+
+def test_constraints_equal_a_convex_program():
+    features, counts = many_features()
+    fit = inverse.InverseOT(
+        features, nonnegative=True, fixed={"feature4": 0.2}, equalities=(np.eye(8)[:1] + np.eye(8)[2:3], [1.4])
+    ).fit(counts)
+    expected = by_convex_program(
+        features, counts, lambda t: 0.0, lambda t: t >= 0, lambda t: t[3] == 0.2, lambda t: t[0] + t[2] == 1.4
+    )
+    np.testing.assert_allclose(fit.coefficients, expected, atol=1e-6)
+    assert fit.coefficients.min() >= 0 and fit.coefficients[3] == pytest.approx(0.2, abs=1e-10)
+
+
+def test_a_nuclear_norm_finds_a_planted_rank():
+    features = inverse.Bilinear(traits(40, 4, 0), traits(40, 4, 1))
+    matrix = np.outer([1, -0.5, 0.3, 0.2], [0.8, 0.4, -0.6, 0.1])
+    _, plan = planted(features, matrix.ravel())
+    counts = np.random.default_rng(0).multinomial(20_000, plan.ravel() / plan.sum()).reshape(plan.shape).astype(float)
+    fit = inverse.InverseOT(features, penalty=inverse.Nuclear(0.05)).fit(counts)
+    assert np.linalg.matrix_rank(fit.matrix, tol=1e-9) == 1 and fit.kkt_residual < 1e-8
+    full = inverse.InverseOT(features).fit(counts)
+    assert full.rank_test(1).p_value > 0.01 > full.rank_test(0).p_value
+    found = full.saliency()
+    assert found.shares[0] > 0.85 and found.intervals[0, 0] < found.shares[0] <= found.intervals[0, 1]
+
+
+def test_a_path_begins_where_nothing_is_left_and_satisfies_its_conditions_everywhere():
+    features, counts = many_features()
+    model = inverse.InverseOT(features, penalty=inverse.L1(1.0))
+    largest = inverse.largest_strength(model, counts)
+    share = counts / counts.sum()
+    moments = np.tensordot(features.values, np.outer(share.sum(1), share.sum(0)) - share, 2)
+    assert largest == pytest.approx(abs(moments).max(), rel=1e-10)
+    found = inverse.path(model, counts, count=12, folds=3)
+    assert (found.coefficients[0] == 0).all() and (found.coefficients[1] != 0).sum() >= 1
+    assert max(fit.kkt_residual for fit in found.fits) < 1e-8
+    assert (np.flatnonzero(abs(found.best.coefficients) > 0.1) == [0, 1, 2]).all()
+
+
+# -- inference ---------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_cover():
+    """A small version of the benchmark: 120 tables, two coefficients."""
+    features, _ = counted()
+    _, plan = planted(features, [2.0, 0.6])
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(120):
+        counts = rng.multinomial(3000, plan.ravel() / plan.sum()).reshape(plan.shape)
+        low, high = inverse.InverseOT(features).fit(counts).confidence_intervals().T
+        hits.append((low <= [2.0, 0.6]) & (high >= [2.0, 0.6]))
+    assert 0.9 <= np.mean(hits) <= 0.99
+
+
+def test_wald_is_the_square_of_a_ratio():
+    features, counts = counted()
+    fit = inverse.InverseOT(features).fit(counts)
+    test = fit.wald([[0.0, 1.0]])
+    assert test.statistic == pytest.approx((fit.coefficients[1] / fit.standard_errors[1]) ** 2) and test.degrees == 1
+    assert fit.wald([[0.0, 1.0]], fit.coefficients[1]).p_value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "options, data, message",
+    [
+        ({}, inverse.Coupling(plan=[[2, 1], [1, 2.0]]), "number of observations"),
+        ({"penalty": inverse.L1(0.01)}, [[2, 1], [1, 2]], "penalised"),
+        ({}, [[2, 1], [1, 2]], "no cluster"),
+    ],
+)
+def test_errors_that_would_be_wrong_are_refused(options, data, message):
+    fit = inverse.InverseOT(inverse.Toeplitz(2), **options).fit(
+        data if isinstance(data, inverse.Coupling) else inverse.Coupling(data)
+    )
+    with pytest.raises(ValueError, match=message):
+        fit.covariance("clustered" if "cluster" in message else "model")
+
+
+# -- invariances -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_depends_on_the_unit_of_flows_or_the_order_of_rows():
+    features, counts = counted()
+    fit = inverse.InverseOT(features).fit(inverse.Coupling(plan=counts))
+    scaled = inverse.InverseOT(features).fit(inverse.Coupling(plan=1e6 * counts))
+    np.testing.assert_allclose(scaled.coefficients, fit.coefficients, rtol=1e-12)
+    order = np.random.default_rng(0).permutation(len(counts))
+    turned = inverse.InverseOT(inverse.Features(features.values[:, order])).fit(inverse.Coupling(plan=counts[order]))
+    np.testing.assert_allclose(turned.coefficients, fit.coefficients, rtol=1e-11)
+
+
+def test_effects_of_rows_and_columns_change_nothing_between_fixed_sides():
+    features, counts = counted()
+    n, m = counts.shape
+    moved = features.values + 30 * traits(n, 1, 0)[None] + 50 * traits(m, 1, 1).T[None]
+    fit, other = (inverse.InverseOT(x).fit(counts) for x in (features, inverse.Features(moved)))
+    np.testing.assert_allclose(other.coefficients, fit.coefficients, rtol=1e-9)
+    f, g = other.potentials
+    share = counts / counts.sum()
+    plan = np.outer(share.sum(1), share.sum(0)) * np.exp(f[:, None] + g - other.cost)
+    np.testing.assert_allclose(plan, fit.plan, rtol=1e-8)
+
+
+# -- what cannot be known ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_identified_is_named():
+    features, counts = counted()
+    n, m = counts.shape
+    more = {
+        "far": features.values[0],
+        "row": np.repeat(np.arange(n)[:, None] * 1.0, m, 1),
+        "twice": 2 * features.values[0],
+    }
+    with pytest.warns(inverse.IdentifiabilityWarning, match="2 of 3 directions") as caught:
+        fit = inverse.InverseOT(inverse.Features(more)).fit(counts)
+    assert "row" in str(caught[0].message) and "far" in str(caught[0].message)
+    named = sorted(tuple(sorted(v)) for v in fit.null_vectors)
+    assert named == [("far", "twice"), ("row",)]
+    assert np.isinf(fit.standard_errors).all() and "rank 1 of 3" in fit.report()
+    alone = inverse.InverseOT(inverse.Features({"far": features.values[0]})).fit(counts)
+    assert fit.coefficients[0] + 2 * fit.coefficients[2] == pytest.approx(alone.coefficients[0], rel=1e-8)
+
+
+def test_separated_data_are_noticed_and_a_ridge_keeps_them_finite():
+    features = inverse.Features({"apart": 1.0 - np.eye(3)})
+    data = np.diag([5.0, 4.0, 3.0])
+    with pytest.warns(inverse.IdentifiabilityWarning, match="separated"):
+        fit = inverse.InverseOT(features).fit(data)
+    assert np.isfinite(fit.coefficients).all() and fit.coefficients[0] < -10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = inverse.InverseOT(features, penalty=inverse.Ridge(0.01)).fit(data)
+    assert kept.converged and -10 < kept.coefficients[0] < -1
+
+
+# -- closed forms and front doors --------------------------------------------------------------------------------------
+
+
+def test_free_costs_and_cross_ratios_in_closed_form():
+    rng = np.random.default_rng(0)
+    cost = rng.random((6, 6))
+    cost = cost + cost.T
+    np.fill_diagonal(cost, 0.0)
+    plan = solve(Problem(cost, weights(6, 0), weights(6, 1), epsilon=0.3), tolerance=1e-13).plan
+    np.testing.assert_allclose(inverse.free_cost(plan, epsilon=0.3, symmetric=True), cost, atol=1e-9)
+    centred = inverse.free_cost(plan, epsilon=0.3)
+    np.testing.assert_allclose(plan.sum(1) @ centred, 0.0, atol=1e-12)
+    again = solve(Problem(centred, plan.sum(1), plan.sum(0), epsilon=0.3), tolerance=1e-12).plan
+    np.testing.assert_allclose(again, plan, atol=1e-11)
+    np.testing.assert_allclose(inverse.cross_ratios(plan), inverse.cross_ratios(np.exp(-cost / 0.3)), atol=1e-9)
+    with pytest.raises(ValueError, match="positive"):
+        inverse.free_cost([[1.0, 0.0], [1.0, 1.0]])
+
+
+def test_gravity_reads_a_table():
+    features, counts = counted()
+    i, j = np.indices(counts.shape)
+    lines = {
+        "from": np.char.add("o", i.ravel().astype(str)),
+        "to": j.ravel(),
+        "flow": counts.ravel(),
+        "pair": i.ravel(),
+    }
+    lines |= {"far": features.values[0].ravel(), "same": features.values[1].ravel()}
+    options = dict(flow="flow", origin="from", destination="to", features=["far", "same"], cluster="pair")
+    fit = inverse.gravity(lines, **options)
+    other = inverse.InverseOT(features).fit(inverse.Coupling(counts, cluster="rows"))
+    np.testing.assert_allclose(fit.coefficients, other.coefficients, rtol=1e-9)
+    np.testing.assert_allclose(fit.errors("clustered"), other.errors("clustered"), rtol=1e-8)
+    with pytest.raises(ValueError, match="no column 'distance'"):
+        inverse.gravity(lines, **(options | {"features": ["distance"]}))
+    with pytest.raises(ValueError, match="listed 2 times"):
+        inverse.gravity({k: np.concatenate([v, v[:1]]) for k, v in lines.items()}, **options)
+
+
+def test_predictions_and_scores_of_other_data():
+    features = inverse.Bilinear(traits(10, 2, 0), traits(9, 2, 1))
+    model = inverse.InverseOT(features)
+    _, plan = planted(features, [1.0, 0.2, -0.4, 0.5])
+    fit = model.fit(inverse.Coupling(plan=plan))
+    a, b = 7 * weights(4, 5), 7 * weights(5, 6)
+    others = inverse.Bilinear(traits(4, 2, 7), traits(5, 2, 8))
+    expected = solve(Problem(-others.apply(fit.coefficients), a / 7, b / 7, epsilon=1.0), tolerance=1e-12).plan
+    np.testing.assert_allclose(fit.predict(a, b, others), 7 * expected, atol=1e-9)
+    assert fit.score(inverse.Coupling(plan=plan)) == pytest.approx(fit.log_likelihood)
+
+
+# -- without entropy ---------------------------------------------------------------------------------------------------
+
+
+def exact_data(n, seed=0):
+    rng = np.random.default_rng(seed)
+    features = inverse.Features(rng.standard_normal((3, n, n)))
+    theta = np.array([1.0, 0.6, -0.4])
+    solution = solve(Problem(-features.apply(theta), weights(n, seed), weights(n, seed + 1)))
+    return features, theta, solution.plan
+
+
+def by_linear_program(features, plan, k, sign):
+    n, m = plan.shape
+    theta, u, v = cp.Variable(3), cp.Variable(n), cp.Variable(m)
+    cost = -sum(theta[l] * features.values[l] for l in range(3))
+    reduced = cost - u[:, None] @ np.ones((1, m)) - np.ones((n, 1)) @ v[None, :]
+    program = cp.Problem(cp.Minimize(sign * theta[k]), [reduced >= 0, reduced[plan > 0] == 0, theta[0] == 1])
+    return sign * program.solve(solver=cp.HIGHS)
+
+
+def test_exact_inverse_finds_the_identified_set():
+    features, theta, plan = exact_data(12)
+    fit = inverse.ExactInverse(features, fixed={0: 1.0}).fit(inverse.Coupling(plan=plan))
+    assert (fit.bounds[:, 0] <= theta + 1e-7).all() and (theta <= fit.bounds[:, 1] + 1e-7).all()
+    for k, (end, sign) in itertools.product((1, 2), enumerate((1, -1))):
+        assert fit.bounds[k, end] == pytest.approx(by_linear_program(features, plan, k, sign), abs=1e-7)
+    assert fit.margin > 0 and abs(fit.gap) < 1e-9 and abs(fit.plan - plan).sum() < 1e-9
+
+
+@pytest.mark.parametrize("objective", [inverse.Nearest([1.0, 0.5, 0.0]), inverse.SmallestGap()])
+def test_other_objectives_explain_the_plan_too(objective):
+    features, _, plan = exact_data(10)
+    fit = inverse.ExactInverse(features, objective, fixed={0: 1.0}).fit(inverse.Coupling(plan=plan))
+    assert abs(fit.gap) < 1e-8 and fit.coefficients[0] == pytest.approx(1.0)
+
+
+def test_a_plan_that_no_coefficients_explain_is_said_so():
+    features = inverse.Features(np.random.default_rng(0).standard_normal((2, 5, 5)))
+    with pytest.raises(ValueError, match="no coefficients explain"):
+        inverse.ExactInverse(features, fixed={0: 1.0}).fit(inverse.Coupling(plan=np.ones((5, 5))))
+    fit = inverse.ExactInverse(features, inverse.SmallestGap(), fixed={0: 1.0}).fit(np.ones((5, 5)))
+    assert fit.gap > 0.01 and fit.bounds is None
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "coupling, message",
+    [
+        (dict(counts=[[1, -1], [1, 1]]), r"coupling\[0, 1\] = -1"),
+        (dict(counts=[[1, np.nan], [1, 1]]), "finite"),
+        (dict(counts=np.zeros((2, 2))), "total 0"),
+        (dict(counts=np.ones((3, 2))), "transposed"),
+        (dict(counts=np.ones((2, 2)), mask=np.eye(2)), "mask forbids"),
+        (dict(pairs=([0, 5], [0, 1])), "rows must be from 0 to 1"),
+        (dict(counts=np.ones((2, 2)), a=[1.0]), "a of shape"),
+        (dict(counts=np.ones((2, 2)), cluster="people"), "cluster = 'people'"),
+        (dict(counts=np.ones((2, 2)), plan=np.ones((2, 2))), "exactly one"),
+    ],
+)
+def test_data_that_are_none_are_refused(coupling, message):
+    with pytest.raises(ValueError, match=message):
+        inverse.InverseOT(inverse.Toeplitz(2)).fit(inverse.Coupling(**coupling))
+
+
+def test_parameters_can_be_read_and_set():
+    model = inverse.InverseOT(inverse.Toeplitz(3), epsilon=2.0)
+    again = type(model)(**model.get_params())
+    assert again.get_params() == model.get_params() and model.set_params(epsilon=3.0).epsilon == 3.0
