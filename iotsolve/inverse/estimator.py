@@ -51,7 +51,8 @@ class InverseOT:
     Example:
         >>> rng = np.random.default_rng(0)
         >>> x, y = rng.standard_normal((20, 1)), rng.standard_normal((30, 1))
-        >>> model = InverseOT(Bilinear(x, y))
+        >>> from iotsolve import inverse
+        >>> model = InverseOT(inverse.Bilinear(x, y))
         >>> fit = model.fit(Coupling(plan=model.plan([1.5], np.ones(20) / 20, np.ones(30) / 30)))
         >>> round(float(fit.coefficients[0]), 8)
         1.5

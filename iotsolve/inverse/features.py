@@ -12,8 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import dijkstra
 
 __all__ = ["Bilinear", "FeatureMap", "Features", "FreeCost", "GraphPath", "Mahalanobis", "Symmetric", "Toeplitz"]
 
@@ -397,6 +395,9 @@ class GraphPath(FeatureMap):
 
     @cached_property
     def _predecessors(self) -> np.ndarray:
+        from scipy.sparse import csr_array  # scipy is imported where it is needed
+        from scipy.sparse.csgraph import dijkstra
+
         ends = self.edges.T
         graph = csr_array((self.lengths, (ends[0], ends[1])), shape=(self.n, self.n))
         return dijkstra(graph, directed=False, return_predecessors=True)[1]

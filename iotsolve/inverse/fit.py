@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import chdtrc, ndtri
 
 from iotsolve.inverse.data import Coupling
 from iotsolve.inverse.features import Bilinear, FeatureMap
@@ -228,7 +227,7 @@ class Fit:
         """Shape ``(K, 2)``: lower and upper ends."""
         if not 0 < level < 1:
             raise ValueError(f"level = {level!r}: must be between 0 and 1, such as 0.95.")
-        half = ndtri(0.5 + level / 2) * self.errors(kind, small_sample=small_sample)
+        half = _quantile(0.5 + level / 2) * self.errors(kind, small_sample=small_sample)
         return np.stack([self.coefficients - half, self.coefficients + half], -1)
 
     def wald(self, matrix: Any, right: Any = 0.0, kind: str = "model") -> Test:
@@ -242,7 +241,7 @@ class Fit:
         spread = matrix @ self.covariance(kind) @ matrix.T
         degrees = int(np.linalg.matrix_rank(spread))
         statistic = float(apart @ np.linalg.pinv(spread) @ apart)
-        return Test(statistic, degrees, float(chdtrc(degrees, statistic)))
+        return Test(statistic, degrees, _beyond(degrees, statistic))
 
     # -- what bilinear coefficients say ------------------------------------------------------------------------------
 
@@ -268,7 +267,7 @@ class Fit:
                 [(root_x @ np.outer(u[:, k], v[k]) @ root_y).ravel() for k in range(len(s))]
             )  # of s in theta
             slopes = (slopes - shares[:, None] * slopes.sum(0)) / s.sum()
-            half = ndtri(0.5 + level / 2) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
+            half = _quantile(0.5 + level / 2) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
             intervals = np.clip(np.stack([shares - half, shares + half], -1), 0.0, 1.0)
         return Saliency(s, shares, intervals, root_x @ u, root_y @ v.T)
 
@@ -286,7 +285,7 @@ class Fit:
         rest = (left.T @ affinity @ right).ravel()
         statistic = float(rest @ np.linalg.pinv(lever @ self.covariance(kind) @ lever.T) @ rest)
         degrees = (p - rank) * (q - rank)
-        return Test(statistic, degrees, float(chdtrc(degrees, statistic)))
+        return Test(statistic, degrees, _beyond(degrees, statistic))
 
     # -- other data --------------------------------------------------------------------------------------------------
 
@@ -390,6 +389,20 @@ class Fit:
 
     def __str__(self) -> str:
         return self.report()
+
+
+def _quantile(share: float) -> float:
+    """Of the normal distribution."""
+    from scipy.special import ndtri  # scipy is imported where it is needed
+
+    return float(ndtri(share))
+
+
+def _beyond(degrees: int, statistic: float) -> float:
+    """Probability of a larger chi-squared number."""
+    from scipy.special import chdtrc
+
+    return float(chdtrc(degrees, statistic))
 
 
 def _log_likelihood(observed: np.ndarray, fitted: np.ndarray) -> float:

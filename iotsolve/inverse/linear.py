@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array, hstack, vstack
 
 from iotsolve.inverse.data import Coupling, Table
 from iotsolve.inverse.features import FeatureMap
@@ -95,7 +93,8 @@ class ExactInverse:
         ValueError: when fitted, if no coefficients explain the plan.
 
     Example:
-        >>> near = Features({"distance": -np.abs(np.subtract.outer(np.arange(3.0), np.arange(3.0)))})
+        >>> from iotsolve import inverse
+        >>> near = inverse.Features({"distance": -np.abs(np.subtract.outer(np.arange(3.0), np.arange(3.0)))})
         >>> fit = ExactInverse(near).fit(Coupling(plan=np.eye(3)))
         >>> float(fit.coefficients[0]), float(fit.margin)
         (1.0, 1.0)
@@ -169,8 +168,10 @@ class _Program:
             ends.append(-sign * np.inf if found is None else float(found[0][k]))
         return ends[0], ends[1]
 
-    def _rows(self, cells: np.ndarray) -> csr_array:
-        """``-phi - e_i - e_j`` of some cells."""
+    def _rows(self, cells: np.ndarray) -> Any:
+        """``-phi - e_i - e_j`` of some cells, sparse."""
+        from scipy.sparse import csr_array, hstack
+
         (i, j), (n, m) = np.nonzero(cells), self.features.shape
         values = np.concatenate([-block[cells[rows]] for rows, block in self.features.blocks()])
         both = (np.tile(np.arange(len(i)), 2), np.concatenate([i, n + j]))
@@ -185,6 +186,9 @@ class _Program:
         box: float | None = None,
         endless: bool = False,
     ) -> Any:
+        from scipy.optimize import linprog  # scipy is imported where it is needed
+        from scipy.sparse import csr_array, hstack, vstack
+
         count, (n, m) = self.features.count, self.features.shape
         extra = int(margin) + (count if prior is not None else 0)
         price = np.concatenate([price, [-1.0] if margin else [], np.ones(count) if prior is not None else []])

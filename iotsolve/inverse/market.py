@@ -16,9 +16,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.linalg import cho_factor, cho_solve
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from iotsolve.gradient import Implicit
 from iotsolve.inverse.data import Table
@@ -118,6 +115,8 @@ def _eliminated(
     big_c: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The system solved for the columns first, by Cholesky; singular directions, that nothing anchors, are filled up."""
+    from scipy.linalg import cho_factor, cho_solve  # scipy is imported where it is needed
+
     first, second = np.zeros_like(r), np.zeros_like(c)
     whole = bool(keep_r.all() and keep_c.all())
     p = plan if whole else plan[np.ix_(keep_r, keep_c)]
@@ -141,6 +140,9 @@ def _adrift(p: np.ndarray, big_r: np.ndarray, big_c: np.ndarray) -> list[np.ndar
     if (p > 0).all():
         parts, labels = 1, np.zeros(n + m, np.int64)
     else:
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import connected_components
+
         i, j = np.nonzero(p)
         graph = csr_array((np.ones(len(i)), (i, n + j)), shape=(n + m, n + m))
         parts, labels = connected_components(graph, directed=False)
