@@ -100,6 +100,81 @@ def solve(
 
 
 @app.command()
+def invert(
+    table: Annotated[Path, typer.Argument(help="A .csv with a header and one line per pair of places.")],
+    features: Annotated[str, typer.Option(help="Columns that explain the flow, with commas between them.")],
+    flow: Annotated[str, typer.Option(help="Column of flows.")] = "flow",
+    origin: Annotated[str, typer.Option(help="Column that says from where.")] = "origin",
+    destination: Annotated[str, typer.Option(help="Column that says where to.")] = "destination",
+    cluster: Annotated[str | None, typer.Option(help="Column of labels whose lines vary together.")] = None,
+    errors: Annotated[str, typer.Option(help="Standard errors: model, robust or clustered.")] = "robust",
+    out: Annotated[
+        Path | None, typer.Option(help="Write coefficients, errors and intervals to this .json file.")
+    ] = None,
+) -> None:
+    """Estimate what explains flows between places: a gravity equation, with effects of origin and destination.
+
+    Exit code 0: estimated. 1: not converged, nothing written. 2: bad input.
+    """
+    with _one_sentence():
+        if out is not None:
+            _check_writable(out, ".json")
+        from iotsolve.inverse import gravity
+
+        if errors not in ("model", "robust", "clustered") or (errors == "clustered") != (cluster is not None):
+            raise ValueError(f"errors = {errors}: must be model, robust, or with a cluster clustered.")
+        names = [name.strip() for name in features.split(",") if name.strip()]
+        columns = _columns(table, numbers=[flow, *names])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report says it again
+            fit = gravity(columns, flow=flow, origin=origin, destination=destination, features=names, cluster=cluster)
+        report = fit.report(errors)
+        if fit.converged and out is not None:
+            intervals = fit.confidence_intervals(0.95, errors)
+            numbers = zip(fit.names, fit.coefficients, fit.errors(errors), intervals, strict=True)
+            found = {
+                name: {"estimate": x, "standard_error": error, "interval": list(ends)}
+                for name, x, error, ends in numbers
+            }
+            _write_text(out, {"coefficients": found, "errors": errors, "log_likelihood": fit.log_likelihood})
+    typer.echo("\n".join([report, *(f"\nnote: {message}" for message in fit.warnings)]))
+    if not fit.converged:
+        raise typer.Exit(1)
+
+
+def _columns(path: Path, *, numbers: list[str]) -> dict[str, np.ndarray]:
+    """The columns of a .csv with a header; those named as numbers, the others as text."""
+    import csv
+
+    import numpy as np
+
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = list(csv.DictReader(file))
+    if not lines:
+        raise ValueError(f"{path} has no lines below its header.")
+    found: dict[str, np.ndarray] = {}
+    for name in lines[0]:
+        values = [line[name] for line in lines]
+        if name not in numbers:
+            found[name] = np.array(values, dtype=str)
+            continue
+        try:
+            found[name] = np.array([float(x) for x in values])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: column {name!r} must hold a number in every line ({error}).") from error
+    return found
+
+
+def _write_text(path: Path, content: dict[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    import json
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+@app.command()
 def verify(
     solver: Annotated[
         str | None, typer.Option(help="Function to judge, as module:callable; this library if left out.")
@@ -273,11 +348,12 @@ def _vector(path: Path) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, suffix: str = ".npz") -> None:
     """Before the work, not after it."""
     folder = out.parent
-    if out.suffix.lower() != ".npz":
-        raise ValueError(f"--out {out}: the file written is a NumPy archive, so its name must end in .npz.")
+    if out.suffix.lower() != suffix:
+        kind = "a NumPy archive" if suffix == ".npz" else "JSON"
+        raise ValueError(f"--out {out}: the file written is {kind}, so its name must end in {suffix}.")
     if not folder.is_dir():
         raise ValueError(f"--out {out}: {folder} is no directory; make it first.")
     if out.is_dir() or not os.access(folder, os.W_OK):

@@ -1,5 +1,7 @@
 """The `iotsolve` command: known values, files that come back, and errors of one sentence."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -229,3 +231,38 @@ def test_the_installed_command(folder):
     failed = shell("solve", "absent.npy")
     assert failed.returncode == 2 and failed.stderr == "iotsolve: absent.npy: No such file or directory\n"
     assert "solve" in run("--help").stdout
+
+
+# -- invert ------------------------------------------------------------------------------------------------------------
+
+
+def test_invert_estimates_a_gravity_equation(folder):
+    (folder / "flows.csv").write_text(
+        "origin,destination,flow,far\nA,A,8,0\nA,B,2,1\nB,A,4,1\nB,B,4,0\n", encoding="utf-8"
+    )
+    done = run("invert", folder / "flows.csv", "--features", "far", "--errors", "model", "--out", folder / "fit.json")
+    assert done.exit_code == 0, done.output
+    found = json.loads((folder / "fit.json").read_text())["coefficients"]["far"]
+    assert found["estimate"] == pytest.approx(-math.log(2), abs=1e-8)  # half the log of the cross ratio
+    assert found["standard_error"] == pytest.approx(0.5 * math.sqrt(1 / 8 + 1 / 2 + 1 / 4 + 1 / 4), rel=1e-6)
+    assert "far" in done.output and "std. error" in done.output
+
+
+@pytest.mark.parametrize(
+    "text, options, word",
+    [
+        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "near"], "no column 'near'"),
+        ("origin,destination,flow,far\nA,A,many,0\n", ["--features", "far"], "column 'flow' must hold a number"),
+        ("origin,destination,flow,far\n", ["--features", "far"], "no lines"),
+        (
+            "origin,destination,flow,far\nA,A,8,0\n",
+            ["--features", "far", "--errors", "clustered"],
+            "errors = clustered",
+        ),
+        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "far", "--out", "fit.npz"], "must end in .json"),
+    ],
+)
+def test_invert_refuses_in_one_sentence(folder, text, options, word):
+    (folder / "flows.csv").write_text(text, encoding="utf-8")
+    done = run("invert", folder / "flows.csv", *options)
+    assert done.exit_code == 2 and word in done.stderr and "Traceback" not in done.stderr

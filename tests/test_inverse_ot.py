@@ -1,7 +1,9 @@
 """Estimates of costs: planted coefficients, Poisson regression with dummies, conditional logit, differences, convex programs."""
 
+import csv
 import itertools
 import warnings
+from pathlib import Path
 
 import cvxpy as cp
 import numpy as np
@@ -471,6 +473,18 @@ def test_gravity_reads_a_table():
         inverse.gravity(lines, **(options | {"features": ["distance"]}))
     with pytest.raises(ValueError, match="listed 2 times"):
         inverse.gravity({k: np.concatenate([v, v[:1]]) for k, v in lines.items()}, **options)
+
+
+def test_migration_between_states_has_the_coefficients_known_from_poisson_regression():
+    """Reference values from an independent estimate of the same gravity equation."""
+    with open(Path(__file__).parent / "data" / "us_state_migration_2012.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    table = {name: np.array([line[name] for line in lines]) for name in ("origin", "dest")}
+    km = np.array([float(line["km"]) for line in lines])
+    table |= {"movers": np.array([float(line["movers"]) for line in lines]), "log km": np.log(km), "km": km}
+    fit = inverse.gravity(table, flow="movers", origin="origin", destination="dest", features=["log km", "km"])
+    np.testing.assert_allclose(fit.coefficients, [-1.4929633099, 3.402997240e-4], rtol=1e-8)
+    assert "cells without observations 155 of 2550" in fit.report("robust")
 
 
 def test_predictions_and_scores_of_other_data():

@@ -368,6 +368,7 @@ class Fit:
                 line += f"  {errors[k]:12.4g}  [{intervals[k, 0]:12.6g}, {intervals[k, 1]:12.6g}]"
             lines.append(line)
         table, plan = self.points[0].market.table, self.points[0].plan
+        possible = np.ones(plan.shape, bool) if table.allowed is None else table.allowed
         size = np.sqrt(np.maximum(np.diag(self.hessian), 1e-300))
         seen = np.linalg.eigvalsh(self.hessian / np.outer(size, size))[self.unseen.shape[1] :]
         marginal = max(
@@ -382,7 +383,7 @@ class Fit:
             f"condition number of the scaled information {float(seen[-1] / seen[0]) if len(seen) else 1.0:.2g}",
             f"gradient or KKT residual {self.kkt_residual:.1e}, violation of the marginals {marginal:.1e}, {self.steps} steps, "
             + ("converged" if self.converged else "not converged"),
-            f"cells without observations {int((table.plan == 0).sum())} of {plan.size}; separated: "
+            f"cells without observations {int((possible & (table.plan == 0)).sum())} of {int(possible.sum())}; separated: "
             + ("yes" if self.separated else "no"),
         ]
         return "\n".join(lines)
