@@ -113,7 +113,7 @@ def test_epsilon_is_a_unit(epsilon):
     np.testing.assert_allclose(fit.coefficients, epsilon * theta, rtol=1e-7)
 
 
-def test_forty_traits_are_found():
+def test_twenty_five_coefficients_are_found():
     features = inverse.Bilinear(traits(200, 5, 0), traits(150, 5, 1))
     theta = np.random.default_rng(2).uniform(-0.5, 0.5, 25)
     _, plan = planted(features, theta)
@@ -485,6 +485,35 @@ def test_migration_between_states_has_the_coefficients_known_from_poisson_regres
     fit = inverse.gravity(table, flow="movers", origin="origin", destination="dest", features=["log km", "km"])
     np.testing.assert_allclose(fit.coefficients, [-1.4929633099, 3.402997240e-4], rtol=1e-8)
     assert "cells without observations 155 of 2550" in fit.report("robust")
+
+
+@pytest.mark.parametrize("sides", [(KL(0.7), KL(2.0)), (FIXED, KL(0.5)), (AT_MOST, Between(0.5, 2.0))], ids=str)
+@pytest.mark.parametrize("unit", [1.0, 250.0])
+def test_soft_sides_are_recovered_and_predicted_in_any_unit(sides, unit):
+    features = inverse.Bilinear(traits(12, 2, 0), traits(10, 2, 1))
+    theta = np.array([0.8, -0.3, 0.2, 0.5])
+    model = inverse.InverseOT(features, rows=sides[0], columns=sides[1])
+    a, b = unit * weights(12, 3), unit * weights(10, 4)
+    plan = model.plan(theta, a, b)
+    problem = Problem(-features.apply(theta), a / unit, b / unit, epsilon=1.0, rows=sides[0], columns=sides[1])
+    np.testing.assert_allclose(plan, unit * solve(problem, tolerance=1e-12).plan, rtol=1e-7, atol=1e-12 * unit)
+    fit = model.fit(inverse.Coupling(plan=plan, a=a, b=b, observations=5000))
+    np.testing.assert_allclose(fit.coefficients, theta, atol=1e-7)
+    np.testing.assert_allclose(fit.predict(a, b), plan, rtol=1e-6)
+    np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(np.linalg.inv(fit.information))), rtol=1e-8)
+    assert fit.score(inverse.Coupling(plan=plan, a=a, b=b)) == pytest.approx(fit.log_likelihood / 5000)
+
+
+def test_weights_of_fixed_sides_in_another_unit_are_refused():
+    with pytest.raises(ValueError, match="a has total 1 but 8 was observed"):
+        inverse.InverseOT(inverse.Toeplitz(2)).fit(inverse.Coupling([[3, 1], [1, 3]], a=[0.5, 0.5]))
+
+
+def test_features_of_which_nothing_can_be_told_are_no_accident():
+    rows = inverse.Features({"row": np.arange(3.0)[:, None] * np.ones((3, 3))})
+    with pytest.warns(inverse.IdentifiabilityWarning, match="1 of 1 directions"):
+        fit = inverse.InverseOT(rows).fit(np.diag([2.0, 1.0, 1.0]) + np.eye(3)[::-1])
+    assert fit.coefficients[0] == 0 and np.isinf(fit.standard_errors).all() and "rank 0 of 1" in fit.report()
 
 
 def test_predictions_and_scores_of_other_data():

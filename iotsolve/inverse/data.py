@@ -12,7 +12,7 @@ __all__ = ["Coupling", "Table"]
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """An observed plan with what belongs to it, per unit of mass observed."""
+    """An observed plan with what belongs to it, per unit of the rows' weights: ``a`` sums to 1, and ``unit`` is what it was."""
 
     plan: np.ndarray
     a: np.ndarray
@@ -20,12 +20,12 @@ class Table:
     allowed: np.ndarray | None
     observations: float | None
     cluster: np.ndarray | None
+    unit: float
 
-    def thinned(self, plan: np.ndarray) -> Table:
-        """Another plan on the same cells, with its own marginals."""
-        total = plan.sum()
-        observations = None if self.observations is None else self.observations * total
-        return Table(plan / total, plan.sum(1) / total, plan.sum(0) / total, self.allowed, observations, self.cluster)
+    @property
+    def scale(self) -> float:
+        """Observations per unit; without their number, one for all."""
+        return (1.0 if self.observations is None else self.observations) / float(self.plan.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Coupling:
             raise ValueError(f"observations = {self.observations!r}: must be a positive number of matches.")
 
     def table(self, shape: tuple[int, int]) -> Table:
-        """The coupling between ``n`` rows and ``m`` columns, per unit of mass."""
+        """The coupling between ``n`` rows and ``m`` columns, per unit of the rows' weights."""
         n, m = shape
         flows = self._flows(n, m)
         if flows.shape != (n, m):
@@ -104,7 +104,8 @@ class Coupling:
         observations = self.observations
         if observations is None and self.plan is None:
             observations = total
-        return Table(flows / total, a / total, b / total, allowed, observations, self._labels(n, m))
+        unit = float(a.sum())
+        return Table(flows / unit, a / unit, b / unit, allowed, observations, self._labels(n, m), unit)
 
     def _flows(self, n: int, m: int) -> np.ndarray:
         if self.matched:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from iotsolve.inverse.data import Coupling
+from iotsolve.inverse.data import Coupling, Table
 from iotsolve.inverse.features import FeatureMap
-from iotsolve.inverse.fit import Fit, IdentifiabilityWarning
+from iotsolve.inverse.fit import Fit, IdentifiabilityWarning, predicted
 from iotsolve.inverse.market import Market, Point
 from iotsolve.inverse.penalties import Penalty, Ridge
 from iotsolve.inverse.steps import Constraints, quadratic
@@ -82,12 +82,12 @@ class InverseOT:
     # -- the forward problem -----------------------------------------------------------------------------------------
 
     def plan(self, theta: Any, a: Any, b: Any) -> np.ndarray:
-        """The optimal plan at known coefficients, for one coupling's features; what :meth:`fit` takes back apart."""
-        theta = np.asarray(theta, dtype=np.float64)
-        features = self._maps(1)[0]
-        table = Coupling(plan=np.outer(a, b), a=a, b=b).table(features.shape)
-        market = Market(features, table, self.epsilon, self.rows, self.columns)
-        return np.array(market.at(theta, 1e-12).plan) * float(np.sum(a) * np.sum(b))
+        """The optimal plan at known coefficients, for one coupling's features; what :meth:`fit` takes back apart.
+
+        Weights and plan are in any unit; a problem with a soft side is posed per unit of the rows' weights.
+        """
+        unit = float(np.sum(a))
+        return predicted(self, self._maps(1)[0], np.asarray(theta, dtype=np.float64), a, b, unit)
 
     # -- the inverse problem -----------------------------------------------------------------------------------------
 
@@ -110,11 +110,12 @@ class InverseOT:
         maps = self._maps(len(couplings))
         if not 0 < self.epsilon < math.inf:
             raise ValueError(
-                f"epsilon = {self.epsilon!r}: must be positive and finite; for epsilon = 0 see inverse.exact."
+                f"epsilon = {self.epsilon!r}: must be positive and finite; for epsilon = 0 see inverse.ExactInverse."
             )
         tables = [coupling.table(features.shape) for coupling, features in zip(couplings, maps, strict=True)]
-        known = [table.observations for table in tables]
-        sizes = np.array([1.0 if x is None else x for x in known])
+        for table in tables:
+            _check_totals(table, self.rows, self.columns)
+        sizes = np.array([table.scale for table in tables])
         shares = sizes / sizes.sum()
         absorbing = self.rows.is_fixed and self.columns.is_fixed
         markets = [
@@ -126,16 +127,11 @@ class InverseOT:
         theta = np.zeros(maps[0].count) if start is None else _coefficients(start, maps[0])
         search = _Search(self, markets, shares, smooth, other, constraints)
         end = search.run(constraints.projected(theta))
-        observations = None if None in known else float(sizes.sum())
-        fit = Fit(self, maps, end.points, shares, end.hessian, end.effects, observations, end.steps, end.converged,
+        fit = Fit(self, maps, end.points, shares, end.hessian, end.effects, float(sizes.sum()), end.steps, end.converged,
                   end.residual, end.unseen, end.separated, constraints)  # fmt: skip
         for message in fit.warnings:
             warnings.warn(message, IdentifiabilityWarning, stacklevel=2)
         return fit
-
-    def predict(self, data: Any) -> np.ndarray:
-        """For tools that expect it here; see :meth:`Fit.predict`."""
-        return self.fit(data).plan
 
     def _maps(self, count: int) -> list[FeatureMap]:
         maps = [self.features] * count if isinstance(self.features, FeatureMap) else list(self.features)
@@ -205,7 +201,7 @@ class _Search:
             step = fresh - theta
             decrement = math.sqrt(max(0.0, float(step @ bent @ step)) / eps)
             if decrement <= self.model.tolerance or steps == self.model.max_steps:
-                converged = decrement <= self.model.tolerance
+                converged = decrement <= self.model.tolerance and all(p.solution.converged for p in points)
                 break
             now, length = self._objective(theta, points), 1.0
             falls = float(gradient @ step) + self._price(fresh) - self._price(theta)
@@ -271,7 +267,7 @@ def _fades(
     steps: int,
 ) -> bool:
     """Whether the coefficients were on their way to infinity: cells that carry nothing are fitted ever better by them."""
-    if not any((p.market.table.plan[p.plan > 0] == 0).any() for p in points):
+    if unseen.shape[1] == len(hessian) or not any((p.market.table.plan[p.plan > 0] == 0).any() for p in points):
         return False
     seen = np.eye(len(hessian)) - unseen @ unseen.T
     size = np.sqrt(np.maximum(np.diag(hessian), 1e-300))
@@ -289,6 +285,17 @@ def _fades(
 
 
 _LONG = 25  # Newton steps
+
+
+def _check_totals(table: Table, rows: Marginal, columns: Marginal) -> None:
+    """Fixed sides can only be met by as much as was observed."""
+    observed = float(table.plan.sum())
+    for name, side, weights in (("a", rows, table.a), ("b", columns, table.b)):
+        if side.is_fixed and abs(weights.sum() - observed) > 1e-9 * observed:
+            raise ValueError(
+                f"{name} has total {weights.sum() * table.unit:.10g} but {observed * table.unit:.10g} was observed, and the side "
+                "is fixed: both must be the same, in the same unit. Nothing is rescaled for you; or relax the side with KL(rho)."
+            )
 
 
 def _coefficients(start: Any, features: FeatureMap) -> np.ndarray:

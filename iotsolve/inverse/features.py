@@ -380,6 +380,10 @@ class GraphPath(FeatureMap):
             raise ValueError(
                 f"lengths of shape {lengths.shape}: must be one positive number for each of {len(edges)} edges."
             )
+        if len({frozenset(edge) for edge in edges.tolist()}) < len(edges):
+            raise ValueError(
+                "edges: the same pair of nodes is listed twice; edges are passable both ways, so list each once."
+            )
         object.__setattr__(self, "edges", edges)
         object.__setattr__(self, "lengths", lengths)
         if (self._predecessors < 0).sum() > self.n:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iotsolve.gradient import Implicit
 from iotsolve.inverse.data import Coupling
 from iotsolve.inverse.features import Bilinear, FeatureMap
 from iotsolve.inverse.market import Market, Point
 from iotsolve.inverse.steps import Constraints
+from iotsolve.problem import Problem
+from iotsolve.solve import solve
 
 if TYPE_CHECKING:
     from iotsolve.inverse.estimator import InverseOT
@@ -65,7 +68,7 @@ class Fit:
     shares: np.ndarray
     hessian: np.ndarray
     effects: list[tuple[np.ndarray, np.ndarray]]
-    observations: float | None
+    weight: float
     steps: int
     converged: bool
     kkt_residual: float
@@ -90,13 +93,19 @@ class Fit:
         """The coefficients as the matrix they are: the affinity of :class:`Bilinear`, the metric of :class:`Mahalanobis`."""
         return self.features[0].gains(self.coefficients)
 
+    @property
+    def observations(self) -> float | None:
+        """How many there were in all couplings; None where the data do not tell."""
+        known = [point.market.table.observations for point in self.points]
+        return None if None in known else float(sum(known))
+
     def _each(self, of: Any) -> Any:
         found = [of(k) for k in range(len(self.points))]
         return found[0] if len(found) == 1 else found
 
     @property
     def plan(self) -> Any:
-        """The fitted plan per unit of mass observed, shape ``(n, m)``; one for each coupling of a panel."""
+        """The fitted plan per unit of the rows' weights, shape ``(n, m)``; one for each coupling of a panel."""
         return self._each(lambda k: self.points[k].plan)
 
     @property
@@ -131,14 +140,14 @@ class Fit:
         """Of all observations, given their number; of one on average where it is not known. ``-inf`` if one was impossible."""
         each = (_log_likelihood(p.market.table.plan, p.plan) for p in self.points)
         total = float(sum(s * x for s, x in zip(self.shares, each, strict=True)))
-        return total * (1.0 if self.observations is None else self.observations)
+        return total * self.weight / (len(self.points) if self.observations is None else 1)
 
     # -- inference ---------------------------------------------------------------------------------------------------
 
     @property
     def information(self) -> np.ndarray:
         """Fisher information of the coefficients, ``(K, K)``: of all observations, of one where their number is not known."""
-        return self.hessian * (1.0 if self.observations is None else self.observations) / self.model.epsilon
+        return self.hessian * self.weight / self.model.epsilon
 
     def covariance(self, kind: str = "model", *, small_sample: bool = False) -> np.ndarray:
         """Covariance matrix of the coefficients.
@@ -197,8 +206,7 @@ class Fit:
         """``sum e^2 phi~ phi~'`` over cells, or of sums of ``e phi~`` over clusters, in units of epsilon."""
         point, (over_rows, over_columns) = self.points[k], self.effects[k]
         table, features = point.market.table, point.market.features
-        number = float(self.shares[k]) * self.observations
-        error = number * (table.plan - point.plan) / self.model.epsilon
+        error = table.scale * (table.plan - point.plan) / self.model.epsilon
         if kind == "robust":
             return _residual_gram(features, error**2, over_rows, over_columns)
         if table.cluster is None:
@@ -290,18 +298,13 @@ class Fit:
     # -- other data --------------------------------------------------------------------------------------------------
 
     def predict(self, a: Any, b: Any, features: FeatureMap | None = None) -> np.ndarray:
-        """The optimal plan between other weights, of other types if their features are given; in the unit of the weights."""
+        """The optimal plan between other weights, of other types if their features are given; in the unit of the data."""
         features = self.features[0] if features is None else features
         if features.names != self.names:
             raise ValueError(
                 "the new features must have the names, and so the meaning, of those the coefficients are for."
             )
-        a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-        total = a.sum()
-        table = Coupling(plan=np.outer(a, b), a=a, b=b).table(features.shape)
-        scaled = type(table)(table.plan, a / total, b / total, None, None, None)
-        market = Market(features, scaled, self.model.epsilon, self.model.rows, self.model.columns)
-        return total * np.array(market.at(self.coefficients, 1e-10).plan)
+        return predicted(self.model, features, self.coefficients, a, b, self.points[0].market.table.unit)
 
     def score(self, held_out: Coupling | Any, features: FeatureMap | None = None) -> float:
         """Mean log-likelihood of an observation of another coupling, between its own marginals."""
@@ -309,7 +312,7 @@ class Fit:
         held_out = held_out if isinstance(held_out, Coupling) else Coupling(held_out)
         table = held_out.table(features.shape)
         market = Market(features, table, self.model.epsilon, self.model.rows, self.model.columns)
-        return _log_likelihood(table.plan, market.at(self.coefficients, 1e-10).plan)
+        return _log_likelihood(table.plan, market.at(self.coefficients, 1e-10).plan) / float(table.plan.sum())
 
     # -- what was noticed --------------------------------------------------------------------------------------------
 
@@ -390,6 +393,13 @@ class Fit:
 
     def __str__(self) -> str:
         return self.report()
+
+
+def predicted(model: InverseOT, features: FeatureMap, theta: np.ndarray, a: Any, b: Any, unit: float) -> np.ndarray:
+    """The optimal plan between weights, of the problem that is posed per ``unit`` of them."""
+    a, b = (np.asarray(x, dtype=np.float64) / unit for x in (a, b))
+    problem = Problem(-features.apply(theta), a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)
+    return unit * np.array(solve(problem, gradient=Implicit(), tolerance=1e-12).plan)
 
 
 def _quantile(share: float) -> float:
