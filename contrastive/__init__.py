@@ -11,12 +11,19 @@ from typing import Any
 
 _HOMES = {
     "ClipLoss": "losses",
+    "DoubleBoundedLoss": "losses",
+    "FeatureQueue": "queue",
+    "GCAINCELoss": "losses",
+    "GCAUOTLoss": "losses",
     "GlobalNCELoss": "losses",
     "IOTLoss": "losses",
     "InfoNCELoss": "losses",
     "NTXentLoss": "losses",
+    "PartialNCELoss": "losses",
     "SinkhornNCELoss": "losses",
+    "SupConLoss": "losses",
     "UnbalancedNCELoss": "losses",
+    "Diagnostics": "diagnostics",
     "diagnose": "diagnostics",
 }
 

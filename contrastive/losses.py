@@ -6,21 +6,31 @@
 How far the inner problem relaxes its marginals decides which loss it is (Shi, Zhang, Zhen, Fan, Yan, ICML 2023). Where the
 sides are hard or free the first term is KL(target | P), the cross-entropy people know; with soft sides it adds what the
 plan's marginals pay against the target's, which keeps the loss convex in the cost and its gradient ``target - P``.
+
+The matrix of similarities is never kept: soft-minima are computed block by block, and again in the backward pass.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from iotsolve.gradient import Envelope, Implicit
-from iotsolve.marginals import FIXED, FREE, KL, Marginal, number
-from iotsolve.problem import Potentials, Problem
+from contrastive.queue import FeatureQueue
+from contrastive.targets import Choice, Matches, matches, paired, sparse
+from iotsolve.accelerated import Accelerated
+from iotsolve.costs import Dense, Points
+from iotsolve.distributed import Alone, Ranks, Sharded, meet
+from iotsolve.gradient import Envelope, Implicit, Unroll
+from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, Between, Marginal, number
+from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solve import run
 from iotsolve.solver import Status
@@ -28,14 +38,105 @@ from iotsolve.solver import Status
 __all__ = [
     "NAMES",
     "ClipLoss",
+    "DoubleBoundedLoss",
+    "GCAINCELoss",
+    "GCAUOTLoss",
     "GlobalNCELoss",
     "IOTLoss",
     "InfoNCELoss",
     "NTXentLoss",
+    "PartialNCELoss",
     "SinkhornNCELoss",
+    "SupConLoss",
     "UnbalancedNCELoss",
     "make",
 ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Anchors against candidates: what one inner problem is about.
+
+    Attributes:
+        points: this rank's anchors and all candidates, on the unit sphere, with the arcs that are forbidden.
+        matches: the target.
+        filled: which candidates exist, shape ``(m,)``; None if all do.
+        ranks: who has the other anchors.
+        repeat: anchors per pair of the batch: the number of views where they are stacked.
+        mirrored: whether the candidates are anchors too, for the loss's other half.
+        queued: how many of the candidates come from a queue, behind the others.
+    """
+
+    points: Points
+    matches: Matches
+    filled: Tensor | None
+    ranks: Alone | Ranks
+    repeat: int
+    mirrored: bool
+    queued: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many of the candidates belong to the batch; they come first."""
+        return len(self.points.y) if self.filled is None else len(self.points.y) - self.queued
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's part of a vector over all rows, or over all columns that are anchors too."""
+        return self.ranks.own(x, self.repeat)
+
+    def of(self, points: Points) -> Batch:
+        """The same with other points."""
+        return replace(self, points=points)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One half of the loss: the batch's rows as anchors, or its columns; with the weights of both.
+
+    Attributes:
+        target: sparse plan of total ``mass``, over this rank's rows.
+        anchors: marginal object of the anchors.
+        others: marginal object of the candidates.
+        a: weights of all rows.
+        b: weights of all columns.
+        by_rows: whether the anchors are the rows.
+    """
+
+    batch: Batch
+    target: Tensor
+    anchors: Marginal
+    others: Marginal
+    mass: float | None
+    a: Tensor
+    b: Tensor
+    by_rows: bool
+
+    @property
+    def weights(self) -> Tensor:
+        """Of all anchors."""
+        return self.a if self.by_rows else self.b
+
+    @property
+    def other_weights(self) -> Tensor:
+        return self.b if self.by_rows else self.a
+
+    def problem(self, epsilon: Any, cost: Any = None) -> Problem:
+        """The inner problem over all ranks' rows, or with another cost."""
+        ranks, points = self.batch.ranks, self.batch.points
+        if cost is None:
+            cost = points if isinstance(ranks, Alone) else Sharded(points, ranks, self.batch.repeat)
+        rows, columns = (self.anchors, self.others) if self.by_rows else (self.others, self.anchors)
+        return Problem.unchecked(cost, self.a, self.b, epsilon=epsilon, rows=rows, columns=columns, mass=self.mass)
+
+    def split(self, p: Potentials) -> tuple[Tensor, Tensor]:
+        """Potentials of all anchors and of all candidates."""
+        return (p.f, p.g) if self.by_rows else (p.g, p.f)
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Of the target over all ranks: this rank's anchors', and all candidates'."""
+        rows = torch.sparse.sum(self.target, 1).to_dense()
+        columns = self.batch.ranks.sum(torch.sparse.sum(self.target, 0).to_dense())
+        return (rows, columns) if self.by_rows else (self.batch.own(columns), self.batch.ranks.gather(rows))
 
 
 class IOTLoss(nn.Module):
@@ -48,13 +149,22 @@ class IOTLoss(nn.Module):
         temperature: ``epsilon`` of the inner problem, in cosines, positive; a float, or a tensor that may require grad.
         learn_temperature: make the temperature a parameter (its logarithm, started at ``temperature``, floored at 0.01).
         uniformity: weight ``>= 0`` of the penalty ``KL(Q | P)``, where Q spreads the plan's negatives evenly.
-        negatives: ``"cross"``: candidates of ``z0_i`` are all of ``z1``; ``"all"``: both views stacked, oneself left out.
+        negatives: ``"cross"``: candidates of ``z0_i`` are all of ``z1``; ``"all"``: all views stacked, oneself left out.
         symmetric: mean of the loss and of its mirror image with rows and columns exchanged.
+        reduction: ``"mean"`` over anchors; ``"sum"``; or ``"none"``: one loss per anchor, those of the mirror image behind.
+        gradient: ``Envelope()`` (default): exact at convergence, nothing of the batch's square is kept; ``Implicit()``: the
+            same where the positives satisfy the hard sides, and the exact derivative where not; ``Unroll(k)``: the loss of
+            ``k`` sweeps from zero, differentiated through them.
         tolerance: relative marginal error of the inner solve. The loss errs by its square, the gradient by itself.
-        max_steps: sweeps of the inner solve; if they do not suffice a RuntimeWarning says so.
+        max_steps: sweeps of first order; what they leave undone goes to second order. Not used by ``Unroll``.
+        gather_distributed: candidates are those of all ranks of ``torch.distributed``. The gradient is that of the one loss
+            over all, times the number of ranks: after the mean that DDP takes it equals one process's. A learnable
+            temperature has the whole derivative on every rank.
+        process_group: the ranks to gather from; None is all.
+        watch: called with a :class:`contrastive.Diagnostics` after every forward pass; it computes what it is asked for.
 
     Raises:
-        ValueError: on arguments out of range, and in ``forward`` on inputs that are no pair of ``(N, D)`` batches.
+        ValueError: on arguments out of range, and in ``forward`` on inputs that are no views of one batch.
 
     Example:
         >>> z0, z1 = torch.eye(4), torch.eye(4)
@@ -73,14 +183,21 @@ class IOTLoss(nn.Module):
         uniformity: float = 0.0,
         negatives: str = "cross",
         symmetric: bool = False,
+        reduction: str = "mean",
+        gradient: Envelope | Implicit | Unroll | None = None,
         tolerance: float = 1e-4,
         max_steps: int = 200,
+        gather_distributed: bool = False,
+        process_group: Any = None,
+        watch: Callable[[Any], None] | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(rows, columns, mass, temperature, uniformity, negatives)
+        _check_arguments(rows, columns, mass, temperature, uniformity, negatives, reduction, gradient)
         self.rows, self.columns, self.mass = rows, columns, mass
-        self.uniformity, self.negatives, self.symmetric = uniformity, negatives, symmetric
-        self.solver = Sinkhorn(tolerance=tolerance, max_steps=max_steps, annealing=None, stationary=uniformity > 0)
+        self.uniformity, self.negatives, self.symmetric, self.reduction = uniformity, negatives, symmetric, reduction
+        self.gradient = gradient or Envelope()
+        self.solver = Sinkhorn(tolerance=tolerance, max_steps=max_steps, annealing=None, stationary=True)
+        self.gather_distributed, self.process_group, self.watch = gather_distributed, process_group, watch
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.as_tensor(number(temperature)).log())
         elif isinstance(temperature, nn.Parameter):
@@ -95,72 +212,306 @@ class IOTLoss(nn.Module):
             return self.log_temperature.clamp(min=math.log(_COLDEST)).exp()
         return getattr(self, "shared_temperature", getattr(self, "constant_temperature", None))
 
-    def forward(self, z0: Float[Tensor, "n d"], z1: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-        """Mean loss over the anchors.
+    def forward(
+        self,
+        *views: Float[Tensor, "n d"],
+        labels: Any = None,
+        ids: Any = None,
+        positive_mask: Tensor | None = None,
+        target: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        queue: FeatureQueue | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Positives are the pairs, rows of the same number, or what one of ``labels``, ``ids``, ``positive_mask`` and ``target``
+        says. An anchor without a positive adds nothing to the loss; the mean is over all anchors. With more than two views
+        ``"cross"`` takes the mean over pairs of views, ``"all"`` makes all views of a row its positives.
 
         Args:
-            z0: representations of one view, shape ``(N, D)``; normalised here, so any length will do.
-            z1: representations of the other; row i is the positive of ``z0``'s row i.
+            views: two or more batches of representations, each of shape ``(N, D)``; normalised here, so any length will do.
+            labels: class of each row, shape ``(N,)``: rows of the same class are positives, each anchor's with equal weight.
+                Of a side apart: a pair of them, for ``z0`` and ``z1``.
+            ids: the same, for instances that may occur more than once in a batch.
+            positive_mask: boolean, anchors by candidates: ``(N, N)``, with a queue ``(N, N + size)``, stacked ``(VN, VN)``.
+            target: a plan of the same shape, non-negative with total 1, dense or sparse COO; detached.
+            negative_mask: boolean, the same shape: the only candidates an anchor sees beside its positives.
+            queue: further candidates, and no one's positives unless its ids say so.
+            logit_scale: ``1 / temperature`` of this call, instead of the loss's own.
 
         Returns:
-            A scalar, float32 for half-precision inputs and in the inputs' dtype otherwise.
+            A scalar, or one number per anchor with ``reduction="none"``; float32 for half-precision inputs and in the inputs'
+            dtype otherwise.
         """
-        with torch.autocast(device_type=z0.device.type, enabled=False):
-            problem, target = self.problem(z0, z1)
-            sides = [problem] if not self.symmetric else [problem, _swapped(problem)]
-            losses = [self._one(side, target if side is problem else target.t().coalesce()) for side in sides]
-            return torch.stack(losses).mean()
+        with torch.autocast(device_type=views[0].device.type, enabled=False):
+            epsilon, batches = self._read(
+                views,
+                _choice(labels, ids, positive_mask, target, negative_mask),
+                queue=queue,
+                logit_scale=logit_scale,
+            )
+            losses = [self._loss(batch, batch.ranks.shared(epsilon)) for batch in batches]
+            if self.watch is not None:
+                from contrastive.diagnostics import Diagnostics  # which looks at losses
 
-    def problem(self, z0: Tensor, z1: Tensor) -> tuple[Problem, Tensor]:
-        """The inner problem, live in ``z0``, ``z1`` and the temperature, and the sparse target plan."""
-        z0, z1 = _normalised(z0, z1)
-        n, diagonal = len(z0), torch.arange(len(z0), device=z0.device)
+                self.watch(Diagnostics(self, batches[0], epsilon))
+            return self._reduced(losses, batches)
+
+    # -- what the loss is about ------------------------------------------------------------------------------------------
+
+    def _read(
+        self, views: tuple[Tensor, ...], choice: Choice, *, queue: FeatureQueue | None, logit_scale: Any
+    ) -> tuple[Any, list[Batch]]:
+        """The temperature and the batches, from what ``forward`` was given."""
+        _check_views(views)
+        ranks = meet(self.gather_distributed, self.process_group, *views)
+        views = tuple(ranks.scaled(z) for z in _normalised(views))
+        epsilon = self.temperature if logit_scale is None else _inverse(logit_scale)
+        epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
+        return epsilon, list(self._batches(views, choice, queue, ranks))
+
+    def _batches(
+        self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks
+    ) -> Iterator[Batch]:
+        if queue is not None:
+            _check_queue(queue, self, views)
         if self.negatives == "all":
-            z0 = z1 = torch.cat([z0, z1])
-            n, diagonal = 2 * n, torch.arange(2 * n, device=z0.device)
-        cost = 1.0 - z0 @ z1.T
-        partner = diagonal
-        if self.negatives == "all":
-            cost = cost.masked_fill(torch.eye(n, dtype=torch.bool, device=z0.device), math.inf)
-            partner = (diagonal + n // 2) % n
-        weights = torch.full((n,), 1.0 / n, dtype=cost.dtype, device=cost.device)
-        total = 1.0 if self.mass is None else self.mass
-        values = torch.full((n,), total / n, dtype=cost.dtype, device=cost.device)
-        target = torch.sparse_coo_tensor(torch.stack([diagonal, partner]), values, (n, n), check_invariants=False)
-        temperature = self.temperature
-        epsilon = temperature.to(cost.dtype) if isinstance(temperature, Tensor) else temperature
-        inner = Problem.unchecked(
-            cost, weights, weights, epsilon=epsilon, rows=self.rows, columns=self.columns, mass=self.mass
-        )
-        return inner, target.coalesce()
+            yield self._batch(torch.cat(views), None, choice, queue, ranks, len(views))
+            return
+        if len(views) > 2 and not choice.is_pairs and (choice.labels is None or isinstance(choice.labels, tuple)):
+            raise ValueError(
+                f"{len(views)} views with a mask or a target: it says nothing of which views. Pass labels= or ids=, two views, "
+                "or negatives='all' with a mask over all stacked views."
+            )
+        for k, z in enumerate(views):
+            for other in views[k + 1 :]:
+                if queue is None:
+                    yield self._batch(z, other, choice, None, ranks, 1)
+                    continue
+                yield self._batch(z, other, choice, queue, ranks, 1)
+                if self.symmetric:
+                    yield self._batch(other, z, choice.swapped(), queue, ranks, 1)
 
-    def coupling(self, z0: Tensor, z1: Tensor) -> Float[Tensor, "n m"]:
-        """The plan the inner problem gives this batch, detached: what the loss compares with the positive pairs."""
-        with torch.no_grad():
-            problem, _ = self.problem(z0, z1)
-            return problem.plan(self.potentials(problem))
+    def _batch(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        choice: Choice,
+        queue: FeatureQueue | None,
+        ranks: Alone | Ranks,
+        repeat: int,
+    ) -> Batch:
+        """Anchors ``x`` against ``y``, or against themselves."""
+        stacked = y is None
+        mirrored = self.symmetric and queue is None
+        anchors = len(x)
+        candidates = ranks.gather(x if stacked else y)
+        batch = len(candidates)
+        first = repeat * sum(ranks.sizes[: ranks.rank]) if isinstance(ranks, Ranks) else 0
+        labels = None
+        if choice.labels is not None:
+            labels = _labels(choice.labels, anchors // repeat, repeat, ranks, x.device)
+        filled = None
+        if queue is not None:
+            features, filled = queue.candidates(x)
+            filled = torch.cat([filled.new_ones(batch), filled])
+            candidates = torch.cat([candidates, features])
+            if labels is not None:
+                labels = (labels[0], torch.cat([labels[1], queue.ids.to(x.device)]))
+        m, total = len(candidates), batch
+        _check_batch(total, queue)
+        own, each = torch.arange(anchors, device=x.device)[:, None], anchors // repeat
+        steps = torch.arange(1, repeat, device=x.device) * each if stacked else torch.zeros_like(own[0])
+        partners = first + (own + steps) % anchors
+        if choice.is_pairs:
+            itself = first if stacked else None
+            found = paired(partners, total, m, stacked_from=itself, mirrored=mirrored, like=x)
+        else:
+            found = matches(
+                choice,
+                (anchors, first, total),
+                (m, batch),
+                stacked=stacked,
+                mirrored=mirrored,
+                labels=labels,
+                partners=partners,
+                ranks=ranks,
+                like=x,
+            )
+        if queue is not None:
+            found = replace(found, inside=found.inside and (self.columns.is_free or not self.columns.is_hard))
+        points = Points(x, candidates, "sphere", found.barred)
+        return Batch(points, found, filled, ranks, repeat, mirrored, m - batch)
 
-    def potentials(self, problem: Problem) -> Potentials:
-        """Solve the inner problem: the library's own loop, without validation or certificate."""
+    def _sides(self, batch: Batch) -> Iterator[Side]:
+        """The halves of the loss, with their weights: an anchor's is its positives' mass, the candidates share evenly."""
+        found, ranks, dtype = batch.matches, batch.ranks, batch.points.dtype
+        mass = 1.0 if self.mass is None else self.mass
+        n = batch.repeat * (sum(ranks.sizes) if isinstance(ranks, Ranks) else len(batch.points.x) // batch.repeat)
+        m = len(batch.points.y)
+        for by_rows, target in ((True, found.target), (False, found.backward if batch.mirrored else None)):
+            if target is None:
+                continue
+            if found.inside:
+                anchors = batch.points.x.new_full((n if by_rows else m,), 1.0 / (n if by_rows else m))
+                total = 1.0
+            else:
+                own = torch.sparse.sum(target, 1 if by_rows else 0).to_dense()
+                anchors = ranks.gather(own) if by_rows else ranks.sum(own)
+                total = anchors.sum()
+            if batch.filled is not None:
+                others = batch.filled.to(dtype) / batch.filled.sum().to(dtype) * total
+            else:
+                others = batch.points.x.new_full((m if by_rows else n,), 1.0) * (total / (m if by_rows else n))
+            a, b = (anchors, others) if by_rows else (others, anchors)
+            scaled = target if mass == 1.0 else target * mass
+            yield Side(batch, scaled, self.rows, self.columns, self.mass, a, b, by_rows)
+
+    # -- the loss --------------------------------------------------------------------------------------------------------
+
+    def _loss(self, batch: Batch, epsilon: Any) -> list[Tensor]:
+        """Of every half, the shares of this rank's anchors; their sum over ranks is the loss."""
+        sides = list(self._sides(batch))
+        closed = [_is_closed(side) for side in sides]
+        found = [None if shut else self._potentials(side, epsilon) for side, shut in zip(sides, closed, strict=True)]
+        logs: list[Tensor | None] = [None, None]
+        for side, p in zip(sides, found, strict=True):
+            other = torch.zeros_like(side.other_weights) if p is None else side.split(p)[1]
+            logs[1 if side.by_rows else 0] = log_scaling(side.other_weights, other, epsilon)
+        if logs[0] is not None:
+            logs[0] = batch.own(logs[0])
+        s, t = batch.points.soft_minima(*logs, epsilon)
+        if t is not None and isinstance(batch.ranks, Ranks):
+            t = batch.own(-epsilon * batch.ranks.log_sum(-t / epsilon))
+        return [self._half(side, p, s if side.by_rows else t, epsilon) for side, p in zip(sides, found, strict=True)]
+
+    def _half(self, side: Side, p: Potentials | None, s: Tensor, epsilon: Any) -> Tensor:
+        """``eps KL(target | P_fg)`` and the Fenchel-Young terms of soft sides, in nats, anchor by anchor.
+
+        It is ``primal(target) - dual`` at any potentials, frozen or live, and at the plan's own potentials the loss; where the
+        target violates a hard side it is the divergence from the plan alone.
+        """
+        if p is None:
+            own, lam = _closed(side, s, epsilon)
+            other = torch.zeros_like(side.other_weights)
+        else:
+            f, other = side.split(p)
+            own, lam = side.batch.own(f), p.lam
+        weights = side.batch.own(side.weights)
+        r, c = side.marginals()
+        moved = _moved(weights, own + lam, s, epsilon)
+        terms = moved - r + _spent(side, r, own + lam, other, weights, epsilon)
+        inside = side.batch.matches.inside or not _is_outside(side, c)
+        for marginal, mine in ((side.anchors, True), (side.others, False)):
+            if marginal.is_fixed or marginal.is_free or (marginal.is_hard and not inside):
+                continue
+            if mine:
+                terms = terms + marginal.fenchel_young(r, own, weights) / epsilon
+            else:
+                paid = marginal.fenchel_young(c, other, side.other_weights).sum() / epsilon
+                terms = terms + paid * r / c.sum().clamp(min=torch.finfo(c.dtype).tiny)
+        if self.uniformity == 0:
+            return terms
+        penalty = uniformity_penalty(side, own, other, lam, epsilon)
+        return terms + self.uniformity * penalty * weights / side.weights.sum()
+
+    def _potentials(self, side: Side, epsilon: Any) -> Potentials:
+        """The inner problem's solution, frozen or with the derivative that was asked for."""
+        how, outside = self.gradient, not side.batch.matches.inside and _is_outside(side, side.marginals()[1])
+        if outside:
+            _warn_of_floor(side)
+        live = torch.is_grad_enabled()
+        if isinstance(how, Unroll):
+            problem = side.problem(epsilon)
+            method = Sinkhorn(annealing=None)
+            flat = problem.flat() if problem.batch_shape == () else problem
+            state = method.init(flat, None)
+            for _ in range(how.steps):
+                state = method.step(flat, state, flat.epsilon)
+            return Potentials(*(x[0] for x in (state.potentials.f, state.potentials.g, state.potentials.lam)))
+        p = self._solved(side, epsilon)
+        if live and (outside or isinstance(how, Implicit) or self.uniformity > 0 or self.reduction == "none"):
+            if isinstance(side.batch.ranks, Ranks):
+                raise ValueError(
+                    "this derivative needs the inner problem's Hessian, which is not spread over ranks: with "
+                    "gather_distributed use gradient=Envelope() or Unroll(k), reduction='mean' or 'sum', uniformity=0, and "
+                    "positives that satisfy the hard sides; or a loss with a FREE side."
+                )
+            p = Implicit().potentials(side.problem(epsilon), p)
+        return p
+
+    def _solved(self, side: Side, epsilon: Any) -> Potentials:
+        """Solve the inner problem: the library's own solvers, without validation or certificate."""
         with torch.no_grad():
-            outcome = run(problem.detach().flat(), self.solver)
+            epsilon = epsilon.detach() if isinstance(epsilon, Tensor) else epsilon
+            points, ranks = side.batch.points, side.batch.ranks
+            cost = None
+            small = len(side.a) * len(side.b) <= _DENSE
+            if small:
+                x = ranks.gather(points.x.detach())
+                barred = None if points.barred is None else ranks.gather(points.barred)
+                cost = Dense(Points(x, points.y.detach(), "sphere", barred).dense())
+            problem = side.problem(epsilon, cost).detach().flat()
+            first = Accelerated(self.solver.tolerance, self.solver.max_steps)
+            outcome = run(problem, first if first.fits(problem) else self.solver)
+            steps = outcome.steps[0]
+            if small and outcome.status[0] is not Status.CONVERGED:
+                outcome = run(problem, None, _usable(outcome.potentials), tolerance=self.solver.tolerance)
+                steps += outcome.steps[0]
+            p = Potentials(
+                *(ranks.first(x[0]) for x in (outcome.potentials.f, outcome.potentials.g, outcome.potentials.lam))
+            )
         if outcome.status[0] is not Status.CONVERGED:
             warnings.warn(
-                f"the inner transport stopped after {outcome.steps[0]} steps above its tolerance {self.solver.tolerance:g} at "
-                f"temperature {number(problem.epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as "
+                f"the inner transport stopped after {steps} steps above its tolerance {self.solver.tolerance:g} at "
+                f"temperature {number(epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as "
                 "the marginals are. Raise max_steps, the temperature or the tolerance, or check the representations for NaN.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        p = outcome.potentials
-        return Potentials(p.f[0], p.g[0], p.lam[0])
+        return p
 
-    def _one(self, problem: Problem, target: Tensor) -> Tensor:
-        p = self.potentials(problem)
-        loss = (problem.primal(target) - Envelope().value(problem, p, None)) / problem.epsilon
-        if self.uniformity == 0:
-            return loss
-        return loss + self.uniformity * uniformity_penalty(problem, target, p)
+    def _reduced(self, losses: list[list[Tensor]], batches: list[Batch]) -> Tensor:
+        """One number of the anchors' shares, or the losses of the anchors."""
+        ranks, parts = batches[0].ranks, [share for shares in losses for share in shares]
+        anchors = sum(ranks.sizes) * batches[0].repeat if isinstance(ranks, Ranks) else len(parts[0])
+        if self.reduction == "none":
+            return torch.cat(parts) * anchors
+        total = ranks.total(sum(part.sum() for part in parts))
+        return total / len(parts) if self.reduction == "mean" else total * anchors
+
+    # -- looking inside ----------------------------------------------------------------------------------------------------
+
+    def read(self, *views: Tensor, **given: Any) -> tuple[Any, list[Batch]]:
+        """The temperature and the batches of what :meth:`forward` would be given."""
+        logit_scale, queue = given.pop("logit_scale", None), given.pop("queue", None)
+        return self._read(views, _choice(**given), queue=queue, logit_scale=logit_scale)
+
+    def problem(self, *views: Tensor, **given: Any) -> tuple[Problem, Tensor]:
+        """The inner problem, live in the views and the temperature, and the sparse target plan."""
+        epsilon, batches = self.read(*views, **given)
+        side = next(self._sides(batches[0]))
+        return side.problem(epsilon), side.target
+
+    def coupling(self, *views: Tensor, **given: Any) -> Float[Tensor, "n m"]:
+        """The plan the inner problem gives this batch, detached: what the loss compares with the positive pairs."""
+        with torch.no_grad():
+            epsilon, batches = self.read(*views, **given)
+            problem, p = self.solution(batches[0], epsilon)
+            return problem.plan(p)
+
+    def solution(self, batch: Batch, epsilon: Any) -> tuple[Problem, Potentials]:
+        """The inner problem of this rank's anchors, and its potentials."""
+        side = next(self._sides(batch))
+        if _is_closed(side):
+            s = batch.points.softmin(log_scaling(side.b, torch.zeros_like(side.b), epsilon), epsilon, axis=-1)
+            f, lam = _closed(side, s, epsilon)
+            p = Potentials(f, torch.zeros_like(side.b), lam)
+        else:
+            p = self._potentials(side, epsilon)
+            p = Potentials(batch.own(p.f), p.g, p.lam)
+        return replace(side, a=batch.own(side.a)).problem(epsilon, batch.points), p
 
     def extra_repr(self) -> str:
         return (
@@ -170,41 +521,130 @@ class IOTLoss(nn.Module):
 
 
 _COLDEST = 0.01  # a learnable temperature stops here, as CLIP's does
+_DENSE = 2**24  # arcs of an inner problem that is solved as a matrix, which is then forgotten
 
 
-def uniformity_penalty(problem: Problem, target: Tensor, p: Potentials) -> Tensor:
-    """``KL(Q | P)``: Q keeps the plan's positives and replaces every negative by their mean (Shi et al., ICML 2023).
+def _usable(p: Potentials) -> Potentials | None:
+    return p if all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam)) else None
+
+
+def _is_closed(side: Side) -> bool:
+    """Whether one soft-minimum is the solution: the candidates are FREE, and a mass, if any, is the anchors' own."""
+    free, own = side.others.is_free, side.anchors
+    return free and (own.is_fixed or own.is_free or side.mass is None)
+
+
+def _closed(side: Side, s: Tensor, epsilon: Any) -> tuple[Tensor, Tensor]:
+    """Potentials of this rank's anchors, and the mass's multiplier, as a function of their soft-minimum."""
+    if not side.anchors.is_free:
+        return side.anchors.aprox(s, epsilon), s.new_zeros(())
+    weights = side.batch.own(side.weights)
+    held = torch.logsumexp(weights.log() - s / epsilon, 0)
+    return torch.zeros_like(s), epsilon * (math.log(side.mass) - side.batch.ranks.log_sum(held))
+
+
+def _moved(weights: Tensor, potential: Tensor, s: Tensor, epsilon: Any) -> Tensor:
+    """The plan's marginal at this rank's anchors; 0 at one that has no weight."""
+    carries = weights > 0
+    return weights * torch.where(carries, torch.where(carries, potential - s, 0.0) / epsilon, 0.0).exp()
+
+
+def _spent(side: Side, r: Tensor, own: Tensor, other: Tensor, weights: Tensor, epsilon: Any) -> Tensor:
+    """``sum_j Q_ij (log Q_ij - log P_ij)`` for every anchor of this rank, Q the target."""
+    target, x, y, ranks = side.target, side.batch.points.x, side.batch.points.y, side.batch.ranks
+    values = target.values()
+    entropy = sparse(target.indices(), values * values.log(), target.shape)
+    beyond = torch.where(side.other_weights > 0, side.other_weights, 1.0).log() + other / epsilon
+    if side.by_rows:
+        similar = (x * torch.sparse.mm(target, y)).sum(1)
+        known = torch.sparse.sum(entropy, 1).to_dense() - torch.sparse.mm(target, beyond[:, None])[:, 0]
+    else:
+        beyond, back = side.batch.own(beyond), target.t()
+        similar = (y * torch.sparse.mm(back, x)).sum(1)
+        known = torch.sparse.sum(entropy, 0).to_dense() - torch.sparse.mm(back, beyond[:, None])[:, 0]
+        known, similar = side.batch.own(ranks.sum(torch.stack([known, similar])).mT).unbind(1)
+    counted = torch.where(weights > 0, weights, 1.0)
+    return known - r * (own / epsilon + counted.log()) + (r - similar) / epsilon
+
+
+def _is_outside(side: Side, c: Tensor) -> bool:
+    """Whether the target violates the candidates' side."""
+    if side.others.is_free or not side.others.is_hard:
+        return False
+    off = side.others.violation(c, side.other_weights).sum()
+    return bool(off > 1e-4 * c.sum())
+
+
+def _warn_of_floor(side: Side) -> None:
+    warnings.warn(
+        f"the positives violate the candidates' side {side.others}: their column sums are not those of even weights, so that no "
+        "plan equals them and the loss has a floor above 0. Its derivative is exact, by one linear system. To have none use "
+        "columns=FREE or KL(rho), or positives that meet every candidate equally often.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def uniformity_penalty(side: Side, own: Tensor, other: Tensor, lam: Tensor, epsilon: Any) -> Tensor:
+    """This rank's share of ``KL(Q | P)``: Q keeps the plan's positives and replaces every negative by their mean.
 
     With M the total mass of the negatives it is ``M (log mean P - mean log P)``, means over negatives only; masked arcs and
-    positives are in neither. The gradient goes through the plan by the implicit function theorem.
+    positives are in neither (Shi et al., ICML 2023). No plan is made: M is a soft-minimum over negatives, and the mean of log P
+    a sum of potentials and of scalar products.
     """
-    negative = problem.cost.dense().detach().isfinite()
-    negative[tuple(target.indices())] = False
-    log_plan = problem.log_plan(Implicit().potentials(problem, p))
-    count = negative.sum()
-    log_mass = torch.logsumexp(torch.where(negative, log_plan, -math.inf), (0, 1))
-    mean_log = torch.where(negative, log_plan, 0.0).sum() / count
-    return log_mass.exp() * (log_mass - count.log() - mean_log)
+    batch, ranks, points = side.batch, side.batch.ranks, side.batch.points
+    f, g = (own, other) if side.by_rows else (batch.own(other), ranks.gather(own))
+    a, b = batch.own(side.a), side.b
+    others = replace(points, barred=batch.matches.all_but_negatives(points))
+    s, _ = others.soft_minima(None, log_scaling(b, g, epsilon), epsilon)
+    held = torch.logsumexp(log_scaling(a, f + lam, epsilon) - s / epsilon, 0)
+    log_mass = ranks.log_sum(held)
+    rows, columns, spent = _census(others, a > 0, b > 0)
+    of_rows = (rows * ((f + lam) / epsilon + torch.where(a > 0, a, 1.0).log())).sum()
+    of_columns = (columns * (g / epsilon + torch.where(b > 0, b, 1.0).log())).sum()
+    count, logs = ranks.sum(torch.stack([rows.sum(), of_rows + of_columns - spent / epsilon]))
+    return log_mass.exp() * (log_mass - count.log() - logs / count)
+
+
+def _census(points: Points, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many arcs of every row and of every column are not barred, and the sum of their costs, without a matrix of them."""
+    n, m = points.shape
+    barred, rows, columns = points.barred, rows.to(points.dtype), columns.to(points.dtype)
+    if barred.dtype == torch.bool:
+        i, j = barred.nonzero().T
+    else:
+        i = torch.arange(n, device=points.device).repeat_interleave(barred.shape[1])
+        j = barred.sort(1).values.flatten()
+    left_out = sparse(torch.stack([i, j]), rows[i] * columns[j], (n, m))
+    of_rows = rows * columns.sum() - torch.sparse.sum(left_out, 1).to_dense()
+    of_columns = columns * rows.sum() - torch.sparse.sum(left_out, 0).to_dense()
+    similar = (rows @ points.x) @ (columns @ points.y) - (points.x * torch.sparse.mm(left_out, points.y)).sum()
+    return of_rows, of_columns, of_rows.sum() - similar
 
 
 class InfoNCELoss(IOTLoss):
     """U(a): rows FIXED, columns FREE; the plan is a row softmax and the loss InfoNCE, exactly (van den Oord et al., 2018).
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
 
     Example:
         >>> InfoNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
         tensor(0.3408)
     """
 
-    def __init__(
-        self, temperature: float | Tensor = 0.1, *, uniformity: float = 0.0, learn_temperature: bool = False
-    ) -> None:
-        super().__init__(
-            FIXED, FREE, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature
-        )
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
+        super().__init__(FIXED, FREE, temperature=temperature, **options)
 
 
 class NTXentLoss(IOTLoss):
-    """InfoNCE on both views stacked, oneself left out: SimCLR's loss, exactly (Chen et al., ICML 2020).
+    """InfoNCE on all views stacked, oneself left out: SimCLR's loss, exactly (Chen et al., ICML 2020).
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
+        memory_bank_size: number of earlier representations to take as the only negatives, or ``(number, dimension)``: the loss
+            of MoCo (He et al., CVPR 2020), of ``z0`` against its positive in ``z1`` and the bank, into which ``z1`` then goes
+            when in training. 0 is none. The bank is a :class:`FeatureQueue`, saved with the module.
 
     Example:
         >>> NTXentLoss(temperature=0.5)(torch.eye(4), torch.eye(4))
@@ -212,88 +652,145 @@ class NTXentLoss(IOTLoss):
     """
 
     def __init__(
-        self, temperature: float | Tensor = 0.5, *, uniformity: float = 0.0, learn_temperature: bool = False
+        self, temperature: float | Tensor = 0.5, *, memory_bank_size: int | tuple[int, int] = 0, **options: Any
     ) -> None:
-        super().__init__(
-            FIXED,
-            FREE,
-            temperature=temperature,
-            uniformity=uniformity,
-            learn_temperature=learn_temperature,
-            negatives="all",
-        )
+        size, dim = memory_bank_size if isinstance(memory_bank_size, tuple | list) else (memory_bank_size, None)
+        negatives = options.pop("negatives", "cross" if size else "all")
+        super().__init__(FIXED, FREE, temperature=temperature, negatives=negatives, **options)
+        self.memory_bank = FeatureQueue(size, dim) if size else None
+
+    def forward(self, *views: Tensor, labels: Any = None, **given: Any) -> Tensor:
+        """As of :class:`IOTLoss`; one stacked batch with its labels will do as well."""
+        views, labels = _with_labels(views, labels)
+        if self.memory_bank is None:
+            return super().forward(*views, labels=labels, **given)
+        if len(views) != 2 or labels is not None or given:
+            raise ValueError(
+                f"a memory bank with {len(views)} views and {', '.join(given) or 'no'} options, labels = {labels}: it takes "
+                "two views, whose pairs are the positives. For anything else pass queue= to a loss without a bank."
+            )
+        loss = super().forward(*views, queue=self.memory_bank)
+        if self.training and torch.is_grad_enabled():
+            self.memory_bank.update(
+                views[1], gather_distributed=self.gather_distributed, process_group=self.process_group
+            )
+        return loss
+
+    def _batch(self, x: Tensor, y: Tensor | None, choice: Choice, queue: Any, ranks: Any, repeat: int) -> Batch:
+        """With a bank: of the other view an anchor sees its own positive only, which comes to itself by a mask."""
+        batch = super()._batch(x, y, choice, queue, ranks, repeat)
+        if self.memory_bank is None:
+            return batch
+        n, m = batch.points.shape
+        barred = torch.zeros(n, m, dtype=torch.bool, device=x.device)
+        barred[:, : m - self.memory_bank.size] = True
+        barred[tuple(batch.matches.target.indices())] = False
+        return batch.of(replace(batch.points, barred=barred))
+
+
+class SupConLoss(IOTLoss):
+    """All of a class are positives: the supervised contrastive loss, its form "out" (Khosla et al., NeurIPS 2020).
+
+    The cross-entropy of the positives, which is the divergence from the plan plus the constant ``mean log |P(i)|``. Anchors
+    without a positive add nothing, and count in the mean, as in the paper's code.
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
+
+    Example:
+        >>> SupConLoss(temperature=0.5)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+        tensor(1.0986)
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
+        super().__init__(FIXED, FREE, temperature=temperature, negatives=options.pop("negatives", "all"), **options)
+
+    def forward(self, *views: Tensor, labels: Any = None, **given: Any) -> Tensor:
+        """As of :class:`IOTLoss`; one stacked batch with its labels will do as well: ``loss(z, labels)``."""
+        views, labels = _with_labels(views, labels)
+        return super().forward(*views, labels=labels, **given)
+
+    def _half(self, side: Side, p: Potentials | None, s: Tensor, epsilon: Any) -> Tensor:
+        return super()._half(side, p, s, epsilon) + target_entropy(side)
+
+
+def target_entropy(side: Side) -> Tensor:
+    """What a cross-entropy has over a divergence: of every anchor ``-sum_j w_ij log(w_ij / r_i)``, a constant."""
+    target, ranks = side.target, side.batch.ranks
+    values = target.values()
+    logs = sparse(target.indices(), values * values.log(), target.shape)
+    r, _ = side.marginals()
+    known = torch.sparse.sum(logs, 1 if side.by_rows else 0).to_dense()
+    return torch.special.xlogy(r, r) - (known if side.by_rows else side.batch.own(ranks.sum(known)))
 
 
 class ClipLoss(IOTLoss):
     """Mean of InfoNCE from ``z0`` to ``z1`` and from ``z1`` to ``z0``: CLIP's loss, exactly (Radford et al., ICML 2021).
 
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
+
     Example:
         >>> ClipLoss(temperature=0.5)(torch.eye(4), torch.eye(4))
         tensor(0.3408)
+        >>> ClipLoss()(torch.eye(4), torch.eye(4), torch.tensor(2.0))
+        tensor(0.3408)
     """
 
-    def __init__(
-        self, temperature: float | Tensor = 0.07, *, uniformity: float = 0.0, learn_temperature: bool = False
-    ) -> None:
-        super().__init__(
-            FIXED,
-            FREE,
-            temperature=temperature,
-            uniformity=uniformity,
-            learn_temperature=learn_temperature,
-            symmetric=True,
-        )
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Any) -> None:
+        super().__init__(FIXED, FREE, temperature=temperature, symmetric=True, **options)
+
+    def forward(self, *views: Any, logit_scale: float | Tensor | None = None, **given: Any) -> Tensor:
+        """As of :class:`IOTLoss`; the scale ``1 / temperature`` may be the third argument."""
+        if len(views) == 3 and (not isinstance(views[2], Tensor) or views[2].numel() == 1):
+            *views, logit_scale = views
+        return super().forward(*views, logit_scale=logit_scale, **given)
 
 
 class GlobalNCELoss(IOTLoss):
     """U(1): both sides FREE, total mass 1; one softmax over all pairs (Shi et al., ICML 2023).
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
 
     Example:
         >>> GlobalNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
         tensor(0.3408)
     """
 
-    def __init__(
-        self, temperature: float | Tensor = 0.1, *, uniformity: float = 0.0, learn_temperature: bool = False
-    ) -> None:
-        super().__init__(
-            FREE, FREE, 1.0, temperature=temperature, uniformity=uniformity, learn_temperature=learn_temperature
-        )
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
+        super().__init__(FREE, FREE, 1.0, temperature=temperature, **options)
 
 
 class SinkhornNCELoss(IOTLoss):
     """U(a, b): both sides FIXED; the plan is a balanced coupling (Shi et al., ICML 2023).
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
 
     Example:
         >>> SinkhornNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
         tensor(0.3408)
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.1,
-        *,
-        uniformity: float = 0.0,
-        learn_temperature: bool = False,
-        tolerance: float = 1e-4,
-        max_steps: int = 200,
-    ) -> None:
-        super().__init__(
-            FIXED,
-            FIXED,
-            temperature=temperature,
-            uniformity=uniformity,
-            learn_temperature=learn_temperature,
-            tolerance=tolerance,
-            max_steps=max_steps,
-        )
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
+        super().__init__(FIXED, FIXED, temperature=temperature, **options)
+
+
+class GCAINCELoss(SinkhornNCELoss):
+    """The name :class:`SinkhornNCELoss` has in generalized contrastive alignment: GCA-INCE (Chen et al., NeurIPS 2024).
+
+    Example:
+        >>> GCAINCELoss(temperature=0.5)(torch.eye(4), torch.eye(4))
+        tensor(0.3408)
+    """
 
 
 class UnbalancedNCELoss(IOTLoss):
     """Both sides pay ``rho KL`` for departing from uniform: between U(1) (``rho -> 0``) and U(a, b) (``rho -> inf``).
 
     Args:
-        temperature: see :class:`IOTLoss`.
+        temperature: see :class:`IOTLoss`, as are all other options.
         rho: price of a departing marginal, in cosines, positive.
         mass: total mass of the plan; None leaves it to the sides.
 
@@ -303,26 +800,54 @@ class UnbalancedNCELoss(IOTLoss):
     """
 
     def __init__(
-        self,
-        temperature: float | Tensor = 0.1,
-        *,
-        rho: float = 1.0,
-        mass: float | None = 1.0,
-        uniformity: float = 0.0,
-        learn_temperature: bool = False,
-        tolerance: float = 1e-4,
-        max_steps: int = 200,
+        self, temperature: float | Tensor = 0.1, *, rho: float = 1.0, mass: float | None = 1.0, **options: Any
     ) -> None:
-        super().__init__(
-            KL(rho),
-            KL(rho),
-            mass,
-            temperature=temperature,
-            uniformity=uniformity,
-            learn_temperature=learn_temperature,
-            tolerance=tolerance,
-            max_steps=max_steps,
-        )
+        super().__init__(KL(rho), KL(rho), mass, temperature=temperature, **options)
+
+
+class GCAUOTLoss(UnbalancedNCELoss):
+    """The name :class:`UnbalancedNCELoss` without a mass has in contrastive alignment: GCA-UOT (Chen et al., NeurIPS 2024).
+
+    Example:
+        >>> GCAUOTLoss(temperature=0.5, rho=0.3).mass is None
+        True
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, *, rho: float = 1.0, **options: Any) -> None:
+        super().__init__(temperature, rho=rho, mass=options.pop("mass", None), **options)
+
+
+class DoubleBoundedLoss(IOTLoss):
+    """Rows FIXED, columns between two multiples of their even share: double-bounded matching, OT-CLIP's (Shi et al., ICML 2024).
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
+        lo: least share of a candidate, at most 1.
+        hi: largest share, at least 1.
+
+    Example:
+        >>> DoubleBoundedLoss(temperature=0.5)(torch.eye(4), torch.eye(4))
+        tensor(0.3408)
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, *, lo: float = 0.5, hi: float = 2.0, **options: Any) -> None:
+        super().__init__(FIXED, Between(lo, hi), temperature=temperature, **options)
+
+
+class PartialNCELoss(IOTLoss):
+    """Both sides AT_MOST and a mass below 1: the plan may leave out a share of the batch, as a batch with false pairs should.
+
+    Args:
+        temperature: see :class:`IOTLoss`, as are all other options.
+        mass: share of the batch that is matched, in (0, 1].
+
+    Example:
+        >>> PartialNCELoss(temperature=0.5, mass=0.9)(torch.eye(4), torch.eye(4))
+        tensor(0.3067)
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, *, mass: float = 0.9, **options: Any) -> None:
+        super().__init__(AT_MOST, AT_MOST, mass, temperature=temperature, **options)
 
 
 _LOSSES = {
@@ -351,6 +876,9 @@ def make(name: str, *, temperature: float | Tensor = 0.2, uniformity: float = 0.
     return _LOSSES[name](temperature=temperature, uniformity=uniformity)
 
 
+# -- what is asked of the arguments --------------------------------------------------------------------------------------
+
+
 def _check_arguments(
     rows: Marginal,
     columns: Marginal,
@@ -358,6 +886,8 @@ def _check_arguments(
     temperature: float | Tensor,
     uniformity: float,
     negatives: str,
+    reduction: str,
+    gradient: Any,
 ) -> None:
     for name, side in (("rows", rows), ("columns", columns)):
         if not isinstance(side, Marginal):
@@ -386,29 +916,93 @@ def _check_arguments(
             )
     if negatives not in ("cross", "all"):
         raise ValueError(
-            f"negatives = {negatives!r}: must be 'cross' (the other view) or 'all' (both views, oneself left out)."
+            f"negatives = {negatives!r}: must be 'cross' (the other view) or 'all' (all views, oneself left out)."
         )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum' over anchors, or 'none': one per anchor.")
+    if not isinstance(gradient, Envelope | Implicit | Unroll | None):
+        raise ValueError(f"gradient = {gradient!r}: must be Envelope(), Implicit() or Unroll(k) from iotsolve.")
 
 
-def _normalised(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
-    if z0.dim() != 2 or z0.shape != z1.shape or len(z0) < 2:
+def _check_views(views: tuple[Tensor, ...]) -> None:
+    shapes = [tuple(z.shape) if isinstance(z, Tensor) else z for z in views]
+    if not views or any(not isinstance(z, Tensor) or z.dim() != 2 for z in views) or len(set(shapes)) > 1:
         raise ValueError(
-            f"representations have shapes {tuple(z0.shape)} and {tuple(z1.shape)}: both must be (N, D) with the same "
-            "N >= 2, row i of the one positive to row i of the other. Flatten feature maps, and drop an incomplete last "
-            "batch of one."
+            f"representations have shapes {' and '.join(map(str, shapes))}: both must be (N, D) with the same "
+            "N, row i of the one positive to row i of the other. Flatten feature maps."
         )
-    dtype = torch.float64 if torch.float64 in (z0.dtype, z1.dtype) else torch.float32
-    return functional.normalize(z0.to(dtype), dim=1), functional.normalize(z1.to(dtype), dim=1)
 
 
-def _swapped(problem: Problem) -> Problem:
-    """The same cost with the marginal objects exchanged, seen from the other side."""
-    return Problem.unchecked(
-        problem.cost.dense().T,
-        problem.b,
-        problem.a,
-        epsilon=problem.epsilon,
-        rows=problem.sides[0],
-        columns=problem.sides[1],
-        mass=problem.mass,
-    )
+def _check_batch(anchors: int, queue: Any) -> None:
+    if anchors < 2 and queue is None:
+        raise ValueError(
+            f"a batch of {anchors}: a contrastive loss needs N >= 2, since the other rows are the "
+            "negatives. Drop an incomplete last batch of one, or pass a queue."
+        )
+
+
+def _check_queue(queue: FeatureQueue, loss: IOTLoss, views: tuple[Tensor, ...]) -> None:
+    if not isinstance(queue, FeatureQueue):
+        raise ValueError(f"queue = {queue!r}: must be a FeatureQueue(size, dim), filled by its update(z).")
+    queue.check(views[0])
+    lo = number(loss.columns.bounds[0])
+    if lo > 0:
+        raise ValueError(
+            f"columns = {loss.columns} with a queue: its features are nobody's positives, but this side must give each of them "
+            f"at least {lo:g} of an even share, so the loss could never come near 0. Use columns=FREE or KL(rho)."
+        )
+
+
+def _choice(
+    labels: Any = None,
+    ids: Any = None,
+    positive_mask: Tensor | None = None,
+    target: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+) -> Choice:
+    given = {"labels": labels, "ids": ids, "positive_mask": positive_mask, "target": target}
+    said = [name for name, value in given.items() if value is not None]
+    if len(said) > 1:
+        raise ValueError(f"{' and '.join(said)}: each says what the positives are. Pass one of them.")
+    return Choice(labels if ids is None else ids, positive_mask, target, negative_mask)
+
+
+def _with_labels(views: tuple[Tensor, ...], labels: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """A second argument that is a vector of whole numbers is the labels of the first."""
+    if len(views) == 2 and isinstance(views[1], Tensor) and views[1].dim() == 1 and not views[1].is_floating_point():
+        if labels is not None:
+            raise ValueError("labels were given twice: as the second argument and as labels=.")
+        return views[:1], views[1]
+    return views, labels
+
+
+def _labels(labels: Any, n: int, repeat: int, ranks: Alone | Ranks, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of this rank's anchors and of all candidates of the batch."""
+    both = labels if isinstance(labels, tuple) else (labels, labels)
+    if len(both) != 2 or (repeat > 1 and isinstance(labels, tuple)):
+        raise ValueError(
+            f"labels is a tuple of {len(both)}: must be one vector for all views, or for two views and negatives='cross' a pair."
+        )
+    found = []
+    for one in both:
+        one = torch.as_tensor(one, device=device)
+        if one.is_floating_point() or tuple(one.shape) != (n,):
+            raise ValueError(
+                f"labels have shape {tuple(one.shape)} and dtype {one.dtype}: must be whole numbers of shape ({n},), one per row "
+                "of a view. Of several views one vector serves all."
+            )
+        found.append(one.long().repeat(repeat))
+    return found[0], ranks.gather(found[1])
+
+
+def _normalised(views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
+    return tuple(functional.normalize(z.to(dtype), dim=1) for z in views)
+
+
+def _inverse(logit_scale: float | Tensor) -> Any:
+    if not isinstance(logit_scale, Tensor) and not 0 < logit_scale < math.inf:
+        raise ValueError(
+            f"logit_scale = {logit_scale}: is 1 / temperature, so must be positive; did you pass its logarithm?"
+        )
+    return 1.0 / (logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from iotsolve.kernels import bilinear
 
 __all__ = ["METRICS", "Cost", "Dense", "Points", "calm"]
 
@@ -194,8 +196,10 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sqeuclidean": _squared,
     "euclidean": lambda x, y: _root(_squared(x, y)),
     "cosine": _cosine,
+    "sphere": lambda x, y: 1 - (x * y).sum(-1),
     "dot": lambda x, y: -(x * y).sum(-1),
 }
+_PRODUCTS = {"sphere": 1.0, "dot": 0.0}  # costs that are a number minus the scalar product, and the number
 _OF_DIFFERENCES = {"sqeuclidean": torch.square, "euclidean": torch.abs}  # the same on a line
 
 
@@ -206,9 +210,12 @@ class Points:
     Args:
         x: points of the rows, shape ``(..., n, d)``, NumPy or torch, finite.
         y: points of the columns, shape ``(..., m, d)``.
-        metric: ``"sqeuclidean"`` (squared distance), ``"euclidean"``, ``"cosine"`` (1 - cosine, in [0, 2]) or ``"dot"``
-            (minus the scalar product), in the units this gives. On a line (``d = 1``) also a function ``h`` with cost
+        metric: ``"sqeuclidean"`` (squared distance), ``"euclidean"``, ``"cosine"`` (1 - cosine, in [0, 2]), ``"sphere"`` (1 -
+            scalar product: the same for points of length 1, which are then not divided by their length) or ``"dot"`` (minus
+            the scalar product), in the units this gives. On a line (``d = 1``) also a function ``h`` with cost
             ``h(x - y)``: torch in, torch out, elementwise, finite. Convex or not is found out where it matters.
+        barred: forbidden arcs of two clouds without a batch: boolean of shape ``(n, m)``, or where every row has as many the
+            columns it must not use, integer of shape ``(n, k)``.
 
     Raises:
         ValueError: by :class:`Problem`, on points that are not finite or do not fit each other, on an unknown metric, on a
@@ -230,6 +237,7 @@ class Points:
     x: Any
     y: Any
     metric: str | Callable[[Tensor], Tensor] = "sqeuclidean"
+    barred: Any = None
 
     @property
     def shape(self) -> torch.Size:
@@ -243,34 +251,51 @@ class Points:
     def device(self) -> torch.device:
         return self.x.device
 
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether passes of :mod:`iotsolve.kernels.bilinear` read this cost: one pair of clouds, on the sphere."""
+        return self.metric == "sphere" and self.x[..., 0, 0].numel() == 1
+
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
 
     def with_tensors(self, named: dict[str, Tensor]) -> Cost:
         if "cost" in named:
             return Dense(named["cost"])
-        return Points(named.get("x", self.x), named.get("y", self.y), self.metric)
+        return replace(self, x=named.get("x", self.x), y=named.get("y", self.y))
 
     @property
     def transposed(self) -> Points:
         """The cost of the columns to the rows."""
         metric = self.metric
-        return Points(self.y, self.x, (lambda apart: metric(-apart)) if callable(metric) else metric)
+        turned = (lambda apart: metric(-apart)) if callable(metric) else metric
+        return Points(self.y, self.x, turned, None if self.barred is None else self._mask().mT)
 
     def expand(self, batch: tuple[int, ...]) -> Points:
         x, y = (z.expand(*batch, *z.shape[-2:]) for z in (self.x, self.y))
-        return Points(x, y, self.metric)
+        return replace(self, x=x, y=y)
 
     def all_finite(self) -> bool:
-        return True
+        return self.barred is None
+
+    def _mask(self) -> Bool[Tensor, "n m"]:
+        """The forbidden arcs as a matrix."""
+        if self.barred.dtype == torch.bool:
+            return self.barred
+        mask = torch.zeros(self.shape[-2:], dtype=torch.bool, device=self.device)
+        return mask.scatter_(1, self.barred, True)
 
     def dense(self) -> Float[Tensor, "*batch n m"]:
         """The cost as a matrix, shape ``(..., n, m)``: all of it, differentiable in the points."""
+        allowed = self._unmasked()
+        return allowed if self.barred is None else allowed.masked_fill(self._mask(), math.inf)
+
+    def _unmasked(self) -> Float[Tensor, "*batch n m"]:
         x, y = self.x, self.y
         if self.metric == "cosine":
             return 1 - (x / x.norm(dim=-1, keepdim=True)) @ (y / y.norm(dim=-1, keepdim=True)).mT
-        if self.metric == "dot":
-            return -(x @ y.mT)
+        if self.metric in _PRODUCTS:
+            return _PRODUCTS[self.metric] - x @ y.mT
         if x.shape[-1] == 1:
             return (self.metric if callable(self.metric) else _OF_DIFFERENCES[self.metric])(x - y.mT)
         if self.metric == "euclidean":
@@ -288,12 +313,17 @@ class Points:
         size = max(1, (_BLOCK if self.device.type == "cpu" else _BLOCK_ON_DEVICE) // others)
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
-            yield rows, Dense(Points(self.x[..., rows, :], self.y, self.metric).dense())
+            barred = None if self.barred is None else self.barred[rows]
+            yield rows, Dense(replace(self, x=self.x[..., rows, :], barred=barred).dense())
 
     def entries(self, index: tuple[Tensor, ...]) -> Tensor:
         *batch, i, j = index
         x, y = self.x[(*batch, i)], self.y[(*batch, j)]
-        return self.metric((x - y).squeeze(-1)) if callable(self.metric) else METRICS[self.metric](x, y)
+        found = self.metric((x - y).squeeze(-1)) if callable(self.metric) else METRICS[self.metric](x, y)
+        if self.barred is None:
+            return found
+        hit = self.barred[i, j] if self.barred.dtype == torch.bool else (self.barred[i] == j[:, None]).any(-1)
+        return found.masked_fill(hit, math.inf)
 
     def range(self) -> Float[Tensor, "*batch"]:
         """An upper bound of largest minus smallest entry, without looking at pairs unless the metric is a function."""
@@ -305,24 +335,39 @@ class Points:
         if self.metric == "cosine":
             return torch.full(self.shape[:-2], 2.0, dtype=self.dtype, device=self.device)
         both = torch.cat([self.x, self.y], -2)
-        if self.metric == "dot":
+        if self.metric in _PRODUCTS:
             return 2 * self.x.norm(dim=-1).amax(-1) * self.y.norm(dim=-1).amax(-1)
         across = (both.amax(-2) - both.amin(-2)).square().sum(-1)
         return across if self.metric == "sqeuclidean" else across.sqrt()
 
-    def between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> Points:
+    def between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> Cost:
         """The same points, those of all other bins moved to one of them: nothing is forbidden among points."""
 
         def gathered(x: Tensor, kept: Tensor) -> Tensor:
             first = kept.to(torch.int8).argmax(-1)[..., None, None].expand(*x.shape[:-2], 1, x.shape[-1])
             return torch.where(kept.unsqueeze(-1), x, x.gather(-2, first))
 
-        return Points(gathered(self.x, rows), gathered(self.y, columns), self.metric)
+        if self.barred is not None:
+            return Dense(self.dense()).between(rows, columns)
+        return replace(self, x=gathered(self.x, rows), y=gathered(self.y, columns))
 
     def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """As of :class:`Dense`, block by block."""
+        if self.is_bilinear:
+            flat = log_weights.expand(*self.shape[:-2], -1).flatten()
+            s, t = self.soft_minima(*((None, flat) if axis == -1 else (flat, None)), epsilon)
+            return (s if axis == -1 else t).reshape(*self.shape[:-2], -1)
         side = self if axis == -1 else self.transposed
         return torch.cat([block.softmin(log_weights, epsilon, axis=-1) for _, block in side.blocks()], -1)
+
+    def soft_minima(
+        self, log_rows: Tensor | None, log_columns: Tensor | None, epsilon: Scalar
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`softmin` over columns at ``log_columns`` and over rows at ``log_rows``, in one pass over a bilinear cost."""
+        x, y = self.x.flatten(0, -2), self.y.flatten(0, -2)
+        s, t = bilinear.log_sums(x / epsilon, y, log_rows, log_columns, self.barred)
+        offset = _PRODUCTS[self.metric]
+        return None if s is None else offset - epsilon * s, None if t is None else offset - epsilon * t
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
         return Dense(self.dense()).gibbs(log_rows, log_columns, epsilon)

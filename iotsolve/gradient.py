@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense, Scalar, calm
+from iotsolve.costs import Cost, Dense, Scalar, calm
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem, log_scaling, weighted

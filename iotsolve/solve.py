@@ -105,8 +105,14 @@ def solve(
     return solution
 
 
-def run(problem: Problem, solver: Solver, start: Potentials | None = None) -> Outcome:
-    """The solver's bare result for a detached flat batch: what a training step uses, without anything around it."""
+def run(
+    problem: Problem, solver: Solver | None, start: Potentials | None = None, *, tolerance: float | None = None
+) -> Outcome:
+    """The solver's bare result for a detached flat batch: what a training step uses, without anything around it.
+
+    Without a solver the automatic one, to a relative marginal error.
+    """
+    solver = _Automatic(tolerance, stationary=True) if solver is None else solver
     with calm(problem.cost):
         if isinstance(solver, Sinkhorn):
             return iterate(problem, solver, start)

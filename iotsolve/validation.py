@@ -124,12 +124,29 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
             "batch's, or absent."
         ) from error
     dtype = torch.promote_types(x.dtype, y.dtype)
-    points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric).expand(batch)
+    barred = None if cost.barred is None else _barred(cost.barred, (*batch, x.shape[-2], y.shape[-2])).to(x.device)
+    points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric, barred).expand(batch)
     if callable(points.metric):
         _check_function(points)
     elif not float(points.range().detach().max()) < math.inf:
         raise ValueError(f"points so far apart that their {cost.metric} cost overflows {dtype}: rescale them.")
     return points, as_numpy
+
+
+def _barred(barred: Any, shape: tuple[int, ...]) -> Tensor:
+    """Forbidden arcs of points, as a mask or as the columns each row leaves out."""
+    tensor = _tensor("barred", barred)
+    whole, fits = not tensor.is_floating_point(), tensor.dim() == 2 and len(tensor) == shape[-2] and len(shape) == 2
+    if tensor.dtype == torch.bool:
+        fits = fits and tuple(tensor.shape) == shape
+    elif fits and whole and tensor.numel():
+        fits = int(tensor.min()) >= 0 and int(tensor.max()) < shape[-1]
+    if not (whole and fits):
+        raise ValueError(
+            f"barred has shape {tuple(tensor.shape)} and dtype {tensor.dtype} for a cost of shape {shape}: must be boolean of "
+            "the cost's shape, or whole numbers of shape (n, k), the columns each row must not use; without batch dimensions."
+        )
+    return tensor if tensor.dtype == torch.bool else tensor.long()
 
 
 def _check_function(points: Points) -> None:

@@ -48,7 +48,8 @@ over_regimes = pytest.mark.parametrize("regime", REGIMES)
 
 def independent_cost(x, y, metric):
     """The cost by scipy, of one pair of clouds."""
-    return -np.inner(x, y) if metric == "dot" else cdist(x, y, metric)
+    products = {"dot": 0.0, "sphere": 1.0}
+    return products[metric] - np.inner(x, y) if metric in products else cdist(x, y, metric)
 
 
 def clouds(n=6, m=5, d=3, seed=0):
@@ -641,7 +642,7 @@ LINE = on_line([0.0, 1.0], [2.0, 3.0, 4.0])
         ),
         ((np.where(X[1, 2] == X, np.nan, X), Y), r"x\[1, 2\] = nan: points must be finite.*Drop"),
         ((X, np.where(Y[0, 1] == Y, -np.inf, Y)), r"y\[0, 1\] = -inf: points must be finite"),
-        ((X, Y, "manhattan"), r"metric = 'manhattan': must be one of sqeuclidean, euclidean, cosine, dot.*as a matrix"),
+        ((X, Y, "manhattan"), r"metric = 'manhattan': must be one of sqeuclidean, euclidean, cosine, sphere, dot.*as a matrix"),
         ((X, Y, None), r"metric = None: must be one of"),
         ((X, Y, ["dot"]), r"metric = \['dot'\]: must be one of"),
         ((X * np.array([1, 0, 1, 1, 1, 1])[:, None], Y, "cosine"), r"x\[1\] is the zero vector.*no direction.*Drop it"),

@@ -25,7 +25,7 @@ ORDER = (
     ("gradient", "certificate"),
     ("solution",),
     ("solve",),
-    ("divergence", "inverse"),
+    ("divergence", "inverse", "distributed"),
     ("testing",),
     ("cli",),
 )

@@ -1,0 +1,183 @@
+"""Which candidates are an anchor's positives, and which it may not see: the target plan and the forbidden arcs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iotsolve.costs import Points
+from iotsolve.distributed import Alone, Ranks
+
+__all__ = ["Choice", "Matches", "matches", "paired", "sparse"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the caller says of positives and negatives; at most one way of the first kind.
+
+    Attributes:
+        labels: class or instance of every pair, shape ``(N,)``, or a pair of tensors, of the anchors and of the candidates;
+            equal ones are positive.
+        positive_mask: boolean, shape of the cost.
+        target: non-negative, shape of the cost, total 1; dense or sparse COO.
+        negative_mask: boolean, shape of the cost: the candidates that are seen, beside the positives.
+    """
+
+    labels: Any = None
+    positive_mask: Tensor | None = None
+    target: Tensor | None = None
+    negative_mask: Tensor | None = None
+
+    @property
+    def is_pairs(self) -> bool:
+        return all(x is None for x in (self.labels, self.positive_mask, self.target, self.negative_mask))
+
+    def swapped(self) -> Choice:
+        """Of the second view against the first and a queue."""
+        if self.is_pairs:
+            return self
+        if self.labels is None:
+            raise ValueError(
+                "symmetric=True with a queue and a mask or a target: the two halves have other candidates, so one matrix cannot "
+                "say both. Pass labels= or ids=, or call the loss twice with symmetric=False."
+            )
+        return replace(self, labels=self.labels[::-1]) if isinstance(self.labels, tuple) else self
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The target of one batch of anchors (rows) and candidates (columns).
+
+    Attributes:
+        target: sparse, shape ``(n, m)``, total 1 over all ranks where every anchor has a positive: row sums ``1 / N``, or 0.
+        backward: the same for the candidates as anchors: column sums ``1 / M``, or 0; None if nobody asks.
+        barred: the arcs that are forbidden, as of :class:`iotsolve.Points`; None if all are allowed.
+        inside: whether target and backward have row and column sums that are known to be uniform.
+    """
+
+    target: Tensor
+    backward: Tensor | None
+    barred: Tensor | None
+    inside: bool
+    partners: Tensor | None = None
+    """The columns of every row's positives, shape ``(n, k)``, where each row has as many."""
+
+    def all_but_negatives(self, points: Points) -> Tensor:
+        """The arcs that are barred or positive."""
+        if self.partners is not None and (points.barred is None or points.barred.dtype != torch.bool):
+            return self.partners if points.barred is None else torch.cat([points.barred, self.partners], 1)
+        mask = torch.zeros(points.shape, dtype=torch.bool, device=points.device)
+        if points.barred is not None:
+            mask = points.barred.clone() if points.barred.dtype == torch.bool else mask.scatter(1, points.barred, True)
+        mask[tuple(self.target.indices())] = True
+        return mask
+
+
+def matches(
+    choice: Choice,
+    rows: tuple[int, int, int],
+    columns: tuple[int, int],
+    *,
+    stacked: bool,
+    mirrored: bool,
+    labels: tuple[Tensor, Tensor] | None,
+    partners: Tensor,
+    ranks: Alone | Ranks,
+    like: Tensor,
+) -> Matches:
+    """The target of ``views`` stacked views (``stacked``), or of one view against another.
+
+    Args:
+        choice: what the caller gave.
+        rows: number of this rank's anchors, its first anchor's column, and the number of all ranks' anchors.
+        columns: number of candidates, and of those among them that belong to the batch, which come first.
+        stacked: the anchors are themselves candidates, which must not be seen.
+        mirrored: also the target with candidates as anchors.
+        labels: of the anchors and of the candidates, gathered; None if the caller gave none.
+        partners: the columns of each row's pairs, shape ``(n, k)``: the positives where the caller says nothing else.
+        ranks: who else has anchors.
+        like: a tensor of the dtype and device wanted.
+
+    Raises:
+        ValueError: on masks and targets that do not fit, or are no plan.
+    """
+    n, first, total = rows
+    m, batch = columns
+    own = torch.arange(n, device=like.device)[:, None] + first if stacked else None
+    if choice.target is not None:
+        target = _plan(choice.target, (n, m), like)
+        return Matches(target, target if mirrored else None, _barred(choice, target, own, (n, m)), False)
+    if labels is not None:
+        positive = labels[0][:, None] == labels[1][None, :]
+    elif choice.positive_mask is None:
+        positive = torch.zeros(n, m, dtype=torch.bool, device=like.device).scatter_(1, partners, True)
+    else:
+        positive = _mask("positive_mask", choice.positive_mask, (n, m))
+    if own is not None:
+        positive = positive.scatter(1, own, False)
+    each = positive.sum(1, dtype=like.dtype)
+    index = positive.nonzero().T
+    target = sparse(index, 1.0 / (total * each[index[0]]), (n, m))
+    backward = None
+    if mirrored:
+        each = ranks.sum(positive.sum(0, dtype=like.dtype))
+        backward = sparse(index, 1.0 / (batch * each[index[1]]), (n, m))
+    return Matches(target, backward, _barred(choice, target, own, (n, m)), False)
+
+
+def paired(partners: Tensor, total: int, m: int, *, stacked_from: int | None, mirrored: bool, like: Tensor) -> Matches:
+    """The target in which row ``i`` has the positives ``partners[i]``, shape ``(n, k)``."""
+    n, k = partners.shape
+    partners = partners.sort(1).values
+    i = torch.arange(n, device=like.device)[:, None].expand(n, k)
+    index = torch.stack([i.flatten(), partners.flatten()])
+    target = sparse(index, like.new_full((n * k,), 1.0 / (total * k)), (n, m))
+    barred = None if stacked_from is None else torch.arange(n, device=like.device)[:, None] + stacked_from
+    return Matches(target, target if mirrored else None, barred, True, partners)
+
+
+def sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A sparse matrix of entries that are in order and occur once."""
+    return torch.sparse_coo_tensor(index, values, shape, check_invariants=False, is_coalesced=True)
+
+
+def _barred(choice: Choice, target: Tensor, own: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    if choice.negative_mask is None:
+        return own
+    barred = ~_mask("negative_mask", choice.negative_mask, shape)
+    if own is not None:
+        barred = barred.scatter(1, own, True)
+    i, j = target.indices()
+    return barred.index_put((i, j), torch.zeros((), dtype=torch.bool, device=barred.device))
+
+
+def _mask(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        given = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(
+            f"{name} = {given}: must be a boolean tensor of shape {shape}, anchors by candidates. Two stacked views have "
+            "2N of each; a queue adds its size to the candidates."
+        )
+    return mask
+
+
+def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+    if not isinstance(target, Tensor) or tuple(target.shape) != shape:
+        given = tuple(target.shape) if isinstance(target, Tensor) else repr(target)
+        raise ValueError(
+            f"target = {given}: must be a tensor of shape {shape}, anchors by candidates, dense or sparse."
+        )
+    plan = (
+        (target if target.is_sparse else target.tosparse()).detach().to(device=like.device, dtype=like.dtype).coalesce()
+    )
+    values = plan.values()
+    if not bool((values >= 0).all()) or not abs(float(values.sum()) - 1.0) < 1e-3:
+        raise ValueError(
+            f"target has total {float(values.sum()):g} and smallest entry {float(values.min()) if len(values) else 0:g}: it is a "
+            "plan, non-negative with total 1. Is every row of it normalised? Then divide by the number of rows."
+        )
+    kept = values > 0
+    return sparse(plan.indices()[:, kept], values[kept], shape)

@@ -1,0 +1,140 @@
+"""Log-sum-exp of a bilinear form ``x_i . y_j``, over rows and over columns, and its derivative, block by block.
+
+The matrix ``x y'`` is never held: a pass computes it in blocks of rows that stay in the cache, the backward pass computes it
+again. Costs that are a scalar product up to terms of ``i`` and of ``j`` alone come here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["log_sums"]
+
+
+def log_sums(
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "m d"],
+    u: Float[Tensor, " n"] | None,
+    v: Float[Tensor, " m"] | None,
+    barred: Tensor | None = None,
+) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " m"] | None]:
+    """``log sum_j exp(v_j + x_i . y_j)`` for every row, and ``log sum_i exp(u_i + x_i . y_j)`` for every column.
+
+    Args:
+        x: shape ``(n, d)``.
+        y: shape ``(m, d)``.
+        u: shape ``(n,)``, ``-inf`` for rows that do not count; None if the columns' sums are not wanted.
+        v: shape ``(m,)``; None if the rows' sums are not wanted.
+        barred: entries left out: boolean of shape ``(n, m)``, or the columns each row leaves out, integer of shape ``(n, k)``.
+
+    Returns:
+        The rows' sums, shape ``(n,)``, and the columns', shape ``(m,)``; ``-inf`` where everything is left out. Differentiable
+        once in ``x, y, u, v``; what autograd keeps for it is these and the sums.
+    """
+    return _LogSums.apply(x, y, u, v, barred)
+
+
+class _LogSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None):
+        sums = _log_sums(x, y, u, v, barred)
+        ctx.save_for_backward(x, y, u, v, barred, *sums)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream: Tensor | None):
+        x, y, u, v, barred, *sums = ctx.saved_tensors
+        return *_pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4]), None
+
+
+def _log_sums(
+    x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    of_rows = None if v is None else x.new_empty(len(x))
+    top = None if u is None else x.new_full((len(y),), -math.inf)
+    total = None if u is None else x.new_zeros(len(y))
+    for part, block, spare in _blocks(x, y, barred, spare=u is not None and v is not None):
+        if u is not None:
+            exponent = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
+            higher = torch.maximum(top, exponent.amax(0))
+            total.mul_((top - _finite(higher)).exp_())
+            total.add_(exponent.sub_(_finite(higher)).exp_().sum(0))
+            top = higher
+        if v is not None:
+            exponent = block.add_(v)
+            highest = _finite(exponent.amax(1))
+            of_rows[part] = exponent.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
+    return of_rows, None if u is None else total.log() + _finite(top)
+
+
+def _pull(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    sums: tuple[Tensor | None, Tensor | None],
+    upstream: tuple[Tensor | None, Tensor | None],
+    needed: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Derivatives of :func:`log_sums` in ``x, y, u, v``, at its results and for upstream derivatives of any sign."""
+    x_wanted, y_wanted, u_wanted, v_wanted = needed
+    rows, columns = v is not None and upstream[0] is not None, u is not None and upstream[1] is not None
+    gx = torch.zeros_like(x) if x_wanted else None
+    gy = torch.zeros_like(y) if y_wanted else None
+    gu = torch.zeros_like(u) if u_wanted and columns else None
+    gv = torch.zeros_like(v) if v_wanted and rows else None
+    if not (rows or columns):
+        return gx, gy, gu, gv
+    for part, block, spare in _blocks(x, y, barred, spare=rows and columns):
+        weights = None
+        if columns:
+            source = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
+            weights = source.sub_(_finite(sums[1])).exp_().mul_(upstream[1])
+            if gu is not None:
+                gu[part] = weights.sum(1)
+        if rows:
+            own = block.add_(v).sub_(_finite(sums[0][part])[:, None]).exp_().mul_(upstream[0][part, None])
+            if gv is not None:
+                gv.add_(own.sum(0))
+            weights = own if weights is None else weights.add_(own)
+        if gx is not None:
+            torch.mm(weights, y, out=gx[part])
+        if gy is not None:
+            gy.addmm_(weights.mT, x[part])
+    return gx, gy, gu, gv
+
+
+def _blocks(
+    x: Tensor, y: Tensor, barred: Tensor | None, *, spare: bool
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """``x y'`` in blocks of rows, ``-inf`` where barred, each with a second buffer of its size if asked for."""
+    n, m = len(x), len(y)
+    size = min(n, max(1, (_BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE) // max(m, 1)))
+    buffer, second = x.new_empty(size, m), x.new_empty(size, m) if spare else None
+    for start in range(0, n, size):
+        part = slice(start, min(start + size, n))
+        rows = part.stop - part.start
+        block = torch.mm(x[part], y.mT, out=buffer[:rows])
+        if barred is not None:
+            if barred.dtype == torch.bool:
+                block.masked_fill_(barred[part], -math.inf)
+            else:
+                block.scatter_(1, barred[part], -math.inf)
+        yield part, block, None if second is None else second[:rows]
+
+
+_BLOCK = 2**21  # entries: with its spare it stays in a CPU's last cache
+_BLOCK_ON_DEVICE = 2**26  # where a block is a launch
+
+
+def _finite(x: Tensor) -> Tensor:
+    """``x`` with 0 for ``-inf``: what to subtract from exponents that are ``-inf`` all."""
+    return torch.where(x == -math.inf, 0.0, x)
