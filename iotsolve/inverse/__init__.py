@@ -24,6 +24,7 @@ from iotsolve.inverse.fit import Fit, IdentifiabilityWarning, Saliency, Test
 from iotsolve.inverse.front import affinity, cross_ratios, free_cost, gravity
 from iotsolve.inverse.linear import ExactFit, ExactInverse, MaxMargin, Nearest, SmallestGap
 from iotsolve.inverse.losses import inverse_loss
+from iotsolve.inverse.module import Module, ModuleFit, TrainingWarning
 from iotsolve.inverse.paths import Path, largest_strength, path
 from iotsolve.inverse.penalties import L1, Group, Nuclear, Ridge
 
@@ -43,6 +44,8 @@ __all__ = [
     "InverseOT",
     "Mahalanobis",
     "MaxMargin",
+    "Module",
+    "ModuleFit",
     "Nearest",
     "Nuclear",
     "Path",
@@ -52,6 +55,7 @@ __all__ = [
     "Symmetric",
     "Test",
     "Toeplitz",
+    "TrainingWarning",
     "affinity",
     "cross_ratios",
     "free_cost",

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from iotsolve.inverse.data import Coupling, Table
+from iotsolve.inverse.data import Coupling
 from iotsolve.inverse.features import FeatureMap
 from iotsolve.inverse.fit import Fit, IdentifiabilityWarning, predicted
-from iotsolve.inverse.market import Market, Point
+from iotsolve.inverse.market import Market, Point, check_totals
 from iotsolve.inverse.penalties import Penalty, Ridge
 from iotsolve.inverse.steps import Constraints, quadratic
 from iotsolve.marginals import FIXED, Marginal
@@ -86,8 +86,8 @@ class InverseOT:
 
         Weights and plan are in any unit; a problem with a soft side is posed per unit of the rows' weights.
         """
-        unit = float(np.sum(a))
-        return predicted(self, self._maps(1)[0], np.asarray(theta, dtype=np.float64), a, b, unit)
+        score = self._maps(1)[0].apply(np.asarray(theta, dtype=np.float64))
+        return predicted(self, -score, a, b, unit=float(np.sum(a)))
 
     # -- the inverse problem -----------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class InverseOT:
             )
         tables = [coupling.table(features.shape) for coupling, features in zip(couplings, maps, strict=True)]
         for table in tables:
-            _check_totals(table, self.rows, self.columns)
+            check_totals(table, self.rows, self.columns)
         sizes = np.array([table.scale for table in tables])
         shares = sizes / sizes.sum()
         absorbing = self.rows.is_fixed and self.columns.is_fixed
@@ -285,17 +285,6 @@ def _fades(
 
 
 _LONG = 25  # Newton steps
-
-
-def _check_totals(table: Table, rows: Marginal, columns: Marginal) -> None:
-    """Fixed sides can only be met by as much as was observed."""
-    observed = float(table.plan.sum())
-    for name, side, weights in (("a", rows, table.a), ("b", columns, table.b)):
-        if side.is_fixed and abs(weights.sum() - observed) > 1e-9 * observed:
-            raise ValueError(
-                f"{name} has total {weights.sum() * table.unit:.10g} but {observed * table.unit:.10g} was observed, and the side "
-                "is fixed: both must be the same, in the same unit. Nothing is rescaled for you; or relax the side with KL(rho)."
-            )
 
 
 def _coefficients(start: Any, features: FeatureMap) -> np.ndarray:

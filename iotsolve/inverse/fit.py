@@ -18,8 +18,9 @@ from iotsolve.solve import solve
 
 if TYPE_CHECKING:
     from iotsolve.inverse.estimator import InverseOT
+    from iotsolve.inverse.module import Module
 
-__all__ = ["Fit", "IdentifiabilityWarning", "Saliency", "Test"]
+__all__ = ["Fit", "IdentifiabilityWarning", "Saliency", "Test", "log_likelihood", "predicted"]
 
 _KINDS = ("model", "robust", "clustered")
 
@@ -138,7 +139,7 @@ class Fit:
     @property
     def log_likelihood(self) -> float:
         """Of all observations, given their number; of one on average where it is not known. ``-inf`` if one was impossible."""
-        each = (_log_likelihood(p.market.table.plan, p.plan) for p in self.points)
+        each = (log_likelihood(p.market.table.plan, p.plan) for p in self.points)
         total = float(sum(s * x for s, x in zip(self.shares, each, strict=True)))
         return total * self.weight / (len(self.points) if self.observations is None else 1)
 
@@ -304,7 +305,8 @@ class Fit:
             raise ValueError(
                 "the new features must have the names, and so the meaning, of those the coefficients are for."
             )
-        return predicted(self.model, features, self.coefficients, a, b, self.points[0].market.table.unit)
+        unit = self.points[0].market.table.unit
+        return predicted(self.model, -features.apply(self.coefficients), a, b, unit=unit)
 
     def score(self, held_out: Coupling | Any, features: FeatureMap | None = None) -> float:
         """Mean log-likelihood of an observation of another coupling, between its own marginals."""
@@ -312,7 +314,7 @@ class Fit:
         held_out = held_out if isinstance(held_out, Coupling) else Coupling(held_out)
         table = held_out.table(features.shape)
         market = Market(features, table, self.model.epsilon, self.model.rows, self.model.columns)
-        return _log_likelihood(table.plan, market.at(self.coefficients, 1e-10).plan) / float(table.plan.sum())
+        return log_likelihood(table.plan, market.at(self.coefficients, 1e-10).plan) / float(table.plan.sum())
 
     # -- what was noticed --------------------------------------------------------------------------------------------
 
@@ -395,10 +397,10 @@ class Fit:
         return self.report()
 
 
-def predicted(model: InverseOT, features: FeatureMap, theta: np.ndarray, a: Any, b: Any, unit: float) -> np.ndarray:
+def predicted(model: InverseOT | Module, cost: np.ndarray, a: Any, b: Any, *, unit: float) -> np.ndarray:
     """The optimal plan between weights, of the problem that is posed per ``unit`` of them."""
     a, b = (np.asarray(x, dtype=np.float64) / unit for x in (a, b))
-    problem = Problem(-features.apply(theta), a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)
+    problem = Problem(cost, a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)
     return unit * np.array(solve(problem, gradient=Implicit(), tolerance=1e-12).plan)
 
 
@@ -416,7 +418,8 @@ def _beyond(degrees: int, statistic: float) -> float:
     return float(chdtrc(degrees, statistic))
 
 
-def _log_likelihood(observed: np.ndarray, fitted: np.ndarray) -> float:
+def log_likelihood(observed: np.ndarray, fitted: np.ndarray) -> float:
+    """``sum observed log(share of fitted)``."""
     seen = observed > 0
     with np.errstate(divide="ignore"):
         return float(observed[seen] @ np.log(fitted[seen] / fitted.sum()))

@@ -25,7 +25,18 @@ from iotsolve.problem import Potentials, Problem
 from iotsolve.solution import Solution
 from iotsolve.solve import solve
 
-__all__ = ["Market", "Point"]
+__all__ = ["Market", "Point", "check_totals"]
+
+
+def check_totals(table: Table, rows: Marginal, columns: Marginal) -> None:
+    """Fixed sides can only be met by as much as was observed."""
+    observed = float(table.plan.sum())
+    for name, side, weights in (("a", rows, table.a), ("b", columns, table.b)):
+        if side.is_fixed and abs(weights.sum() - observed) > 1e-9 * observed:
+            raise ValueError(
+                f"{name} has total {weights.sum() * table.unit:.10g} but {observed * table.unit:.10g} was observed, and the side "
+                "is fixed: both must be the same, in the same unit. Nothing is rescaled for you; or relax the side with KL(rho)."
+            )
 
 
 @dataclass(frozen=True, eq=False)

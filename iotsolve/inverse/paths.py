@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from iotsolve.inverse.data import Coupling
 from iotsolve.inverse.estimator import InverseOT
 from iotsolve.inverse.fit import Fit
 from iotsolve.inverse.market import Market
+from iotsolve.inverse.progress import bar
 
 __all__ = ["Path", "largest_strength", "path"]
 
@@ -67,7 +68,7 @@ def path(
     folds: int = 0,
     seed: int = 0,
 ) -> Path:
-    """Fit a model at many strengths of its penalty, each from the one before.
+    """Fit a model at many strengths of its penalty, each from the one before; on a terminal a bar shows how far it is.
 
     Args:
         model: with a penalty, whose own strength does not matter.
@@ -87,21 +88,19 @@ def path(
     if strengths is None:
         strengths = largest * np.geomspace(1.0, ratio, count)
     strengths = np.sort(np.asarray(strengths, dtype=np.float64))[::-1]
-    fits = _along(model, coupling, strengths)
-    if not folds:
-        return Path(strengths, fits, None)
-    features = model._maps(1)[0]
-    scores = np.empty((len(strengths), folds))
-    for k, (kept, held) in enumerate(_dealt(coupling, features.shape, folds, seed)):
-        scores[:, k] = [fit.score(held) for fit in _along(model, kept, strengths)]
-    return Path(strengths, fits, scores)
+    dealt = _dealt(coupling, model._maps(1)[0].shape, folds, seed) if folds else []
+    with bar("path", (1 + len(dealt)) * len(strengths)) as advance:
+        fits = _along(model, coupling, strengths, advance)
+        held_out = [[fit.score(held) for fit in _along(model, kept, strengths, advance)] for kept, held in dealt]
+    return Path(strengths, fits, np.array(held_out).T if folds else None)
 
 
-def _along(model: InverseOT, coupling: Coupling, strengths: np.ndarray) -> list[Fit]:
+def _along(model: InverseOT, coupling: Coupling, strengths: np.ndarray, advance: Callable[[str], None]) -> list[Fit]:
     fits, start = [], None
     for strength in strengths:
         fits.append(_at(model, float(strength)).fit(coupling, start=start))
         start = fits[-1]
+        advance(f"{int((start.coefficients != 0).sum())} coefficients")
     return fits
 
 
