@@ -11,20 +11,27 @@ from typing import Any
 
 _HOMES = {
     "ClipLoss": "losses",
+    "DCLLoss": "relatives",
     "DoubleBoundedLoss": "losses",
     "FeatureQueue": "queue",
     "GCAINCELoss": "losses",
     "GCAUOTLoss": "losses",
     "GlobalNCELoss": "losses",
+    "HardNegativeLoss": "relatives",
     "IOTLoss": "losses",
     "InfoNCELoss": "losses",
+    "MatchingGapLoss": "relatives",
     "NTXentLoss": "losses",
     "PartialNCELoss": "losses",
+    "RINCELoss": "relatives",
     "SinkhornNCELoss": "losses",
     "SupConLoss": "losses",
+    "SwAVLoss": "relatives",
     "UnbalancedNCELoss": "losses",
     "Diagnostics": "diagnostics",
+    "balanced_assignment": "relatives",
     "diagnose": "diagnostics",
+    "rankme": "diagnostics",
 }
 
 __all__ = sorted(_HOMES)

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from contrastive.queue import FeatureQueue
-from contrastive.targets import Choice, Matches, matches, paired, sparse
+from contrastive.targets import Choice, Matches, matches, normalised, paired, sparse
 from iotsolve.accelerated import Accelerated
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks, Sharded, meet
@@ -137,6 +136,23 @@ class Side:
         rows = torch.sparse.sum(self.target, 1).to_dense()
         columns = self.batch.ranks.sum(torch.sparse.sum(self.target, 0).to_dense())
         return (rows, columns) if self.by_rows else (self.batch.own(columns), self.batch.ranks.gather(rows))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a half knows of its inner problem.
+
+    Attributes:
+        own: potentials of this rank's anchors.
+        other: potentials of all candidates.
+        lam: multiplier of the mass.
+        s: soft-minima of this rank's anchors over the candidates at ``other``.
+    """
+
+    own: Tensor
+    other: Tensor
+    lam: Tensor
+    s: Tensor
 
 
 class IOTLoss(nn.Module):
@@ -266,7 +282,8 @@ class IOTLoss(nn.Module):
         """The temperature and the batches, from what ``forward`` was given."""
         _check_views(views)
         ranks = meet(self.gather_distributed, self.process_group, *views)
-        views = tuple(ranks.scaled(z) for z in _normalised(views))
+        wide = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
+        views = tuple(ranks.scaled(normalised(z.to(wide))) for z in views)
         epsilon = self.temperature if logit_scale is None else _inverse(logit_scale)
         epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
         return epsilon, list(self._batches(views, choice, queue, ranks))
@@ -360,6 +377,7 @@ class IOTLoss(nn.Module):
                 own = torch.sparse.sum(target, 1 if by_rows else 0).to_dense()
                 anchors = ranks.gather(own) if by_rows else ranks.sum(own)
                 total = anchors.sum()
+                total = torch.where(total > 0, total, 1.0)  # without a positive anywhere there is nothing to share
             if batch.filled is not None:
                 others = batch.filled.to(dtype) / batch.filled.sum().to(dtype) * total
             else:
@@ -387,21 +405,32 @@ class IOTLoss(nn.Module):
         return [self._half(side, p, s if side.by_rows else t, epsilon) for side, p in zip(sides, found, strict=True)]
 
     def _half(self, side: Side, p: Potentials | None, s: Tensor, epsilon: Any) -> Tensor:
-        """``eps KL(target | P_fg)`` and the Fenchel-Young terms of soft sides, in nats, anchor by anchor.
-
-        It is ``primal(target) - dual`` at any potentials, frozen or live, and at the plan's own potentials the loss; where the
-        target violates a hard side it is the divergence from the plan alone.
-        """
+        """One half's shares, and those of its uniformity penalty."""
         if p is None:
             own, lam = _closed(side, s, epsilon)
             other = torch.zeros_like(side.other_weights)
         else:
             f, other = side.split(p)
             own, lam = side.batch.own(f), p.lam
+        terms = self._terms(side, Found(own, other, lam, s), epsilon)
+        if self.uniformity == 0:
+            return terms
+        penalty = uniformity_penalty(side, own, other, lam, epsilon)
+        return terms + self.uniformity * penalty * side.batch.own(side.weights) / side.weights.sum()
+
+    def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
+        """``eps KL(target | P_fg)`` and the Fenchel-Young terms of soft sides, in nats, anchor by anchor.
+
+        It is ``primal(target) - dual`` at any potentials, frozen or live, and at the plan's own potentials the loss; where the
+        target violates a hard side it is the divergence from the plan alone.
+        """
+        own, other, lam = found.own, found.other, found.lam
         weights = side.batch.own(side.weights)
         r, c = side.marginals()
-        moved = _moved(weights, own + lam, s, epsilon)
-        terms = moved - r + _spent(side, r, own + lam, other, weights, epsilon)
+        moved = _moved(weights, own + lam, found.s, epsilon)
+        log_scale = torch.where(weights > 0, log_scaling(weights, own + lam, epsilon), 0.0)
+        terms = moved - r + log_ratio(side, other, epsilon) - r * log_scale
+        terms = terms + (r - similar(side)) / epsilon
         inside = side.batch.matches.inside or not _is_outside(side, c)
         for marginal, mine in ((side.anchors, True), (side.others, False)):
             if marginal.is_fixed or marginal.is_free or (marginal.is_hard and not inside):
@@ -411,14 +440,13 @@ class IOTLoss(nn.Module):
             else:
                 paid = marginal.fenchel_young(c, other, side.other_weights).sum() / epsilon
                 terms = terms + paid * r / c.sum().clamp(min=torch.finfo(c.dtype).tiny)
-        if self.uniformity == 0:
-            return terms
-        penalty = uniformity_penalty(side, own, other, lam, epsilon)
-        return terms + self.uniformity * penalty * weights / side.weights.sum()
+        return terms
 
     def _potentials(self, side: Side, epsilon: Any) -> Potentials:
         """The inner problem's solution, frozen or with the derivative that was asked for."""
         how, outside = self.gradient, not side.batch.matches.inside and _is_outside(side, side.marginals()[1])
+        if outside and not bool(side.weights.any()):
+            return Potentials(*(torch.zeros_like(x) for x in (side.a, side.b, side.a[0])))
         if outside:
             _warn_of_floor(side)
         live = torch.is_grad_enabled()
@@ -549,22 +577,26 @@ def _moved(weights: Tensor, potential: Tensor, s: Tensor, epsilon: Any) -> Tenso
     return weights * torch.where(carries, torch.where(carries, potential - s, 0.0) / epsilon, 0.0).exp()
 
 
-def _spent(side: Side, r: Tensor, own: Tensor, other: Tensor, weights: Tensor, epsilon: Any) -> Tensor:
-    """``sum_j Q_ij (log Q_ij - log P_ij)`` for every anchor of this rank, Q the target."""
-    target, x, y, ranks = side.target, side.batch.points.x, side.batch.points.y, side.batch.ranks
+def similar(side: Side) -> Tensor:
+    """``sum_j Q_ij cos_ij`` for every anchor of this rank, Q the target."""
+    target, points = side.target, side.batch.points
+    if side.by_rows:
+        return (points.x * torch.sparse.mm(target, points.y)).sum(1)
+    found = (points.y * torch.sparse.mm(target.t(), points.x)).sum(1)
+    return side.batch.own(side.batch.ranks.sum(found))
+
+
+def log_ratio(side: Side, other: Tensor, epsilon: Any) -> Tensor:
+    """``sum_j Q_ij log(Q_ij / (b_j exp(g_j / eps)))`` for every anchor of this rank, Q the target, g and b the candidates'."""
+    target = side.target
     values = target.values()
     entropy = sparse(target.indices(), values * values.log(), target.shape)
     beyond = torch.where(side.other_weights > 0, side.other_weights, 1.0).log() + other / epsilon
     if side.by_rows:
-        similar = (x * torch.sparse.mm(target, y)).sum(1)
-        known = torch.sparse.sum(entropy, 1).to_dense() - torch.sparse.mm(target, beyond[:, None])[:, 0]
-    else:
-        beyond, back = side.batch.own(beyond), target.t()
-        similar = (y * torch.sparse.mm(back, x)).sum(1)
-        known = torch.sparse.sum(entropy, 0).to_dense() - torch.sparse.mm(back, beyond[:, None])[:, 0]
-        known, similar = side.batch.own(ranks.sum(torch.stack([known, similar])).mT).unbind(1)
-    counted = torch.where(weights > 0, weights, 1.0)
-    return known - r * (own / epsilon + counted.log()) + (r - similar) / epsilon
+        return torch.sparse.sum(entropy, 1).to_dense() - torch.sparse.mm(target, beyond[:, None])[:, 0]
+    beyond = side.batch.own(beyond)
+    found = torch.sparse.sum(entropy, 0).to_dense() - torch.sparse.mm(target.t(), beyond[:, None])[:, 0]
+    return side.batch.own(side.batch.ranks.sum(found))
 
 
 def _is_outside(side: Side, c: Tensor) -> bool:
@@ -658,6 +690,7 @@ class NTXentLoss(IOTLoss):
         negatives = options.pop("negatives", "cross" if size else "all")
         super().__init__(FIXED, FREE, temperature=temperature, negatives=negatives, **options)
         self.memory_bank = FeatureQueue(size, dim) if size else None
+        self._may_be_empty = True  # asked once, so that no step waits for a device
 
     def forward(self, *views: Tensor, labels: Any = None, **given: Any) -> Tensor:
         """As of :class:`IOTLoss`; one stacked batch with its labels will do as well."""
@@ -669,6 +702,14 @@ class NTXentLoss(IOTLoss):
                 f"a memory bank with {len(views)} views and {', '.join(given) or 'no'} options, labels = {labels}: it takes "
                 "two views, whose pairs are the positives. For anything else pass queue= to a loss without a bank."
             )
+        if self._may_be_empty:
+            self._may_be_empty = int(self.memory_bank.fill) == 0
+            if self._may_be_empty:
+                warnings.warn(
+                    "the memory bank is empty, so that this batch has no negatives and the loss is 0: the first one fills it.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         loss = super().forward(*views, queue=self.memory_bank)
         if self.training and torch.is_grad_enabled():
             self.memory_bank.update(
@@ -710,8 +751,8 @@ class SupConLoss(IOTLoss):
         views, labels = _with_labels(views, labels)
         return super().forward(*views, labels=labels, **given)
 
-    def _half(self, side: Side, p: Potentials | None, s: Tensor, epsilon: Any) -> Tensor:
-        return super()._half(side, p, s, epsilon) + target_entropy(side)
+    def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
+        return super()._terms(side, found, epsilon) + target_entropy(side)
 
 
 def target_entropy(side: Side) -> Tensor:
@@ -993,11 +1034,6 @@ def _labels(labels: Any, n: int, repeat: int, ranks: Alone | Ranks, device: torc
             )
         found.append(one.long().repeat(repeat))
     return found[0], ranks.gather(found[1])
-
-
-def _normalised(views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
-    return tuple(functional.normalize(z.to(dtype), dim=1) for z in views)
 
 
 def _inverse(logit_scale: float | Tensor) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from contrastive.targets import normalised
 from iotsolve.distributed import meet
 
 __all__ = ["FeatureQueue"]
@@ -63,7 +63,7 @@ class FeatureQueue(nn.Module):
             return
         self.check(z)
         ranks = meet(gather_distributed, process_group, z)
-        features = ranks.gather(functional.normalize(z.detach().to(torch.promote_types(z.dtype, torch.float32)), dim=1))
+        features = ranks.gather(normalised(z.detach()))
         labels = torch.full((len(z),), _NONE, device=z.device) if ids is None else torch.as_tensor(ids, device=z.device)
         if tuple(labels.shape) != (len(z),) or labels.is_floating_point():
             raise ValueError(

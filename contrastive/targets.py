@@ -11,7 +11,14 @@ from torch import Tensor
 from iotsolve.costs import Points
 from iotsolve.distributed import Alone, Ranks
 
-__all__ = ["Choice", "Matches", "matches", "paired", "sparse"]
+__all__ = ["Choice", "Matches", "matches", "normalised", "paired", "sparse"]
+
+
+def normalised(z: Tensor) -> Tensor:
+    """``z`` on the unit sphere, in float32 at least; a zero vector stays zero, with derivative 0."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return torch.where(length == 0, 0.0, z / torch.where(length == 0, 1.0, length))
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,10 @@ def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
             f"target = {given}: must be a tensor of shape {shape}, anchors by candidates, dense or sparse."
         )
     plan = (
-        (target if target.is_sparse else target.tosparse()).detach().to(device=like.device, dtype=like.dtype).coalesce()
+        (target if target.is_sparse else target.to_sparse())
+        .detach()
+        .to(device=like.device, dtype=like.dtype)
+        .coalesce()
     )
     values = plan.values()
     if not bool((values >= 0).all()) or not abs(float(values.sum()) - 1.0) < 1e-3:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Scalar, calm
+from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
 from iotsolve.problem import Potentials, Problem, log_scaling, weighted
@@ -62,7 +63,7 @@ class Envelope:
         return _refuse(problem, p)
 
     def plan(self, problem: Problem, plan: Tensor) -> Tensor:
-        return _Refuse.apply(_VALUE_ONLY, plan, *_inputs(problem)[1]) if _live(problem) else plan
+        return Refuse.apply(_VALUE_ONLY, plan, *_inputs(problem)[1]) if _live(problem) else plan
 
 
 @dataclass(frozen=True)
@@ -149,19 +150,6 @@ def _live(problem: Problem) -> bool:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-class _Refuse(torch.autograd.Function):
-    """The identity, connected to the inputs by a derivative that is not to be had."""
-
-    @staticmethod
-    def forward(ctx, message: str, x: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.message = message
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        raise RuntimeError(ctx.message)
-
-
 _VALUE_ONLY = (
     "gradient=Envelope() differentiates solution.value only; a loss of the plan, the potentials, the marginals or the "
     "transport cost was sent backward. Solve with gradient=Implicit() (epsilon > 0), or detach that output."
@@ -180,14 +168,7 @@ _LINEAR = (
 def _refuse(problem: Problem, p: Potentials) -> Potentials:
     if not _live(problem):
         return p
-    return Potentials(*(_Refuse.apply(_VALUE_ONLY, x, *_inputs(problem)[1]) for x in (p.f, p.g, p.lam)))
-
-
-def _final(message: str, found: Sequence[Tensor | None], *inputs: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients found, which raise if they are differentiated in turn."""
-    if not torch.is_grad_enabled():
-        return tuple(found)
-    return tuple(None if x is None else _Refuse.apply(message, x, *inputs) for x in found)
+    return Potentials(*(Refuse.apply(_VALUE_ONLY, x, *_inputs(problem)[1]) for x in (p.f, p.g, p.lam)))
 
 
 # -- the value ---------------------------------------------------------------------------------------------------------
@@ -208,7 +189,7 @@ class _EnvelopeValue(torch.autograd.Function):
         needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
         if torch.is_grad_enabled() and ctx.plan is None:
             return (None,) * 4 + _differentiable_gradient(ctx, upstream, needed, tensors)
-        return (None,) * 4 + _final(_LINEAR, _gradient(ctx, upstream.detach(), needed, tensors), upstream, *tensors)
+        return (None,) * 4 + final(_LINEAR, _gradient(ctx, upstream.detach(), needed, tensors), upstream, *tensors)
 
 
 def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -412,7 +393,7 @@ class _FollowingPotentials(torch.autograd.Function):
             problem, p = ctx.problem.to(torch.float64), ctx.p.to(torch.float64)
             found = ctx.pull(problem, p, ups, ctx.names, needed, tensors)
             found = [None if x is None else x.to(t.dtype) for x, t in zip(found, tensors, strict=True)]
-        return (None,) * 4 + _final(_ONCE, found, *upstream, *tensors)
+        return (None,) * 4 + final(_ONCE, found, *upstream, *tensors)
 
 
 def _pull_implicit(

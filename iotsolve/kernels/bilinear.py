@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from iotsolve.kernels.once import final
 
 __all__ = ["log_sums"]
 
@@ -48,10 +49,17 @@ class _LogSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream: Tensor | None):
         x, y, u, v, barred, *sums = ctx.saved_tensors
-        return *_pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4]), None
+        with torch.no_grad():
+            found = _pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4])
+        return *final(_ONCE, found, x, y, u, v, *upstream), None
+
+
+_ONCE = (
+    "a soft-minimum of points on the sphere was differentiated twice: its derivative is made block by block, and kept nowhere. "
+    "For second derivatives use a cost as a matrix, or the differences of first ones. Was create_graph=True passed needlessly?"
+)
 
 
 def _log_sums(

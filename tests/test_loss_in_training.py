@@ -1,0 +1,202 @@
+"""What a training loop does with a loss: memory, autocast, scalers, cached gradients, checkpoints, compilation, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from contrastive import ClipLoss, DCLLoss, Diagnostics, InfoNCELoss, NTXentLoss, SinkhornNCELoss, SupConLoss, diagnose
+from iotsolve import Unroll
+
+CLOSED = {"infonce": InfoNCELoss, "clip": ClipLoss, "ntxent": NTXentLoss, "dcl": DCLLoss}
+LOSSES = {**CLOSED, "sinkhorn": SinkhornNCELoss}
+
+
+def batch(n, d=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z0, z1 = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    return z0.to(dtype).requires_grad_(), (z0 + z1).to(dtype).detach().requires_grad_()
+
+
+def kept(loss, n):
+    """Bytes that autograd keeps of a forward pass."""
+    total = 0
+
+    def pack(x):
+        nonlocal total
+        total += x.numel() * x.element_size() if not x.is_sparse else 0
+        return x
+
+    inputs = batch(n)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = loss(*inputs)
+    value.backward()
+    return total
+
+
+@pytest.mark.parametrize(
+    "make", [*LOSSES.values(), lambda t: SinkhornNCELoss(t, gradient=Unroll(3))], ids=[*LOSSES, "unroll"]
+)
+def test_what_autograd_keeps_grows_as_the_batch(make):
+    """Four times the anchors, at most a little over four times the bytes, where a matrix would be sixteen; and far below one."""
+    small, large = kept(make(0.2), 512), kept(make(0.2), 2048)
+    assert large < 4.4 * small
+    assert large < 2048 * 2048 * 4
+
+
+def test_the_count_sees_a_matrix():
+    def plain(z0, z1):
+        return torch.logsumexp((z0 @ z1.T).exp(), 1).mean()
+
+    assert kept(plain, 512) >= 512 * 512 * 4
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_no_temporary_is_as_large_as_the_matrix(name):
+    """The largest tensor made, forward and backward, is a block."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor) and not x.is_sparse:
+                    self.size = max(self.size, x.numel())
+            return out
+
+    inputs = batch(4096, 8)
+    with Largest() as largest:
+        CLOSED[name](0.2)(*inputs).backward()
+    assert 2**20 < largest.size <= 2**21
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_cached_gradients_are_those_of_the_whole(name):
+    """GradCache: representations first, the loss's gradient in them, then the encoder chunk by chunk."""
+    encoder, images = nn.Linear(6, 5).double(), torch.randn(2, 12, 6, dtype=torch.float64)
+    loss = LOSSES[name](0.2)
+    loss(encoder(images[0]), encoder(images[1])).backward()
+    whole = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    with torch.no_grad():
+        cached = [encoder(x) for x in images]
+    for z in cached:
+        z.requires_grad_()
+    loss(*cached).backward()
+    for x, z in zip(images, cached, strict=True):
+        for part in range(0, 12, 4):
+            rows = slice(part, part + 4)
+            torch.autograd.backward(encoder(x[rows]), z.grad[rows])
+    for p, expected in zip(encoder.parameters(), whole, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_under_checkpointing_and_twice_backward(name):
+    z0, z1 = batch(10, dtype=torch.float64)
+    loss = LOSSES[name](0.2)
+    plain = torch.autograd.grad(loss(z0, z1), (z0, z1))
+    value = checkpoint(loss, z0, z1, use_reentrant=False)
+    for got, expected in zip(torch.autograd.grad(value, (z0, z1)), plain, strict=True):
+        torch.testing.assert_close(got, expected)
+    again = loss(z0, z1)
+    (once,) = torch.autograd.grad(again, z0, retain_graph=True)
+    (twice,) = torch.autograd.grad(again, z0)
+    assert torch.equal(once, twice)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_derivative_is_refused_not_wrong(name):
+    z0, z1 = batch(6, dtype=torch.float64)
+    (first,) = torch.autograd.grad(LOSSES[name](0.2)(z0, z1), z0, create_graph=True)
+    with pytest.raises(RuntimeError, match="was differentiated twice"):
+        torch.autograd.grad(first.square().sum(), z1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_with_autocast_and_a_scaler(name):
+    encoder, images = nn.Linear(6, 5), torch.randn(2, 12, 6)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss = LOSSES[name](0.2, learn_temperature=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(*(encoder(x) for x in images))
+    scaler.scale(value).backward()
+    scaled = encoder.weight.grad.clone()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(encoder.weight.grad, scaled / 1024.0)
+    before = encoder.weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(encoder.weight, before) and loss.log_temperature.grad is not None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_with_one_break(name):
+    """The loss is a break in the graph, as documented; the encoder around it is compiled."""
+    encoder, loss = nn.Linear(6, 5), LOSSES[name](0.2)
+    images = torch.randn(2, 12, 6)
+
+    def step(x, y):
+        return loss(encoder(x), encoder(y))
+
+    compiled = torch.compile(step, backend="aot_eager")
+    value = compiled(*images)
+    expected = step(*images)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    value.backward()
+    got = encoder.weight.grad.clone()
+    encoder.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(got, encoder.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_copies_and_pickles_behave_alike():
+    for make in (*LOSSES.values(), SupConLoss):
+        loss = make(0.2, learn_temperature=True, uniformity=0.1)
+        z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+        for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            assert float(twin(z, z + 0.1).detach()) == float(loss(z, z + 0.1).detach())
+
+
+def test_the_watch_sees_the_batch_and_costs_nothing_unasked():
+    seen = []
+    z0, z1 = batch(20, dtype=torch.float64)
+    loss = SinkhornNCELoss(0.2, watch=seen.append)
+    plain = SinkhornNCELoss(0.2)(z0, z1)
+    assert torch.equal(loss(z0, z1), plain)
+    assert isinstance(seen[0], Diagnostics)
+    numbers = seen[0].numbers()
+    assert set(numbers) == set(Diagnostics.NAMES) and numbers == diagnose(SinkhornNCELoss(0.2), z0, z1)
+    assert numbers["marginal_error"] < 1e-3 and numbers["mass"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_diagnostics_against_plain_formulas():
+    z0, z1 = (z.detach() for z in batch(30, 8, dtype=torch.float64))
+    x, y = (nn.functional.normalize(z, dim=1) for z in (z0, z1))
+    found, plan = diagnose(InfoNCELoss(0.2), z0, z1), torch.softmax(x @ y.T / 0.2, 1) / 30
+    assert found["alignment"] == pytest.approx(float((x - y).square().sum(1).mean()))
+    wang = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (x, y)]
+    assert found["uniformity"] == pytest.approx(float(sum(wang) / 2))
+    order = (x @ y.T).argsort(1, descending=True)
+    rank = (order == torch.arange(30)[:, None]).double().argmax(1)
+    assert found["top1"] == pytest.approx(float((rank < 1).double().mean()))
+    assert found["top5"] == pytest.approx(float((rank < 5).double().mean()))
+    assert found["plan_entropy"] == pytest.approx(float(-(plan * plan.log()).sum()))
+    assert found["chance"] == pytest.approx(float(torch.tensor(30.0).log()))
+    off = plan * (1 - torch.eye(30, dtype=torch.float64))
+    share = off / off.sum(1, keepdim=True)
+    expected = (-torch.special.xlogy(share, share).sum(1)).exp().mean()
+    assert found["effective_negatives"] == pytest.approx(float(expected))
+    from scipy.stats import skew
+
+    assert found["hubness"] == pytest.approx(skew(torch.bincount(order[:, :10].flatten(), minlength=30).numpy()))
+    values = torch.linalg.svdvals(x)
+    share = values / values.sum()
+    assert found["rankme"] == pytest.approx(float((-(share * share.log()).sum()).exp()))
+    assert found["feature_std"] == pytest.approx(float(x.std(0).mean()))
