@@ -1,0 +1,205 @@
+"""Many processes against one: losses, gradients and a step of SGD under torch.distributed (gloo), in float64."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = """
+import datetime, sys, warnings
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from contrastive import *
+from iotsolve import FIXED, FREE, KL, Between, Unroll
+
+rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+if world > 1:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=60))
+TIGHT = dict(tolerance=1e-14, max_steps=5000)
+N = 22
+SIZES = {1: [22], 2: [9, 13], 4: [3, 8, 6, 5]}[world]
+first = sum(SIZES[:rank])
+mine = slice(first, first + SIZES[rank])
+generator = torch.Generator().manual_seed(0)
+images = torch.randn(2, N, 6, generator=generator)
+ids = torch.randint(0, 15, (N,), generator=generator)
+other_ids = torch.where(torch.rand(N, generator=generator) < 0.2, ids.roll(1), ids)
+
+CASES = {
+    "infonce": lambda **k: InfoNCELoss(0.2, **k),
+    "clip": lambda **k: ClipLoss(0.2, learn_temperature=True, **k),
+    "ntxent": lambda **k: NTXentLoss(0.2, learn_temperature=True, **k),
+    "global": lambda **k: GlobalNCELoss(0.2, learn_temperature=True, **k),
+    "sinkhorn": lambda **k: SinkhornNCELoss(0.3, learn_temperature=True, **TIGHT, **k),
+    "both ways": lambda **k: IOTLoss(FIXED, KL(0.3), temperature=0.3, symmetric=True, learn_temperature=True, **TIGHT, **k),
+    "unbalanced": lambda **k: UnbalancedNCELoss(0.3, rho=0.5, learn_temperature=True, **TIGHT, **k),
+    "bounded": lambda **k: DoubleBoundedLoss(0.3, learn_temperature=True, **TIGHT, **k),
+    "unroll": lambda **k: SinkhornNCELoss(0.3, learn_temperature=True, gradient=Unroll(4), **k),
+    "uniform": lambda **k: InfoNCELoss(0.3, learn_temperature=True, uniformity=0.3, **k),
+    "uniform clip": lambda **k: ClipLoss(0.3, uniformity=0.3, **k),
+    "uniform stacked": lambda **k: NTXentLoss(0.3, uniformity=0.3, **k),
+    "supcon": lambda **k: SupConLoss(0.2, learn_temperature=True, **k),
+    "clip ids": lambda **k: ClipLoss(0.2, learn_temperature=True, **k),
+    "rince": lambda **k: RINCELoss(0.5, symmetric=True, **k),
+    "dcl": lambda **k: DCLLoss(0.2, learn_temperature=True, **k),
+    "gap": lambda **k: MatchingGapLoss(0.2, **TIGHT, **k),
+    "sum": lambda **k: ClipLoss(0.2, reduction="sum", **k),
+    "three": lambda **k: ClipLoss(0.2, **k),
+}
+saved = {}
+for name, make in CASES.items():
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)),
+                           "loss": make(gather_distributed=True).double()})
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+        def forward(self, x, y, **given):
+            z = [self.parts["encoder"](x), self.parts["encoder"](y)]
+            z = [*z, self.parts["encoder"](x + y)] if name == "three" else z
+            return self.parts["loss"](*z, **given)
+    whole = Whole()
+    whole = DistributedDataParallel(whole) if world > 1 else whole
+    given = {"supcon": {"labels": ids[mine]}, "clip ids": {"ids": (ids[mine], other_ids[mine])}}.get(name, {})
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.5)
+    value = whole(images[0, mine], images[1, mine], **given)
+    value.backward()
+    optimizer.step()
+    saved[name] = (value.detach(), [p.detach().clone() for p in model.parameters()])
+
+# anchors one by one are this rank's
+z = [torch.randn(2, N, 5, generator=torch.Generator().manual_seed(5))[k, mine] for k in range(2)]
+each = ClipLoss(0.2, reduction="none", gather_distributed=True)(*z)
+saved["each"] = each
+# a solve too large for a matrix is spread over the ranks
+from contrastive import losses
+kept, losses._DENSE = losses._DENSE, 0
+saved["spread"] = SinkhornNCELoss(0.3, tolerance=1e-13, max_steps=5000, gather_distributed=True)(*z)
+losses._DENSE = kept
+# queues are the same everywhere
+queue = FeatureQueue(10, 5).double()
+queue.update(z[1], ids=ids[mine], gather_distributed=True)
+saved["queue"] = (queue.features, queue.ids, queue.fill)
+saved["queued"] = InfoNCELoss(0.2, gather_distributed=True)(*z, ids=ids[mine], queue=queue)
+bank = NTXentLoss(0.2, memory_bank_size=(30, 5), gather_distributed=True).double()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    bank(*(x.clone().requires_grad_() for x in z))
+saved["bank"] = bank(*z)
+if world > 1:
+    # errors arrive on every rank, and nobody waits
+    bad = z if rank else [x[:, :4] for x in z]
+    try:
+        InfoNCELoss(gather_distributed=True)(*bad)
+        saved["error"] = "none"
+    except ValueError as error:
+        saved["error"] = str(error)
+    try:
+        SinkhornNCELoss(gather_distributed=True, uniformity=0.1)(*(x.clone().requires_grad_() for x in z))
+        saved["hessian"] = "none"
+    except ValueError as error:
+        saved["hessian"] = str(error)
+if world == 4:
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = groups[rank % 2]
+    saved["subgroup"] = SinkhornNCELoss(0.3, gather_distributed=True, process_group=group, **TIGHT)(*z)
+    try:
+        InfoNCELoss(gather_distributed=True, process_group=groups[1 - rank % 2])(*z)
+        saved["stranger"] = "none"
+    except ValueError as error:
+        saved["stranger"] = str(error)
+torch.save(saved, f"{out}/{world}-{rank}.pt")
+if world > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def launch(world, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(script)]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(port), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return launch(1, tmp_path_factory.mktemp("one"))[0]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def many(request, tmp_path_factory):
+    return launch(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+
+
+def test_a_step_of_sgd_is_that_of_one_process(alone, many):
+    for name in (n for n in alone if isinstance(alone[n], tuple) and n != "queue"):
+        value, weights = alone[name]
+        for rank in many:
+            torch.testing.assert_close(rank[name][0], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            for got, expected in zip(rank[name][1], weights, strict=True):
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_rank_has_its_own_anchors(alone, many):
+    halves = [rank["each"].chunk(2) for rank in many]
+    got = torch.cat([torch.cat([half[k] for half in halves]) for k in range(2)])
+    torch.testing.assert_close(got, alone["each"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["spread", "queued", "bank"])
+def test_values_are_those_of_one_process(alone, many, name):
+    for rank in many:
+        torch.testing.assert_close(rank[name].detach(), alone[name].detach(), rtol=1e-11, atol=1e-11)
+
+
+def test_queues_are_the_same_everywhere(alone, many):
+    for rank in many:
+        for got, expected in zip(rank["queue"], alone["queue"], strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+def test_errors_arrive_on_every_rank(many):
+    for rank in many:
+        assert "representations differ between ranks" in rank["error"]
+        assert "needs the inner problem's Hessian, which is not spread over ranks" in rank["hessian"]
+
+
+def test_a_subgroup_is_a_batch_of_its_own(many):
+    if len(many) < 4:
+        pytest.skip("two ranks have no subgroups")
+    from contrastive import SinkhornNCELoss
+
+    z = torch.randn(2, 22, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    bounds = [0, 3, 11, 17, 22]
+    for members in ((0, 2), (1, 3)):
+        rows = torch.cat([torch.arange(bounds[r], bounds[r + 1]) for r in members])
+        expected = SinkhornNCELoss(0.3, tolerance=1e-14, max_steps=5000)(z[0, rows], z[1, rows])
+        for r in members:
+            torch.testing.assert_close(many[r]["subgroup"], expected, rtol=1e-12, atol=1e-12)
+            assert "does not contain this rank" in many[r]["stranger"]
