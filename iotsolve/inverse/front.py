@@ -60,7 +60,7 @@ def gravity(
         penalty: as for :class:`InverseOT`.
 
     Raises:
-        ValueError: on a column that is not there, or a pair that is listed twice.
+        ValueError: on a column that is not there, a missing entry, or a pair that is listed twice.
 
     Example:
         >>> rows = {"from": [0, 0, 1, 1], "to": [0, 1, 0, 1], "n": [8, 2, 4, 4], "far": [0.0, 1.0, 1.0, 0.0]}
@@ -72,7 +72,8 @@ def gravity(
     missing = [name for name in wanted if name not in table]
     if missing:
         raise ValueError(f"no column {', '.join(map(repr, missing))}: the table has {', '.join(map(str, table))}.")
-    columns = {name: np.asarray(table[name]) for name in wanted}
+    labels = [origin, destination, *([] if cluster is None else [cluster])]
+    columns = {name: (_labels if name in labels else _numbers)(name, table[name]) for name in wanted}
     origins, i = np.unique(columns[origin], return_inverse=True)
     destinations, j = np.unique(columns[destination], return_inverse=True)
     n, m = len(origins), len(destinations)
@@ -84,17 +85,53 @@ def gravity(
             f"the pair {origins[k]!r}, {destinations[l]!r} is listed {listed[k, l]} times: sum its flows first, or fit a panel."
         )
     flows, matrices = np.zeros((n, m)), {}
-    flows[i, j] = columns[flow].astype(np.float64)
+    flows[i, j] = columns[flow]
     for name in features:
         matrices[name] = np.zeros((n, m))
-        matrices[name][i, j] = columns[name].astype(np.float64)
-    labels = None
+        matrices[name][i, j] = columns[name]
+    clusters = None
     if cluster is not None:
         codes = np.unique(columns[cluster], return_inverse=True)[1]
-        labels = np.arange(n * m).reshape(n, m) + len(codes)
-        labels[i, j] = codes
-    coupling = Coupling(flows, mask=listed > 0, cluster=labels)
+        clusters = np.arange(n * m).reshape(n, m) + len(codes)
+        clusters[i, j] = codes
+    coupling = Coupling(flows, mask=listed > 0, cluster=clusters)
     return InverseOT(Features(matrices), penalty=penalty).fit(coupling)
+
+
+def _numbers(name: str, column: Any) -> np.ndarray:
+    """A column of finite numbers."""
+    try:
+        found = np.asarray(column, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"column {name!r}: must be numbers. Are there words, units or missing entries? ({error})"
+        ) from error
+    if not np.isfinite(found).all():
+        line = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise ValueError(
+            f"column {name!r}, line {line}: {found[line]}, but must be finite. Drop or fill in what is missing."
+        )
+    return found
+
+
+def _labels(name: str, column: Any) -> np.ndarray:
+    """A column of labels that can be put in order, none of them missing."""
+    # a list is taken as it is: NumPy would make a word of a missing entry
+    found = np.asarray(column, dtype=None if hasattr(column, "dtype") else object)
+    if found.dtype.kind in "OfM":
+        line = next((k for k, label in enumerate(found) if not _is_known(label)), None)
+        if line is not None:
+            raise ValueError(
+                f"column {name!r}, line {line}: the label is missing. Drop the line, or name what is unknown."
+            )
+    return found
+
+
+def _is_known(label: Any) -> bool:
+    try:
+        return label is not None and bool(label == label)
+    except TypeError:  # pandas' NA is not comparable
+        return False
 
 
 def cross_ratios(plan: Any, base: tuple[int, int] = (0, 0)) -> np.ndarray:

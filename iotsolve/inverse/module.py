@@ -465,7 +465,18 @@ class ModuleFit:
 
 def _input(name: str, given: Any, like: Tensor) -> Tensor:
     """A tensor where the module is; floating numbers in its precision, whole ones as they are."""
-    tensor = given.detach() if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
+    if isinstance(given, Tensor):
+        tensor = given.detach()
+    else:
+        array = np.array(given)
+        try:
+            array = array.astype(np.float64) if array.dtype.kind not in "biuf" else array
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: must be numbers. Are there strings or missing cells in it? Types that have names may be given as whole "
+                f"numbers. ({error})"
+            ) from error
+        tensor = torch.as_tensor(array)
     if tensor.ndim == 0 or not len(tensor):
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}: the first dimension must be its rows, at least one.")
     if not tensor.is_floating_point():
