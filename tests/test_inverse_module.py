@@ -418,6 +418,7 @@ def test_a_training_that_runs_away_is_stopped_by_the_first_cost_that_is_not_fini
         ({"module": nn.Identity()}, "no parameter"),
         ({"x": np.full((14, 2), np.nan)}, r"x\[0, 0\] = nan"),
         ({"x": 3.0}, "x of shape"),
+        ({"x": [["old", "rich"]] * 14}, "x: must be numbers"),
         ({"penalty": lambda module: 0.1}, "without dimensions"),
         ({"penalty": lambda module: module.matrix}, "without dimensions"),
     ],
