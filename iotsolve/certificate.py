@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense, calm
+from iotsolve.costs import calm
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
-from iotsolve.plans import Chunk, Factors, Plan, StoredPlan, plan_of
+from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, is_quick, plan_of, quick_plan
 from iotsolve.problem import Potentials, Problem, in_double
 from iotsolve.validation import default_tolerance
 
@@ -141,7 +141,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     dual = torch.where(known, double.dual_at(p) if problem.is_exact else sides - entropy, -math.inf)
     scale = scale + entropy.abs()
     found = _nearby(plan, p, tolerance * scale)
-    if found is None and isinstance(plan, StoredPlan):
+    if found is None and isinstance(plan, QuickPlan):
         plan = plan.exact
     rounded, feasible, gap = found or _round(plan, p)
     sane = dual.isfinite() & gap.isfinite()
@@ -261,7 +261,7 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
     For plans whose violations are so small that float32 resolves what corrects them. A soft side needs no correction and one
     fixed side is scaled. None if this says nothing; for two fixed sides see :func:`_certify_balanced`.
     """
-    if not isinstance(plan, StoredPlan):
+    if not isinstance(plan, QuickPlan):
         return None
     problem, (r, c) = plan.problem, plan.marginals()
     fixed = [side.is_fixed for side in (problem.rows, problem.columns)]
@@ -292,7 +292,7 @@ _RESOLVED = 1e-5  # violation from which on corrections need float64
 def _is_balanced(problem: Problem) -> bool:
     """Whether this is plain entropic transport on compiled passes."""
     fixed = problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None
-    return fixed and not problem.is_exact and isinstance(problem.cost, Dense) and problem.cost.is_compiled
+    return fixed and not problem.is_exact and is_quick(problem.cost)
 
 
 def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, tolerance: float) -> Certificate | None:
@@ -309,7 +309,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         problem.enter(name, x, size).detach().double().expand(*batch, size).reshape(-1, size)
         for name, x, size in (("f", f, n), ("g", g, m))
     )
-    plan = StoredPlan.of(double, Potentials(f, g, f.new_zeros(len(f))), single=True)
+    plan = quick_plan(double, Potentials(f, g, f.new_zeros(len(f))), single=True)
     r, c, f, g, a, b = (x.numpy() for x in (*plan.sums, f, g, double.a, double.b))
     product = a.sum(-1) * b.sum(-1)
     a, b = number(double.rows.bounds[0]) * a, number(double.columns.bounds[0]) * b
@@ -345,7 +345,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
 
 
 def _filled(
-    plan: StoredPlan,
+    plan: QuickPlan,
     a: np.ndarray,
     b: np.ndarray,
     r: np.ndarray,
@@ -388,7 +388,7 @@ def _dearest(problem: Problem, f: np.ndarray, g: np.ndarray) -> np.ndarray:
     """A bound of ``(C - f - g) / epsilon`` over the bins with weight."""
     if not problem.is_full:
         f, g = (np.where(w.detach().numpy() > 0, x, np.inf) for x, w in ((f, problem.a), (g, problem.b)))
-    return (problem.cost.surveyed().ends[1] - f.min(-1) - g.min(-1)) / number(problem.epsilon)
+    return (problem.cost.ceiling - f.min(-1) - g.min(-1)) / number(problem.epsilon)
 
 
 def _over(x: np.ndarray, y: np.ndarray, otherwise: float = 1.0) -> np.ndarray:

@@ -98,6 +98,11 @@ class Dense:
         """``C`` at the given batch, row and column indices, shape ``(k,)``."""
         return self.matrix[index]
 
+    @property
+    def ceiling(self) -> float:
+        """The largest entry of all problems."""
+        return self.surveyed().ends[1]
+
     def range(self) -> Float[Tensor, "*batch"]:
         """Largest minus smallest allowed entry."""
         if self.matrix[..., 0, 0].numel() == 1 and self.ends is not None and self.all_finite():
@@ -200,6 +205,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dot": lambda x, y: -(x * y).sum(-1),
 }
 _PRODUCTS = {"sphere": 1.0, "dot": 0.0}  # costs that are a number minus the scalar product, and the number
+_BILINEAR = ("sphere", "dot", "cosine", "sqeuclidean")
 _OF_DIFFERENCES = {"sqeuclidean": torch.square, "euclidean": torch.abs}  # the same on a line
 
 
@@ -253,8 +259,25 @@ class Points:
 
     @property
     def is_bilinear(self) -> bool:
-        """Whether passes of :mod:`iotsolve.kernels.bilinear` read this cost: one pair of clouds, on the sphere."""
-        return self.metric == "sphere" and self.x[..., 0, 0].numel() == 1
+        """Whether passes of :mod:`iotsolve.kernels.bilinear` read this cost: one pair of clouds, a scalar product at heart."""
+        return self.metric in _BILINEAR and self.x[..., 0, 0].numel() == 1
+
+    def bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``x, y, p, q`` of shapes ``(n, d), (m, d), (n,), (m,)`` with ``-C_ij / epsilon = x_i . y_j + p_i + q_j``."""
+        x, y = self.x.flatten(0, -2), self.y.flatten(0, -2)
+        if self.metric == "sqeuclidean":
+            x, y = self._centred(x, y)
+            return 2 * x / epsilon, y, -x.square().sum(-1) / epsilon, -y.square().sum(-1) / epsilon
+        if self.metric == "cosine":
+            x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
+        level = -_PRODUCTS.get(self.metric, 1.0) / epsilon
+        return x / epsilon, y, level + x.new_zeros(len(x)), y.new_zeros(len(y))
+
+    @staticmethod
+    def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """About a common centre, so that far from the origin no digits are lost to the square."""
+        centre = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
+        return x - centre, y - centre
 
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
@@ -300,9 +323,7 @@ class Points:
             return (self.metric if callable(self.metric) else _OF_DIFFERENCES[self.metric])(x - y.mT)
         if self.metric == "euclidean":
             return METRICS["euclidean"](x.unsqueeze(-2), y.unsqueeze(-3))
-        # About a common centre, so that far from the origin no digits are lost to the square.
-        centre = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
-        x, y = x - centre, y - centre
+        x, y = self._centred(x, y)
         squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
         return squared - squared.detach().clamp(max=0.0)  # not below 0, with the derivatives of what is not clamped
 
@@ -324,6 +345,14 @@ class Points:
             return found
         hit = self.barred[i, j] if self.barred.dtype == torch.bool else (self.barred[i] == j[:, None]).any(-1)
         return found.masked_fill(hit, math.inf)
+
+    @property
+    def ceiling(self) -> float:
+        """A bound of the entries of all problems."""
+        if self.barred is not None:
+            return math.inf
+        reach = self.range().detach().amax()
+        return float(reach / 2 + _PRODUCTS[self.metric] if self.metric in _PRODUCTS else reach)
 
     def range(self) -> Float[Tensor, "*batch"]:
         """An upper bound of largest minus smallest entry, without looking at pairs unless the metric is a function."""
@@ -364,10 +393,10 @@ class Points:
         self, log_rows: Tensor | None, log_columns: Tensor | None, epsilon: Scalar
     ) -> tuple[Tensor | None, Tensor | None]:
         """:meth:`softmin` over columns at ``log_columns`` and over rows at ``log_rows``, in one pass over a bilinear cost."""
-        x, y = self.x.flatten(0, -2), self.y.flatten(0, -2)
-        s, t = bilinear.log_sums(x / epsilon, y, log_rows, log_columns, self.barred)
-        offset = _PRODUCTS[self.metric]
-        return None if s is None else offset - epsilon * s, None if t is None else offset - epsilon * t
+        x, y, p, q = self.bilinear_form(epsilon)
+        u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
+        s, t = bilinear.log_sums(x, y, u, v, self.barred)
+        return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
         return Dense(self.dense()).gibbs(log_rows, log_columns, epsilon)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Cost, Dense, Scalar, calm
+from iotsolve.costs import Cost, Dense, Points, Scalar, calm
 from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
@@ -300,37 +300,69 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
     """
     with calm(problem.cost), torch.no_grad():
         eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
-        data = {name: x.detach() for name, x in problem.cost.tensors().items()}
-        found = {name: torch.zeros_like(x) for name, x in data.items() if name in needed}
-        behind = {name: data[name].requires_grad_() for name in found if name != "cost"}  # what a cost is computed from
-        blocks = problem.cost.with_tensors(data).blocks()
-        rows, c, spent = [], torch.zeros_like(p.g), torch.zeros_like(p.lam)
-        for part, plan in problem.plan_blocks(p):
-            with torch.enable_grad():
-                _, block = next(blocks)
-            rows.append(plan.sum(-1))
-            c = c + plan.sum(-2)
-            if "epsilon" in needed:
-                spent = spent + block.spent(plan)
-            plan = plan.mul_(upstream[..., None, None])
-            if "cost" in needed:
-                found["cost"][..., part, :] = plan
-            elif behind:
-                further = torch.autograd.grad(block.dense(), list(behind.values()), plan)
-                found |= {name: found[name] + x for name, x in zip(behind, further, strict=True)}
-        found["r"] = r = torch.cat(rows, -1)
-        found["c"] = c
+        streamed = isinstance(problem.cost, Points) and problem.cost.is_bilinear
+        found = (_of_points if streamed else _of_blocks)(problem, p, upstream, needed)
+        r, c = found["r"], found["c"]
         if "a" in needed:
             density = _density(r, problem.a, lifted, problem.cost, problem.b, p.g, eps, axis=-1)
             found["a"] = _in_range(side * eps * (problem.b.sum(-1, keepdim=True) - density))
         if "b" in needed:
             density = _density(c, problem.b, p.g, problem.cost, problem.a, lifted, eps, axis=-2)
             found["b"] = _in_range(side * eps * (problem.a.sum(-1, keepdim=True) - density))
-        if "epsilon" in needed:
-            slack = weighted(r, lifted) + weighted(c, p.g) - spent
-            excess = r.sum(-1) - problem.a.sum(-1) * problem.b.sum(-1)
-            found["epsilon"] = (upstream * (slack / eps - excess)).sum().reshape(problem.epsilon.shape)
     return found
+
+
+def _of_blocks(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
+    """The marginals, and the derivatives in epsilon and in what the cost is made of, plan block by plan block."""
+    lifted = p.f + p.lam.unsqueeze(-1)
+    data = {name: x.detach() for name, x in problem.cost.tensors().items()}
+    found = {name: torch.zeros_like(x) for name, x in data.items() if name in needed}
+    behind = {name: data[name].requires_grad_() for name in found if name != "cost"}  # what a cost is computed from
+    blocks = problem.cost.with_tensors(data).blocks()
+    rows, c, spent = [], torch.zeros_like(p.g), torch.zeros_like(p.lam)
+    for part, plan in problem.plan_blocks(p):
+        with torch.enable_grad():
+            _, block = next(blocks)
+        rows.append(plan.sum(-1))
+        c = c + plan.sum(-2)
+        if "epsilon" in needed:
+            spent = spent + block.spent(plan)
+        plan = plan.mul_(upstream[..., None, None])
+        if "cost" in needed:
+            found["cost"][..., part, :] = plan
+        elif behind:
+            further = torch.autograd.grad(block.dense(), list(behind.values()), plan)
+            found |= {name: found[name] + x for name, x in zip(behind, further, strict=True)}
+    r = torch.cat(rows, -1)
+    if "epsilon" in needed:
+        slack = weighted(r, lifted) + weighted(c, p.g) - spent
+        excess = r.sum(-1) - problem.a.sum(-1) * problem.b.sum(-1)
+        found["epsilon"] = (upstream * (slack / problem.epsilon - excess)).sum().reshape(problem.epsilon.shape)
+    return found | {"r": r, "c": c}
+
+
+def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
+    """The same through the soft-minima of a bilinear cost: the rows' marginals are ``a exp((f + lam - s) / eps)``."""
+    named = {"x": problem.cost.x, "y": problem.cost.y, "epsilon": torch.as_tensor(problem.epsilon, dtype=p.f.dtype)}
+    leaves = {name: t.detach().requires_grad_(name in needed) for name, t in named.items()}
+    f, g, shape = (p.f + p.lam.unsqueeze(-1)).flatten(), p.g.flatten(), p.f.shape[:-1]
+    a, b = problem.a.flatten(), problem.b.flatten()
+    with torch.enable_grad():
+        eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
+        cost = replace(problem.cost, x=leaves["x"], y=leaves["y"])
+        s, t = cost.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
+        r, c = (_reached(w, h, own, eps) for w, h, own in ((a, f, s), (b, g, t)))
+        term = -eps * (r.sum() - a.sum() * b.sum()) * upstream.sum()
+        wanted = [leaves[name] for name in leaves if name in needed]
+        slopes = torch.autograd.grad(term, wanted) if wanted else ()
+    found = dict(zip((name for name in leaves if name in needed), slopes, strict=True))
+    return found | {"r": r.detach().reshape(*shape, -1), "c": c.detach().reshape(*shape, -1)}
+
+
+def _reached(weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar) -> Tensor:
+    """A marginal of the plan, from the soft-minimum on its side."""
+    carries = (weights > 0) & potential.isfinite() & softmin.isfinite()
+    return weights * torch.where(carries, (torch.where(carries, potential - softmin, 0.0) / eps).exp(), 0.0)
 
 
 def _in_range(x: Tensor) -> Tensor:

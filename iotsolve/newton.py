@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, number
-from iotsolve.plans import Plan, StoredPlan, plan_of
+from iotsolve.plans import Plan, QuickPlan, plan_of
 from iotsolve.problem import Potentials, Problem, in_double
 from iotsolve.sinkhorn import answered, swept
 from iotsolve.solver import Outcome, Status, judge, sobered
@@ -68,7 +68,7 @@ class DualSystem:
             right, diagonal = torch.cat([right, lacking], -1), torch.cat([diagonal, r.sum(-1, keepdim=True)], -1)
         enough = (enough**2 / r.sum(-1)).unsqueeze(-1)
         given = inverse, keep_v, self.column_diagonal, border, corner
-        if isinstance(self.plan, StoredPlan):  # small vectors cost a tenth in NumPy
+        if isinstance(self.plan, QuickPlan):  # small vectors cost a tenth in NumPy
             given = tuple(None if x is None else x.numpy() for x in given)
             schur = _schur(lambda w, v: self.plan.product(w, v, as_given=False)[1], *given)
             x = _conjugate_gradients(schur, right.numpy(), 1.0 / diagonal.numpy(), enough.numpy())

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense
+from iotsolve.costs import Cost, Dense, Points
+from iotsolve.kernels import bilinear
 from iotsolve.marginals import number
-from iotsolve.problem import Potentials, Problem
+from iotsolve.problem import Potentials, Problem, log_scaling
 
-__all__ = ["Chunk", "Factors", "Plan", "plan_of"]
+__all__ = ["Chunk", "Factors", "Plan", "QuickPlan", "is_quick", "plan_of", "quick_plan"]
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,36 @@ class Plan:
         return c
 
 
+class QuickPlan(Plan):
+    """A plan on a CPU whose marginals are known, in float64, and whose products are quick, with an error of their own.
+
+    The products are for what is small already, corrections and directions.
+    """
+
+    sums: tuple[Tensor, Tensor]
+
+    @property
+    def _marginals(self) -> tuple[Tensor, Tensor]:
+        return self.sums
+
+    @property
+    def exact(self) -> Plan:
+        """The same plan in float64, computed again at every pass."""
+        return Plan(self.problem, self.read)
+
+    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+        """``P v`` with ``P' (w P v)``, or with ``P' w`` if that is ``as_given``."""
+        raise NotImplementedError
+
+    def times(self, v: Tensor) -> Tensor:
+        nothing = np.zeros(tuple(self.sums[0].shape))
+        return torch.from_numpy(self.product(nothing, v.numpy(), as_given=True)[0])
+
+    def times_back(self, u: Tensor) -> Tensor:
+        nothing = np.zeros(tuple(self.sums[1].shape))
+        return torch.from_numpy(self.product(u.numpy(), nothing, as_given=True)[1])
+
+
 class _Copy:
     """An array in a borrowed buffer, which goes back when nobody reads the plan any more."""
 
@@ -187,11 +218,8 @@ class _Copy:
 
 
 @dataclass(frozen=True)
-class StoredPlan(Plan):
-    """The plan of a dense cost on a CPU: its marginals in float64, its products from a copy, in float32 if large; compiled.
-
-    The products are for what is small already, corrections and directions; their relative error is that of the copy.
-    """
+class StoredPlan(QuickPlan):
+    """The plan of a dense cost on a CPU: its products are those of a copy, in float32 if large; compiled."""
 
     sums: tuple[Tensor, Tensor]
     kept: _Copy | Callable[[], _Copy]
@@ -230,28 +258,10 @@ class StoredPlan(Plan):
     def _copy(self) -> _Copy:
         return self.kept if isinstance(self.kept, _Copy) else self.kept()
 
-    @property
-    def _marginals(self) -> tuple[Tensor, Tensor]:
-        return self.sums
-
-    @property
-    def exact(self) -> Plan:
-        """The same plan in float64, computed again at every pass."""
-        return Plan(self.problem, self.read)
-
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
-        """``P v`` with ``P' (w P v)``, or with ``P' w`` if that is ``as_given``."""
         from iotsolve.kernels import passes
 
         return passes.product(self._copy.values, v, w, as_given=as_given)
-
-    def times(self, v: Tensor) -> Tensor:
-        nothing = np.zeros(tuple(self.sums[0].shape))
-        return torch.from_numpy(self.product(nothing, v.numpy(), as_given=True)[0])
-
-    def times_back(self, u: Tensor) -> Tensor:
-        nothing = np.zeros(tuple(self.sums[1].shape))
-        return torch.from_numpy(self.product(u.numpy(), nothing, as_given=True)[1])
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         from iotsolve.kernels import passes
@@ -259,13 +269,63 @@ class StoredPlan(Plan):
         return torch.from_numpy(passes.spread(self._copy.values, w.numpy(), rows.numpy()))
 
 
+@dataclass(frozen=True)
+class StreamedPlan(QuickPlan):
+    """The plan of points whose cost is bilinear: every sum and product is a pass over blocks, and nothing is kept of them.
+
+    Products are in float32 where the exponents leave it enough digits.
+    """
+
+    sums: tuple[Tensor, Tensor]
+    form: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, p: Potentials) -> StreamedPlan:
+        x, y, own_x, own_y = problem.cost.bilinear_form(number(problem.epsilon))
+        u = log_scaling(problem.a, p.f + p.lam.unsqueeze(-1), problem.epsilon)[0] + own_x
+        v = log_scaling(problem.b, p.g, problem.epsilon)[0] + own_y
+        r, c = bilinear.plan_sums(x, y, u, v, problem.cost.barred)
+        large = max(float(torch.where(z.isfinite(), z, 0.0).abs().max()) for z in (u, v))
+        form = (x, y, u, v) if large > _RESOLVED else tuple(z.float() for z in (x, y, u, v))
+
+        def read() -> Iterator[Chunk]:
+            blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
+            yield from (Chunk(values, cost.dense(), part) for (part, values), (_, cost) in blocks)
+
+        return cls(problem, read, (r[None], c[None]), form)
+
+    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+        given = (torch.from_numpy(z[0]).to(self.form[0].dtype) for z in (w, v))
+        found = bilinear.plan_product(*self.form, self.problem.cost.barred, *given, as_given=as_given)
+        return tuple(z.double().numpy()[None] for z in found)
+
+    def spread(self, w: Tensor, rows: Tensor) -> Tensor:
+        given = (z[0].to(self.form[0].dtype) for z in (w, rows))
+        return bilinear.plan_spread(*self.form, self.problem.cost.barred, *given).double()[None]
+
+
+_RESOLVED = 200.0  # exponents up to which float32 leaves an entry five digits
 _KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
+
+
+def is_quick(cost: Cost) -> bool:
+    """Whether :func:`quick_plan` has a plan for this cost."""
+    if isinstance(cost, Dense):
+        return cost.is_compiled
+    return isinstance(cost, Points) and cost.is_bilinear and cost.device.type == "cpu"
+
+
+def quick_plan(problem: Problem, p: Potentials, *, single: bool = False, lazy: bool = False) -> QuickPlan:
+    """The plan of potentials in float64, of a flat problem with a quick cost; the options are those of a stored plan."""
+    if isinstance(problem.cost, Dense):
+        return StoredPlan.of(problem, p, single=single, lazy=lazy)
+    return StreamedPlan.of(problem, p)
 
 
 def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, lazy: bool = False) -> Plan:
     """The plan of potentials, or an exact one, dense or sparse, of a flat problem; ``lazy`` if only its sums are wanted."""
-    if exact is None and isinstance(problem.cost, Dense) and problem.cost.is_compiled:
-        return StoredPlan.of(problem, p, lazy=lazy)
+    if exact is None and is_quick(problem.cost) and (isinstance(problem.cost, Dense) or p.f.dtype == torch.float64):
+        return quick_plan(problem, p, lazy=lazy)
     if exact is None:
 
         def gibbs() -> Iterator[Chunk]:

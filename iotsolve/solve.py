@@ -18,7 +18,7 @@ from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
-from iotsolve.plans import plan_of
+from iotsolve.plans import is_quick, plan_of
 from iotsolve.problem import Potentials, Problem, in_double, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
@@ -210,7 +210,11 @@ class _Automatic:
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
-            done = iterate(problem, Sinkhorn(max_steps=_QUICK if n * m <= _FITS else 10_000, **options), start)
+            second = is_quick(problem.cost)
+            done = iterate(
+                problem, Sinkhorn(max_steps=_QUICK if second or n * m <= _FITS else 10_000, **options), start
+            )
+            done = _continued(problem, done, newton.run) if second else done
         if n * m <= _FITS:
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))

@@ -31,8 +31,9 @@ from iotsolve import (
     costs,
     solve,
 )
+from iotsolve.kernels import bilinear
 
-METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
+METRICS = ("sqeuclidean", "euclidean", "cosine", "sphere", "dot")
 TIGHT = Interior(tolerance=1e-13, stationary=True)
 
 REGIMES = {
@@ -161,8 +162,8 @@ def test_what_a_solver_asks_of_points_is_what_it_asks_of_their_cost(metric):
 
 def torch_cost(x, y, metric):
     """The cost by torch's own operations, differentiable; torch.cdist has a gradient of 0 at coincident points."""
-    if metric == "dot":
-        return -torch.einsum("ik,jk->ij", x, y)
+    if metric in ("dot", "sphere"):
+        return float(metric == "sphere") - torch.einsum("ik,jk->ij", x, y)
     if metric == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(x.unsqueeze(-2), y.unsqueeze(-3), dim=-1)
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
@@ -313,7 +314,8 @@ def test_half_the_cost_epsilon_and_rho_give_half_the_value(regime, metric, facto
 @pytest.fixture(params=[1, 40], ids=lambda size: f"block-{size}")
 def tiny_blocks(request, monkeypatch):
     """Blocks of one row, and of a few that do not divide their number."""
-    monkeypatch.setattr(costs, "_BLOCK", request.param)
+    for passes in (costs, bilinear):
+        monkeypatch.setattr(passes, "_BLOCK", request.param)
     return request.param
 
 
@@ -340,7 +342,8 @@ def test_where_blocks_end_does_not_matter(metric, regime, epsilon, tiny_blocks):
     assert len(parts) >= 3 and [i for part in parts for i in range(part.start, part.stop)] == list(range(11))
     found = list(everything(metric, regime, epsilon))
     with pytest.MonkeyPatch.context() as whole:
-        whole.setattr(costs, "_BLOCK", 10**6)
+        for passes in (costs, bilinear):
+            whole.setattr(passes, "_BLOCK", 10**6)
         expected = list(everything(metric, regime, epsilon))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-9, atol=1e-10)
@@ -377,9 +380,10 @@ def assert_held(action, blocks):
 
 
 @over_metrics
-def test_points_never_make_a_matrix(metric):
+def test_points_never_make_a_matrix(metric, monkeypatch):
     """n = m = 3000: ten blocks at a time where the matrix is 34 of them, back, and twenty there, where a certificate is asked for
     because one step is too few."""
+    monkeypatch.setattr(bilinear, "_BLOCK", costs._BLOCK)
     x, made = leaves(*clouds(3000, 3000, 2)), []
 
     def solving():
@@ -393,7 +397,8 @@ def test_points_never_make_a_matrix(metric):
 
 def test_what_is_read_of_a_plan_never_makes_a_matrix(monkeypatch):
     """Twenty blocks at a time where the matrix is 30 of them: the divergences of the certificate have many terms."""
-    monkeypatch.setattr(costs, "_BLOCK", 2**15)
+    for passes in (costs, bilinear):
+        monkeypatch.setattr(passes, "_BLOCK", 2**15)
     solution = solve(
         Problem(Points(*clouds(1000, 1000)), epsilon=3.0, rows=KL(1.0)), Sinkhorn(max_steps=3), throw=False
     )
@@ -642,7 +647,10 @@ LINE = on_line([0.0, 1.0], [2.0, 3.0, 4.0])
         ),
         ((np.where(X[1, 2] == X, np.nan, X), Y), r"x\[1, 2\] = nan: points must be finite.*Drop"),
         ((X, np.where(Y[0, 1] == Y, -np.inf, Y)), r"y\[0, 1\] = -inf: points must be finite"),
-        ((X, Y, "manhattan"), r"metric = 'manhattan': must be one of sqeuclidean, euclidean, cosine, sphere, dot.*as a matrix"),
+        (
+            (X, Y, "manhattan"),
+            r"metric = 'manhattan': must be one of sqeuclidean, euclidean, cosine, sphere, dot.*as a matrix",
+        ),
         ((X, Y, None), r"metric = None: must be one of"),
         ((X, Y, ["dot"]), r"metric = \['dot'\]: must be one of"),
         ((X * np.array([1, 0, 1, 1, 1, 1])[:, None], Y, "cosine"), r"x\[1\] is the zero vector.*no direction.*Drop it"),

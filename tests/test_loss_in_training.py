@@ -200,3 +200,32 @@ def test_diagnostics_against_plain_formulas():
     share = values / values.sum()
     assert found["rankme"] == pytest.approx(float((-(share * share.log()).sum()).exp()))
     assert found["feature_std"] == pytest.approx(float(x.std(0).mean()))
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_closed_form_never_waits_for_the_device(name):
+    """No number is read back and no size depends on data, forward or backward: what would stall a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name.split("::")[1] in (
+                "_local_scalar_dense",
+                "item",
+                "nonzero",
+                "equal",
+                "_coalesce",
+                "unique",
+            ):
+                self.seen = (*self.seen, func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    loss, inputs = CLOSED[name](0.2, learn_temperature=True), batch(16)
+    with Waits() as waits:
+        loss(*inputs).backward()
+    assert waits.seen == ()
+    with Waits() as waits:
+        float(loss(*inputs).detach())
+    assert waits.seen  # the count sees one

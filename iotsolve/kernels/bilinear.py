@@ -1,4 +1,5 @@
-"""Log-sum-exp of a bilinear form ``x_i . y_j``, over rows and over columns, and its derivative, block by block.
+"""Passes over the exponentials of a bilinear form ``x_i . y_j``, block by block: their logarithmic sums over rows and over
+columns, with derivatives, and the sums and products of plans.
 
 The matrix ``x y'`` is never held: a pass computes it in blocks of rows that stay in the cache, the backward pass computes it
 again. Costs that are a scalar product up to terms of ``i`` and of ``j`` alone come here.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from iotsolve.kernels.once import final
 
-__all__ = ["log_sums"]
+__all__ = ["log_sums", "plan_product", "plan_spread", "plan_sums"]
 
 
 def log_sums(
@@ -120,6 +121,39 @@ def _pull(
     return gx, gy, gu, gv
 
 
+def plan_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row and column sums of ``P_ij = exp(u_i + v_j + x_i . y_j)``."""
+    rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
+    for part, plan in _plans(x, y, u, v, barred):
+        torch.sum(plan, 1, out=rows[part])
+        columns.add_(plan.sum(0))
+    return rows, columns
+
+
+def plan_product(
+    x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, z: Tensor, *, as_given: bool
+) -> tuple[Tensor, Tensor]:
+    """``P z``, with ``P' (w P z)``, or with ``P' w`` if that is ``as_given``: in one pass, since a block has whole rows."""
+    rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
+    for part, plan in _plans(x, y, u, v, barred):
+        torch.mv(plan, z, out=rows[part])
+        columns.addmv_(plan.mT, w[part] if as_given else w[part] * rows[part])
+    return rows, columns
+
+
+def plan_spread(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, rows: Tensor) -> Tensor:
+    """``sum_i P_ij w_i (rows_i - P_ij)`` for every column."""
+    columns = torch.zeros_like(v)
+    for part, plan in _plans(x, y, u, v, barred):
+        columns.addmv_((rows[part, None] - plan).mul_(plan).mT, w[part])
+    return columns
+
+
+def _plans(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    for part, block, _ in _blocks(x, y, barred, spare=False):
+        yield part, block.add_(v).add_(u[part, None]).exp_()
+
+
 def _blocks(
     x: Tensor, y: Tensor, barred: Tensor | None, *, spare: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -139,7 +173,7 @@ def _blocks(
         yield part, block, None if second is None else second[:rows]
 
 
-_BLOCK = 2**21  # entries: with its spare it stays in a CPU's last cache
+_BLOCK = 2**20  # entries: with its spare it stays in a CPU's last cache
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 
 
