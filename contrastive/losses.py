@@ -123,7 +123,7 @@ class Side:
         """The inner problem over all ranks' rows, or with another cost."""
         ranks, points = self.batch.ranks, self.batch.points
         if cost is None:
-            cost = points if isinstance(ranks, Alone) else Sharded(points, ranks, self.batch.repeat)
+            cost = points if isinstance(ranks, Alone) else Sharded.joined(points, ranks, self.batch.repeat)
         rows, columns = (self.anchors, self.others) if self.by_rows else (self.others, self.anchors)
         return Problem.unchecked(cost, self.a, self.b, epsilon=epsilon, rows=rows, columns=columns, mass=self.mass)
 

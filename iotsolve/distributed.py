@@ -7,6 +7,7 @@ Potentials and weights are whole on every process, and exchanged: O(n + m) numbe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from iotsolve.costs import Points, Scalar
 
-__all__ = ["Alone", "Ranks", "Sharded", "meet"]
+__all__ = ["Alone", "Ranks", "Sharded", "meet", "own_plan"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ class Ranks:
         start = repeat * sum(self.sizes[: self.rank])
         return x[start : start + repeat * self.sizes[self.rank]]
 
+    def stack(self, x: Tensor) -> Tensor:
+        """Every rank's ``x``, of one shape, in a dimension before the others; without a derivative."""
+        pieces = [torch.empty_like(x) for _ in self.sizes]
+        dist.all_gather(pieces, x.contiguous(), group=self.group)
+        return torch.stack(pieces)
+
     def first(self, x: Tensor) -> Tensor:
         """The first rank's ``x``, so that all go on from the same numbers."""
         x = x.contiguous()
@@ -130,24 +137,71 @@ def meet(gather: bool, group: Any, *views: Tensor) -> Alone | Ranks:
     return Ranks(group, dist.get_rank(group), tuple(row[0] for row in table))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Sharded:
-    """The cost of points whose rows are spread over ranks, for first-order solvers: every rank gets whole soft-minima.
+    """The cost of points whose rows are spread over ranks; every rank has all columns, and whole potentials and weights.
+
+    Every rank builds the same :class:`iotsolve.Problem` of it, with the weights of *all* rows, and solves it at the same time;
+    what they exchange is O(n + m) numbers an iteration. First and second order, certificates and the gradient of the value work
+    as for one process, for every marginal at ``epsilon > 0``. Gradients in the rows are those of this rank's; those in the
+    columns, weights and numbers, which all have, are whole on every rank.
 
     Args:
-        local: this rank's rows against all columns.
-        ranks: who has the others; each rank's pairs stand for ``repeat`` rows.
-        repeat: rows per pair.
+        cost: :class:`iotsolve.Points` of this rank's rows against all columns, without a batch; metric sqeuclidean, cosine,
+            sphere or dot.
+        group: the ``torch.distributed`` process group, gloo or NCCL; None is all ranks. Without one it is a single process.
+
+    Raises:
+        ValueError: on every rank, if the ranks' points do not fit each other.
+
+    Example:
+        >>> from iotsolve import Points, Problem, solve
+        >>> x, y = torch.rand(5, 2), torch.rand(4, 2)
+        >>> solve(Problem(Sharded(Points(x, y)), epsilon=0.1)).status.name
+        'CONVERGED'
     """
 
     local: Points
-    ranks: Ranks
-    repeat: int = 1
+    ranks: Alone | Ranks
+    repeat: int
+
+    def __init__(self, cost: Points, group: Any = None) -> None:
+        if not isinstance(cost, Points):
+            raise ValueError(
+                f"cost = {type(cost).__name__}: Sharded is for Points, this rank's rows against all columns."
+            )
+        x, y = (z if isinstance(z, Tensor) else torch.as_tensor(z) for z in (cost.x, cost.y))
+        cost = replace(cost, x=x, y=y)
+        if x.dim() != 2 or y.dim() != 2 or not cost.is_bilinear:
+            raise ValueError(
+                f"points of shapes {tuple(x.shape)} and {tuple(y.shape)} under {cost.metric!r}: Sharded takes (n, d) and (m, d) "
+                "without a batch, and the metrics sqeuclidean, cosine, sphere and dot."
+            )
+        self._set(cost, _meet_points(group, cost), 1)
+
+    def _set(self, local: Points, ranks: Alone | Ranks, repeat: int) -> None:
+        for name, value in {"local": local, "ranks": ranks, "repeat": repeat}.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def joined(cls, local: Points, ranks: Alone | Ranks, repeat: int = 1) -> Sharded:
+        """Of ranks that have met, each pair of which stands for ``repeat`` rows."""
+        cost = object.__new__(cls)
+        cost._set(local, ranks, repeat)
+        return cost
 
     @property
     def shape(self) -> torch.Size:
-        *batch, _, m = self.local.shape
-        return torch.Size((*batch, self.repeat * sum(self.ranks.sizes), m))
+        *batch, n, m = self.local.shape
+        return torch.Size((*batch, n if isinstance(self.ranks, Alone) else self.repeat * sum(self.ranks.sizes), m))
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows among all."""
+        if isinstance(self.ranks, Alone):
+            return slice(0, self.shape[-2])
+        start = self.repeat * sum(self.ranks.sizes[: self.ranks.rank])
+        return slice(start, start + self.local.shape[-2])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,22 +211,95 @@ class Sharded:
     def device(self) -> torch.device:
         return self.local.device
 
+    @property
+    def barred(self) -> Tensor | None:
+        return self.local.barred
+
     def tensors(self) -> dict[str, Tensor]:
         return self.local.tensors()
 
     def with_tensors(self, named: dict[str, Tensor]) -> Sharded:
-        return replace(self, local=self.local.with_tensors(named))
+        return Sharded.joined(self.local.with_tensors(named), self.ranks, self.repeat)
+
+    def expand(self, batch: tuple[int, ...]) -> Sharded:
+        return Sharded.joined(self.local.expand(batch), self.ranks, self.repeat) if batch else self
 
     def all_finite(self) -> bool:
         return self.local.all_finite()
+
+    def range(self) -> Tensor:
+        """A bound of largest minus smallest entry, of all rows together: that of any two ranks' rows."""
+        x = self.local.x.detach().flatten(0, -2)
+        if isinstance(self.ranks, Alone):
+            return self.local.range()
+        corners = self.ranks.stack(torch.stack([x.amin(0), x.amax(0), x[x.norm(dim=1).argmax()]]))
+        points = corners.reshape(-1, x.shape[1]).expand(*self.local.x.shape[:-2], -1, -1)
+        return replace(self.local, x=points, barred=None).range()
+
+    @property
+    def ceiling(self) -> float:
+        reach = float(self.range().amax())
+        return math.inf if self.barred is not None else reach if self.local.metric != "sphere" else reach / 2 + 1.0
+
+    def between(self, rows: Tensor, columns: Tensor) -> Sharded:
+        """All rows: what this is asked for is their range, of which a bound will do."""
+        return self
 
     def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """As of :class:`iotsolve.Points`, over the rows of all ranks."""
         if axis == -1:
             own = self.local.softmin(log_weights, epsilon, axis=-1)
             return self.ranks.gather(own.flatten()).reshape(*own.shape[:-1], -1)
-        weights = self.ranks.own(log_weights.flatten(), self.repeat).reshape(*log_weights.shape[:-1], -1)
-        return -epsilon * self.ranks.log_sum(-self.local.softmin(weights, epsilon, axis=-2) / epsilon)
+        own = self.local.softmin(log_weights[..., self.own], epsilon, axis=-2)
+        return own if isinstance(self.ranks, Alone) else -epsilon * self.ranks.log_sum(-own / epsilon)
+
+    def dense(self) -> Tensor:
+        raise ValueError(
+            "this needs the whole cost or plan as a matrix, and its rows are on many ranks: of a sharded problem there are "
+            "value, potentials, marginals, transport cost, certificate and the value's gradient; own_plan(solution) has this "
+            "rank's rows of the plan."
+        )
+
+    def gibbs(self, *given: Any) -> Tensor:
+        return self.dense()
+
+    def slack(self, *given: Any) -> tuple[Tensor, Tensor]:
+        return self.dense(), self.dense()
+
+
+def own_plan(solution: Any) -> Tensor:
+    """The rows of the plan that are this rank's, shape ``(k, m)``, detached.
+
+    Args:
+        solution: of a problem whose cost is :class:`Sharded`.
+    """
+    problem, p = solution.problem, solution.potentials
+    cost = problem.cost
+    with torch.no_grad():
+        f = p.f[cost.own] + p.lam
+        eps = problem.epsilon
+        logs = problem.a[cost.own].log() + f / eps, problem.b.log() + p.g / eps
+        return cost.local.gibbs(*logs, eps)
+
+
+def _meet_points(group: Any, cost: Points) -> Alone | Ranks:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return Alone()
+    world = dist.get_world_size(group)
+    x, y = cost.x.detach().double(), cost.y.detach().double()
+    metric = ("sqeuclidean", "cosine", "sphere", "dot").index(cost.metric)
+    told = [len(x), x.shape[1], len(y), y.shape[1], metric, float(cost.barred is not None), float(cost.dtype.itemsize)]
+    mine = torch.tensor([*told, float(y.sum()), float(y.square().sum())], dtype=torch.float64, device=x.device)
+    everyone = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(everyone, mine, group=group)
+    table = torch.stack(everyone).tolist()
+    if any(row[1:] != table[0][1:] for row in table):
+        raise ValueError(
+            "the ranks' points differ in more than their rows: (n, d, m, d of columns, metric, barred, bytes a number, sum and "
+            f"sum of squares of the columns) = {[tuple(row) for row in table]}. All must have the same columns, in the same "
+            "precision: broadcast y from one rank."
+        )
+    return Ranks(group, dist.get_rank(group), tuple(int(row[0]) for row in table))
 
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:

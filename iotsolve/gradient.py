@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
+from iotsolve.distributed import Alone, Sharded
 from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
@@ -300,7 +301,7 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
     """
     with calm(problem.cost), torch.no_grad():
         eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
-        streamed = isinstance(problem.cost, Points) and problem.cost.is_bilinear
+        streamed = isinstance(problem.cost, Sharded) or (isinstance(problem.cost, Points) and problem.cost.is_bilinear)
         found = (_of_points if streamed else _of_blocks)(problem, p, upstream, needed)
         r, c = found["r"], found["c"]
         if "a" in needed:
@@ -343,20 +344,27 @@ def _of_blocks(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
 
 def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
     """The same through the soft-minima of a bilinear cost: the rows' marginals are ``a exp((f + lam - s) / eps)``."""
-    named = {"x": problem.cost.x, "y": problem.cost.y, "epsilon": torch.as_tensor(problem.epsilon, dtype=p.f.dtype)}
+    cost, shape = problem.cost, p.f.shape[:-1]
+    ranks, own = (cost.ranks, cost.own) if isinstance(cost, Sharded) else (Alone(), slice(None))
+    points = cost.local if isinstance(cost, Sharded) else cost
+    named = {"x": points.x, "y": points.y, "epsilon": torch.as_tensor(problem.epsilon, dtype=p.f.dtype)}
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in named.items()}
-    f, g, shape = (p.f + p.lam.unsqueeze(-1)).flatten(), p.g.flatten(), p.f.shape[:-1]
-    a, b = problem.a.flatten(), problem.b.flatten()
+    f, g = (p.f + p.lam.unsqueeze(-1)).flatten()[own], p.g.flatten()
+    a, b = problem.a.flatten()[own], problem.b.flatten()
     with torch.enable_grad():
         eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
-        cost = replace(problem.cost, x=leaves["x"], y=leaves["y"])
-        s, t = cost.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
-        r, c = (_reached(w, h, own, eps) for w, h, own in ((a, f, s), (b, g, t)))
-        term = -eps * (r.sum() - a.sum() * b.sum()) * upstream.sum()
-        wanted = [leaves[name] for name in leaves if name in needed]
-        slopes = torch.autograd.grad(term, wanted) if wanted else ()
-    found = dict(zip((name for name in leaves if name in needed), slopes, strict=True))
-    return found | {"r": r.detach().reshape(*shape, -1), "c": c.detach().reshape(*shape, -1)}
+        live = replace(points, x=leaves["x"], y=leaves["y"])
+        s, t = live.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
+        r = _reached(a, f, s, eps)
+        excess = r.sum() - problem.a.sum() * problem.b.sum() / ranks.count
+        wanted = [name for name in leaves if name in needed]
+        slopes = (
+            torch.autograd.grad(-eps * excess * upstream.sum(), [leaves[name] for name in wanted]) if wanted else ()
+        )
+    found = {name: x if name == "x" else ranks.sum(x) for name, x in zip(wanted, slopes, strict=True)}
+    t = t.detach() if isinstance(ranks, Alone) else -problem.epsilon * ranks.log_sum(-t.detach() / problem.epsilon)
+    r, c = ranks.gather(r.detach()), _reached(b, g, t, problem.epsilon)
+    return found | {"r": r.reshape(*shape, -1), "c": c.reshape(*shape, -1)}
 
 
 def _reached(weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar) -> Tensor:

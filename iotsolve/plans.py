@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points
+from iotsolve.distributed import Sharded
 from iotsolve.kernels import bilinear
 from iotsolve.marginals import number
 from iotsolve.problem import Potentials, Problem, log_scaling
@@ -308,8 +309,69 @@ _RESOLVED = 200.0  # exponents up to which float32 leaves an entry five digits
 _KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
 
 
+@dataclass(frozen=True)
+class ShardedPlan(StreamedPlan):
+    """A streamed plan whose rows are on many ranks: every rank reads its own, and what it finds is added to the others'."""
+
+    @classmethod
+    def of(cls, problem: Problem, p: Potentials) -> ShardedPlan:
+        cost = problem.cost
+        local = Problem.unchecked(cost.local, problem.a[..., cost.own], problem.b, epsilon=problem.epsilon)
+        mine = StreamedPlan.of(local, Potentials(p.f[..., cost.own], p.g, p.lam))
+        rows = cost.ranks.gather(mine.sums[0][0])[None]
+
+        def read() -> Iterator[Chunk]:
+            for chunk in mine.read():
+                start = chunk.part.start + cost.own.start
+                yield Chunk(chunk.values, chunk.cost, slice(start, start + chunk.values.shape[-2]))
+
+        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine.form)
+
+    @property
+    def exact(self) -> Plan:
+        return _Spread(self.problem, self.read)
+
+    def sum(self, of: Callable[[Chunk], Tensor]) -> Tensor:
+        return self.exact.sum(of)
+
+    def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
+        return self.exact._sums(of)
+
+    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+        cost = self.problem.cost
+        rows, columns = super().product(w[..., cost.own], v, as_given=as_given)
+        rows = cost.ranks.gather(torch.from_numpy(rows[0])).numpy()[None]
+        return rows, cost.ranks.sum(torch.from_numpy(columns)).numpy()
+
+    def spread(self, w: Tensor, rows: Tensor) -> Tensor:
+        own = self.problem.cost.own
+        return self.problem.cost.ranks.sum(super().spread(w[..., own], rows[..., own]))
+
+
+@dataclass(frozen=True)
+class _Spread(Plan):
+    """Chunks that are read by their ranks, in float64."""
+
+    def sum(self, of: Callable[[Chunk], Tensor]) -> Tensor:
+        return self.problem.cost.ranks.sum(super().sum(of))
+
+    def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
+        return tuple(self.problem.cost.ranks.sum(x) for x in super()._sums(of))
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.problem.cost.ranks.sum(super().times(v))
+
+    def times_back(self, u: Tensor) -> Tensor:
+        return self.problem.cost.ranks.sum(super().times_back(u))
+
+    def spread(self, w: Tensor, rows: Tensor) -> Tensor:
+        return self.problem.cost.ranks.sum(super().spread(w, rows))
+
+
 def is_quick(cost: Cost) -> bool:
     """Whether :func:`quick_plan` has a plan for this cost."""
+    if isinstance(cost, Sharded):
+        return cost.device.type == "cpu"
     if isinstance(cost, Dense):
         return cost.is_compiled
     return isinstance(cost, Points) and cost.is_bilinear and cost.device.type == "cpu"
@@ -319,7 +381,7 @@ def quick_plan(problem: Problem, p: Potentials, *, single: bool = False, lazy: b
     """The plan of potentials in float64, of a flat problem with a quick cost; the options are those of a stored plan."""
     if isinstance(problem.cost, Dense):
         return StoredPlan.of(problem, p, single=single, lazy=lazy)
-    return StreamedPlan.of(problem, p)
+    return (ShardedPlan if isinstance(problem.cost, Sharded) else StreamedPlan).of(problem, p)
 
 
 def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, lazy: bool = False) -> Plan:

@@ -367,8 +367,12 @@ class Problem:
         """``-eps (sum P - sum a sum b)``, differentiable at empty bins too."""
         if self._traced(p):
             total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
-        else:
+        elif isinstance(self.cost, Dense):
             total = sum(plan.sum((-2, -1)) for _, plan in self.plan_blocks(p))
+        else:
+            s = self.cost.softmin(log_scaling(self.b, p.g, self.epsilon), self.epsilon, axis=-1)
+            rows = log_scaling(self.a, p.f + p.lam.unsqueeze(-1), self.epsilon)
+            total = torch.where(s.isfinite(), rows - s / self.epsilon, -math.inf).exp().sum(-1)
         return -self.epsilon * (total - self.a.sum(-1) * self.b.sum(-1))
 
     def duality_gap(self, plan: Tensor, p: Potentials) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from iotsolve.accelerated import Accelerated
 from iotsolve.certificate import Certificate
 from iotsolve.costs import Dense, calm
+from iotsolve.distributed import Sharded
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
@@ -215,7 +216,7 @@ class _Automatic:
                 problem, Sinkhorn(max_steps=_QUICK if second or n * m <= _FITS else 10_000, **options), start
             )
             done = _continued(problem, done, newton.run) if second else done
-        if n * m <= _FITS:
+        if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
         return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(max_steps=sweeps, **options), p))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import METRICS, Cost, Dense, Points, calm
+from iotsolve.distributed import Sharded
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.support import largest_mass
 
@@ -71,6 +72,8 @@ def as_cost(cost: Any) -> tuple[Cost, bool]:
     """The cost in floating tensors, without a copy where possible, and whether it came from NumPy."""
     if isinstance(cost, Points):
         return _as_points(cost)
+    if isinstance(cost, Sharded):
+        return Sharded.joined(_as_points(cost.local)[0], cost.ranks, cost.repeat), False
     if isinstance(cost, Dense):
         cost = cost.dense()
     as_numpy = not isinstance(cost, Tensor)
@@ -250,6 +253,8 @@ def check_problem(problem: Problem) -> None:
                 f"{side} = {getattr(problem, side)!r}: must be a marginal object, one of FIXED, FREE, AT_MOST, Between(lo, hi), "
                 "KL(rho), TV(rho), ChiSquared(rho), L2(rho) from iotsolve."
             )
+    if problem.is_exact and isinstance(problem.cost, Sharded):
+        raise ValueError("epsilon = 0 with a sharded cost: exact transport runs on one process. Use epsilon > 0.")
     _check_totals(problem)
     _check_reachable(problem)
     if problem.is_exact and problem.mass is None:

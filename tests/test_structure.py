@@ -14,6 +14,7 @@ ORDER = (
     ("kernels",),
     ("marginals",),
     ("costs",),
+    ("distributed",),
     ("support",),
     ("validation",),
     ("problem",),
@@ -25,7 +26,7 @@ ORDER = (
     ("gradient", "certificate"),
     ("solution",),
     ("solve",),
-    ("divergence", "inverse", "distributed"),
+    ("divergence", "inverse"),
     ("testing",),
     ("cli",),
 )
