@@ -66,6 +66,8 @@ _ONCE = (
 def _log_sums(
     x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
+    if _is_tame(x, y, u, v):
+        return _tame_log_sums(x, y, u, v, barred)
     of_rows = None if v is None else x.new_empty(len(x))
     top = None if u is None else x.new_full((len(y),), -math.inf)
     total = None if u is None else x.new_zeros(len(y))
@@ -102,6 +104,8 @@ def _pull(
     gv = torch.zeros_like(v) if v_wanted and rows else None
     if not (rows or columns):
         return gx, gy, gu, gv
+    if _is_tame(x, y, u, v):
+        return _tame_pull(x, y, u, v, barred, sums, upstream, (gx, gy, gu, gv))
     for part, block, spare in _blocks(x, y, barred, spare=rows and columns):
         weights = None
         if columns:
@@ -119,6 +123,86 @@ def _pull(
         if gy is not None:
             gy.addmm_(weights.mT, x[part])
     return gx, gy, gu, gv
+
+
+# -- where exponentials stay in range ------------------------------------------------------------------------------------
+# One exponential then serves rows and columns, without a look for the largest exponent, and what remains are matrix products.
+
+
+def _is_tame(x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None) -> bool:
+    """Whether ``exp(x_i . y_j)``, ``exp(u_i)`` and ``exp(v_j)`` and their products stay in range; asked on a CPU only."""
+    if x.device.type != "cpu":
+        return False
+    reach = _TAME[x.dtype]
+    sizes = [torch.where(w == -math.inf, 0.0, w).abs().amax() for w in (u, v) if w is not None]
+    products = torch.linalg.vector_norm(x, dim=1).amax() * torch.linalg.vector_norm(y, dim=1).amax()
+    return all(float(size) <= reach for size in (products, *sizes))
+
+
+_TAME = {torch.float32: 38.0, torch.float64: 300.0}
+
+
+def _tame_log_sums(
+    x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    rows = None if v is None else x.new_empty(len(x))
+    columns = None if u is None else x.new_zeros(len(y))
+    by_rows, by_columns = (None if w is None else w.exp() for w in (v, u))
+    for part, block, _ in _blocks(x, y, barred, spare=False):
+        block.exp_()
+        if v is not None:
+            torch.mv(block, by_rows, out=rows[part])
+        if u is not None:
+            columns.addmv_(block.mT, by_columns[part])
+    return None if v is None else rows.log_(), None if u is None else columns.log_()
+
+
+def _tame_pull(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    sums: tuple[Tensor | None, Tensor | None],
+    upstream: tuple[Tensor | None, Tensor | None],
+    into: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The weights are ``exp(x_i . y_j)`` times a matrix of rank one for each of the two sums."""
+    gx, gy, gu, gv = into
+    left, right = [], []
+    if v is not None and upstream[0] is not None:
+        left.append(upstream[0] * (-_finite(sums[0])).exp())
+        right.append(v.exp())
+    if u is not None and upstream[1] is not None:
+        left.append(u.exp())
+        right.append(upstream[1] * (-_finite(sums[1])).exp())
+    a, b = torch.stack(left, 1), torch.stack(right, 1)
+    single = a.shape[1] == 1
+    ax, by = (a * x, b * y) if single else (None, None)
+    for part, block, spare in _blocks(x, y, barred, spare=not single):
+        block.exp_()
+        if gu is not None:
+            gu[part] = a[part, -1] * (block @ b[:, -1])
+        if gv is not None:
+            gv.addmv_(block.mT, a[part, 0])
+        if single:
+            if gx is not None:
+                torch.mm(block, by, out=gx[part])
+            if gy is not None:
+                gy.addmm_(block.mT, ax[part])
+            continue
+        block.mul_(torch.mm(a[part], b.mT, out=spare))
+        if gx is not None:
+            torch.mm(block, y, out=gx[part])
+        if gy is not None:
+            gy.addmm_(block.mT, x[part])
+    if single:
+        gx = None if gx is None else gx.mul_(a)
+        gy = None if gy is None else gy.mul_(b)
+    return gx, gy, gu, None if gv is None else gv.mul_(b[:, 0])
+
+
+# -- plans ---------------------------------------------------------------------------------------------------------------
 
 
 def plan_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +257,7 @@ def _blocks(
         yield part, block, None if second is None else second[:rows]
 
 
-_BLOCK = 2**20  # entries: with its spare it stays in a CPU's last cache
+_BLOCK = 2**21  # entries: with its spare it stays in a CPU's last cache
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 
 

@@ -1,4 +1,4 @@
-"""Time our solvers and losses beside their peers, in one run, at an accuracy that the harness measures itself.
+"""Time our solvers beside their peers, in one run, at an accuracy that the harness measures itself.
 
 ``python -m tests.benchmarks`` runs everything (about an hour), ``--quick`` the small sizes, ``--only entropic,exact`` some
 groups; results go to ``runs/bench/results.json``, and with ``--docs`` into the page in ``docs``.
@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from scipy.sparse import coo_array
-from torch.nn import functional
 
 from tests.benchmarks import cases, page, peers
 from tests.benchmarks.measure import Entry, Row, peak_memory, race, timed
@@ -212,45 +211,12 @@ def _gradient(n: int, d: int, epsilon: float) -> Row:
     return row
 
 
-def losses(quick: bool) -> Iterator[Callable[[], Row]]:
-    for name in ("InfoNCE", "CLIP"):
-        yield partial(_loss, name, 1024 if quick else 4096, 128)
-
-
-def _loss(name: str, n: int, d: int) -> Row:
-    from contrastive.losses import ClipLoss, InfoNCELoss
-
-    generator = torch.Generator().manual_seed(0)
-    z0, z1 = (torch.randn(n, d, generator=generator, requires_grad=True) for _ in range(2))
-    criterion = {"InfoNCE": InfoNCELoss(0.1), "CLIP": ClipLoss(0.1)}[name]
-    labels = torch.arange(n)
-
-    def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        scores = functional.normalize(x, dim=1) @ functional.normalize(y, dim=1).T / 0.1
-        one = functional.cross_entropy(scores, labels)
-        return one if name == "InfoNCE" else (one + functional.cross_entropy(scores.T, labels)) / 2
-
-    doubles = [z.detach().double().requires_grad_() for z in (z0, z1)]
-    exactly = torch.autograd.grad(reference(*doubles), doubles)[0]
-    row = Row("losses, forward and backward", f"{name}, N = {n}, D = {d}", 1e-4)
-    works = {
-        "iotsolve": lambda: torch.autograd.grad(criterion(z0, z1), (z0, z1))[0],
-        "torch cross_entropy": lambda: torch.autograd.grad(reference(z0, z1), (z0, z1))[0],
-    }
-    for who, work in works.items():
-        error = float((work().double() - exactly).norm() / exactly.norm())
-        runs = sorted(timed(work)[1:] for _ in range(5))
-        row.entries.append(Entry(who, *runs[2], error))
-    return row
-
-
 GROUPS = {
     "entropic": entropic,
     "exact": exact,
     "unbalanced": unbalanced,
     "many": many,
     "gradients": gradients,
-    "losses": losses,
 }
 
 
