@@ -98,7 +98,7 @@ def test_sinkhorn_equals_the_unrolled_balanced_coupling():
     unrolled = -log_plan.diagonal().mean() - math.log(8)
     torch.testing.assert_close(ours, unrolled, rtol=1e-10, atol=1e-12)
     for got, expected in zip(torch.autograd.grad(ours, (z0, z1)), torch.autograd.grad(unrolled, (z0, z1)), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(5))
