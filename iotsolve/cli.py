@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import warnings
@@ -111,6 +112,9 @@ def invert(
     out: Annotated[
         Path | None, typer.Option(help="Write coefficients, errors and intervals to this .json file.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw coefficients and fitted against observed flows into this .png file.")
+    ] = None,
 ) -> None:
     """Estimate what explains flows between places: a gravity equation, with effects of origin and destination.
 
@@ -119,6 +123,10 @@ def invert(
     with _one_sentence():
         if out is not None:
             _check_writable(out, ".json")
+        if plot is not None:
+            _check_writable(plot, ".png")
+            if importlib.util.find_spec("matplotlib") is None:
+                raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
         from iotsolve.inverse import gravity
 
         if errors not in ("model", "robust", "clustered") or (errors == "clustered") != (cluster is not None):
@@ -137,9 +145,45 @@ def invert(
                 for name, x, error, ends in numbers
             }
             _write_text(out, {"coefficients": found, "errors": errors, "log_likelihood": fit.log_likelihood})
+        if fit.converged and plot is not None:
+            _draw_gravity(fit, errors, plot)
     typer.echo("\n".join([report, *(f"\nnote: {message}" for message in fit.warnings)]))
     if not fit.converged:
         raise typer.Exit(1)
+
+
+def _draw_gravity(fit: Any, errors: str, path: Path) -> None:
+    """Estimates with their intervals, each in its own standard errors from 0, and what was observed against what is explained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    sizes, table = fit.errors(errors), fit.points[0].market.table
+    listed = np.ones(table.plan.shape, bool) if table.allowed is None else table.allowed
+    explained, observed = (table.unit * x[listed] for x in (fit.plan, table.plan))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, max(3.6, 1.2 + 0.32 * len(sizes))), width_ratios=(1, 1.1), layout="constrained"
+    )
+    rows = np.arange(len(sizes))
+    told = np.isfinite(sizes) & (sizes > 0)
+    scaled = np.divide(fit.coefficients, sizes, out=np.zeros(len(sizes)), where=told)
+    left.errorbar(scaled[told], rows[told], xerr=1.96, fmt="o", capsize=4)
+    left.axvline(0.0, color="0.5", lw=1)
+    left.set_yticks(rows, [f"{name}  {x:.4g}" for name, x in zip(fit.names, fit.coefficients, strict=True)])
+    left.invert_yaxis()
+    left.set_xlabel(f"estimate and 95 % interval, in standard errors ({errors})")
+    positive = (observed > 0) & (explained > 0)
+    right.loglog(explained[positive], observed[positive], ".", ms=4, alpha=0.4)
+    ends = np.array([explained[positive].min(), explained[positive].max()])
+    right.loglog(ends, ends, color="0.3", lw=1)
+    right.set_xlabel("flow explained")
+    right.set_ylabel("flow observed")
+    right.set_title(f"{int((observed == 0).sum())} pairs without a flow are not shown", fontsize=9)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
 
 
 def _columns(path: Path, *, numbers: list[str]) -> dict[str, np.ndarray]:

@@ -311,13 +311,16 @@ class Between(Marginal):
         return torch.zeros_like(f) if self.is_fixed else torch.where(f == 0, math.inf, 0.0).to(f)
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
+        if self.is_fixed:
+            off = r - self.lo * a
+            return torch.where(off == 0, 0.0, f * off)
         above, below = r - self.lo * a, r - (a if math.isinf(number(self.hi)) else self.hi * a)
         down = -math.inf if math.isinf(number(self.hi)) else f * below
         slope = torch.where(f > 0, f * above, torch.where(f < 0, down, 0.0))
         return torch.where(f.isinf() & (above == 0), 0.0, slope)
 
     def residual(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
-        return (r - self.target(r, f, a)).abs()
+        return self.violation(r, a) if self.is_fixed else (r - self.target(r, f, a)).abs()
 
     def project(self, f: Tensor) -> Tensor:
         return f.clamp(min=0.0) if math.isinf(number(self.hi)) else f

@@ -401,6 +401,11 @@ class Problem:
         return rows, columns, mass
 
     def mismatch(self) -> Tensor:
+        """:attr:`_mismatch`, once for every problem."""
+        return self._mismatch
+
+    @cached_property
+    def _mismatch(self) -> Tensor:
         """By how much the totals the two sides and ``mass`` ask for differ, if that is rounding; 0 if it is more."""
         apart, most = self._totals_apart()
         return torch.where(apart <= 2 * self.forgiven * most, apart, 0.0)
@@ -431,9 +436,13 @@ class Problem:
 
     def magnitude(self, mass: Tensor) -> Tensor:
         """Size of the terms that a value near 0 may be the difference of: the price of no plan, and the entropy's."""
+        return self._empty + self.epsilon * (mass + self.a.sum(-1) * self.b.sum(-1))
+
+    @cached_property
+    def _empty(self) -> Tensor:
+        """The price of no plan."""
         empty = self.rows.divergence(torch.zeros_like(self.a), self.a).sum(-1)
-        empty = empty + self.columns.divergence(torch.zeros_like(self.b), self.b).sum(-1)
-        return empty + self.epsilon * (mass + self.a.sum(-1) * self.b.sum(-1))
+        return empty + self.columns.divergence(torch.zeros_like(self.b), self.b).sum(-1)
 
     def gauge(self, p: Potentials) -> Potentials:
         """The equivalent potentials in the gauge named at the top of this file; the plan does not change."""

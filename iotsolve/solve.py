@@ -27,7 +27,7 @@ from iotsolve.solver import Outcome, Status, iterate, judge, sobered
 from iotsolve.support import carrying_arcs, separation
 from iotsolve.validation import check_tolerance, default_tolerance
 
-__all__ = ["run", "solve"]
+__all__ = ["attainable", "run", "solve"]
 
 Solver = Sinkhorn | Newton | Interior | Exact
 
@@ -73,7 +73,7 @@ def solve(
     _check_arguments(problem, solver, gradient, init, tolerance)
     if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
-    given, problem = problem, _attainable(problem)
+    given, problem = problem, attainable(problem)
     with torch.no_grad():
         working = problem.working()
         start = None if init is None else _start(working, init)
@@ -281,12 +281,14 @@ def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
     return Potentials(f.clone(), g.clone(), p.lam.expand(shape).reshape(-1).clone())
 
 
-def _attainable(problem: Problem) -> Problem:
+def attainable(problem: Problem) -> Problem:
     """Forbid the arcs that are 0 in every balanced plan: with them the dual has no maximiser and scaling never arrives.
 
     No plan and no value is lost by it, and the gradient in the cost of such an arc is 0.
     """
     if problem.is_exact or not (problem.rows.is_fixed and problem.columns.is_fixed) or problem.cost.all_finite():
+        return problem
+    if problem.__dict__.get("is_attained"):  # by its owner, who has asked before
         return problem
     matrix = problem.cost.dense()
     n, m = problem.shape[-2:]
@@ -295,11 +297,13 @@ def _attainable(problem: Problem) -> Problem:
     a, b = (x.detach().double().cpu().numpy().reshape(len(allowed), -1) for x in (problem.a, problem.b))
     kept = np.stack([carrying_arcs(*arcs) for arcs in zip(allowed, a, b, strict=True)])
     keep = (torch.as_tensor(kept, device=matrix.device) | ~filled).reshape(matrix.shape)
+    if bool((keep | ~matrix.isfinite()).all()):
+        return problem
     return problem.with_tensors({"cost": torch.where(keep, matrix, torch.inf)})
 
 
 def _separated(given: Problem, problem: Problem, p: Potentials) -> Potentials:
-    """The same plan by potentials at which the arcs that :func:`_attainable` forbade carry nothing in the problem as given.
+    """The same plan by potentials at which the arcs that :func:`attainable` forbade carry nothing in the problem as given.
 
     The dual's supremum is at infinity there; this is as near as rounding can tell.
     """

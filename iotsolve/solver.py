@@ -138,9 +138,11 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
         patience = torch.where(progress, 0.0, patience + 1)
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
-        broken = ~_usable(problem, state.potentials) | ~dual.isfinite() | ~scale.isfinite()
-        blunt = _exponent_error(problem, state.potentials) > tolerance
+        broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
+        if (near | broken | stuck | spent).any():  # potentials that nobody takes for an answer are not looked at
+            broken = broken | ~_usable(problem, state.potentials)
+            blunt = _exponent_error(problem, state.potentials) > tolerance
         done = near | broken | stuck | spent
         if done.any():
             for i in done.nonzero().flatten().tolist():

@@ -248,9 +248,20 @@ def test_invert_estimates_a_gravity_equation(folder):
     assert "far" in done.output and "std. error" in done.output
 
 
+def test_invert_draws_what_it_found(folder):
+    lines = [f"{i},{j},{3 + (i * 7 + j * 3) % 11},{abs(i - j)},{(i * j) % 5}" for i in range(6) for j in range(6)]
+    (folder / "flows.csv").write_text("origin,destination,flow,far,other\n" + "\n".join(lines), encoding="utf-8")
+    done = run("invert", folder / "flows.csv", "--features", "far,other", "--plot", folder / "fit.png")
+    assert done.exit_code == 0, done.output
+    assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]  # nothing half written
+
+
 @pytest.mark.parametrize(
     "text, options, word",
     [
+        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "far", "--plot", "no/such/fit.png"], "no/such"),
+        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "far", "--plot", "fit.pdf"], ".png"),
         ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "near"], "no column 'near'"),
         ("origin,destination,flow,far\nA,A,many,0\n", ["--features", "far"], "column 'flow' must hold a number"),
         ("origin,destination,flow,far\n", ["--features", "far"], "no lines"),

@@ -607,6 +607,17 @@ def test_data_frames_are_tables_traits_weights_and_pairs():
     assert (table.plan == other.plan).all() and (table.a == other.a).all() and table.allowed is None
 
 
+def test_clusters_of_cells_that_were_not_possible_do_not_count():
+    """Their number enters a factor: pairs that are not listed are in no cluster, whatever label they bear."""
+    features, counts = counted()
+    allowed = ~np.eye(*counts.shape, dtype=bool)
+    labels = np.add.outer(np.arange(counts.shape[0]) // 3, 0 * np.arange(counts.shape[1]))
+    other = np.where(allowed, labels, 1000 + np.arange(counts.size).reshape(counts.shape))
+    flows = np.where(allowed, counts, 0)
+    fits = [inverse.InverseOT(features).fit(inverse.Coupling(flows, mask=allowed, cluster=x)) for x in (labels, other)]
+    np.testing.assert_allclose(*(fit.errors("clustered") for fit in fits), rtol=1e-12)
+
+
 def test_migration_between_states_has_the_coefficients_known_from_poisson_regression():
     """Reference values from an independent estimate of the same gravity equation."""
     with open(Path(__file__).parent / "data" / "us_state_migration_2012.csv", newline="") as file:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iotsolve.gradient import Implicit
-from iotsolve.inverse.data import Coupling
+from iotsolve.inverse.data import Coupling, Table
 from iotsolve.inverse.features import Bilinear, FeatureMap
 from iotsolve.inverse.market import Market, Point
 from iotsolve.inverse.steps import Constraints
@@ -181,7 +181,7 @@ class Fit:
             meat = sum(self._meat(k, kind) for k in range(len(self.points)))
             bread = bread @ meat @ bread
         if kind == "clustered":
-            groups = sum(len(np.unique(p.market.table.cluster)) for p in self.points)
+            groups = sum(_clusters(p.market.table) for p in self.points)
             factor *= groups / (groups - 1)
         if small_sample:
             cells = sum(
@@ -435,6 +435,12 @@ def _residual_gram(
         weights.sum(0)[:, None] * over_columns
     )
     return features.gram(weights) + cross + cross.T + own
+
+
+def _clusters(table: Table) -> int:
+    """How many clusters have a cell that was possible."""
+    labels = table.cluster if table.allowed is None else np.asarray(table.cluster)[table.allowed]
+    return len(np.unique(labels))
 
 
 def _root(traits: np.ndarray, weights: np.ndarray) -> np.ndarray:

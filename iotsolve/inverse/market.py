@@ -17,13 +17,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from iotsolve.costs import Dense
 from iotsolve.gradient import Implicit
 from iotsolve.inverse.data import Table
 from iotsolve.inverse.features import FeatureMap
 from iotsolve.marginals import Marginal
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solution import Solution
-from iotsolve.solve import solve
+from iotsolve.solve import attainable, solve
 
 __all__ = ["Market", "Point", "check_totals"]
 
@@ -50,10 +51,31 @@ class Market:
     columns: Marginal
 
     def problem(self, theta: np.ndarray) -> Problem:
-        cost = -self.features.apply(theta)
-        if self.table.allowed is not None:
-            cost = np.where(self.table.allowed, cost, np.inf)
+        """The forward problem at these coefficients; what does not depend on them is validated once."""
+        ground, cost = self._ground, self._cost(theta)
+        dense = Dense(torch.from_numpy(cost), (float(cost.min()), float(cost.max())))
+        sides = {"rows": self.rows, "columns": self.columns}
+        problem = Problem.unchecked(dense, ground.a, ground.b, epsilon=ground.epsilon, **sides)
+        for name in ("as_numpy", "forgiven", "is_checked"):
+            object.__setattr__(problem, name, getattr(ground, name))
+        problem.__dict__["is_attained"] = self._attained
+        return problem
+
+    def _cost(self, theta: np.ndarray) -> np.ndarray:
+        cost = -np.asarray(self.features.apply(theta), dtype=np.float64)
+        if not np.isfinite(cost).all():
+            raise ValueError("the score of a cell is not finite at these coefficients: features or coefficients are too large.")
+        return cost if self.table.allowed is None else np.where(self.table.allowed, cost, np.inf)
+
+    @cached_property
+    def _ground(self) -> Problem:
+        cost = self._cost(np.zeros(self.features.count))
         return Problem(cost, self.table.a, self.table.b, epsilon=self.epsilon, rows=self.rows, columns=self.columns)
+
+    @cached_property
+    def _attained(self) -> bool:
+        """Whether every arc that is allowed carries something in some plan: then no solve has to ask."""
+        return attainable(self._ground) is self._ground
 
     def at(self, theta: np.ndarray, tolerance: float, start: Potentials | None = None) -> Point:
         """Loss and gradient at these coefficients; the forward problem solved to a relative marginal error."""
