@@ -414,7 +414,7 @@ class Points:
 
 Cost = Dense | Points
 
-_WORTH_COMPILING = 2**12  # entries of a problem; of a batch of smaller ones sixteen times that
+_WORTH_COMPILING = 2**11  # entries of a problem; of a batch of smaller ones sixteen times that
 _WHOLE = 2**22  # entries of a matrix that is not cut
 _BLOCK = 2**18  # entries of a block: 2 MB in float64 stay in the cache; larger ones are three times slower
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch

@@ -250,7 +250,7 @@ class _Search:
         return np.linalg.qr(found)[0]
 
 
-_LOOSE, _TIGHT = 1e-4, 1e-12  # tolerances of the forward problem
+_LOOSE, _TIGHT = 1e-3, 1e-12  # tolerances of the forward problem
 _TRIES = 12
 _BLIND = 1e-10  # of a feature's size, what must be left of it for its coefficient to be told
 
