@@ -275,8 +275,11 @@ class Points:
 
     @staticmethod
     def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """About a common centre, so that far from the origin no digits are lost to the square."""
-        centre = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
+        """About a common centre, so that far from the origin no digits are lost to the square.
+
+        The median, which a few points far away, of no weight perhaps, do not move.
+        """
+        centre = torch.cat([x.detach(), y.detach()], -2).median(-2, keepdim=True).values
         return x - centre, y - centre
 
     def tensors(self) -> dict[str, Tensor]:

@@ -143,8 +143,9 @@ class Sharded:
 
     Every rank builds the same :class:`iotsolve.Problem` of it, with the weights of *all* rows, and solves it at the same time;
     what they exchange is O(n + m) numbers an iteration. First and second order, certificates and the gradient of the value work
-    as for one process, for every marginal at ``epsilon > 0``. Gradients in the rows are those of this rank's; those in the
-    columns, weights and numbers, which all have, are whole on every rank.
+    as for one process, for every marginal at ``epsilon > 0``. What a solution makes when asked for (value, certificate,
+    marginals) all ranks make together: ask for it on every rank, not on the first alone. Gradients in the rows are those of
+    this rank's; those in the columns, weights and numbers, which all have, are whole on every rank.
 
     Args:
         cost: :class:`iotsolve.Points` of this rank's rows against all columns, without a batch; metric sqeuclidean, cosine,

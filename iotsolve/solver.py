@@ -200,9 +200,10 @@ def _usable(problem: Problem, p: Potentials) -> Tensor:
 def _exponent_error(problem: Problem, p: Potentials) -> Tensor:
     """Relative error of a plan's entries from the rounding of its potentials alone: digits lost in ``(f + g - C) / eps``.
 
-    Half the worst case, which entries of either sign do not reach together.
+    Half the worst case, which entries of either sign do not reach together. An empty bin has no entries.
     """
-    size = sum(torch.where(x.isfinite(), x, 0.0).abs().amax(-1) for x in (p.f, p.g)) + p.lam.abs()
+    sides = ((problem.a, p.f), (problem.b, p.g))
+    size = sum(torch.where((w > 0) & x.isfinite(), x, 0.0).abs().amax(-1) for w, x in sides) + p.lam.abs()
     return torch.finfo(p.f.dtype).eps / 2 * size / problem.epsilon
 
 

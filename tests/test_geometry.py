@@ -349,6 +349,38 @@ def test_where_blocks_end_does_not_matter(metric, regime, epsilon, tiny_blocks):
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-9, atol=1e-10)
 
 
+# -- what has gone wrong elsewhere ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("regime", ["fixed-fixed", "kl-fixed"])
+def test_where_the_origin_is_does_not_matter(regime, dtype):
+    """Both clouds moved by 100 times their size: no digit of the squares is lost."""
+    x, y = (torch.tensor(z, dtype=dtype) for z in clouds(60, 70))
+    moved = [(z.double() + 100.0).to(dtype) for z in (x, y)]
+    rounded = [(z.double() - 100.0).to(dtype) for z in moved]  # what is left of the points in this precision
+    first = solve(Problem(Points(*rounded), epsilon=0.3, **REGIMES[regime]))
+    second = solve(Problem(Points(*moved), epsilon=0.3, **REGIMES[regime]))
+    close = 1e-9 if dtype == torch.float64 else 3e-5
+    assert float(second.value) == pytest.approx(float(first.value), rel=close)
+    torch.testing.assert_close(second.plan, first.plan, rtol=10 * close, atol=close / 60)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_of_no_weight_far_away_do_not_matter(dtype):
+    x, y = (torch.tensor(z, dtype=dtype) for z in clouds(60, 70))
+    far = torch.full((3, x.shape[1]), 3e4, dtype=dtype)
+    a, more = torch.full((60,), 1 / 60, dtype=dtype), torch.zeros(3, dtype=dtype)
+    live = [z.clone().requires_grad_() for z in (x, torch.cat([x, far]))]
+    first = solve(Problem(Points(live[0], y), a, epsilon=0.3))
+    second = solve(Problem(Points(live[1], y), torch.cat([a, more]), epsilon=0.3))
+    close = 1e-9 if dtype == torch.float64 else 3e-5
+    assert float(second.value.detach()) == pytest.approx(float(first.value.detach()), rel=close)
+    (first.value + second.value).backward()
+    torch.testing.assert_close(live[1].grad[:60], live[0].grad, rtol=100 * close, atol=close / 6)
+    assert (live[1].grad[60:] == 0).all()
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 

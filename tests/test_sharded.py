@@ -218,3 +218,15 @@ def test_memory_falls_with_the_number_of_ranks(tmp_path):
 def test_misuse_is_explained(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_the_example_runs_under_torchrun():
+    root = Path(__file__).parents[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(root / "docs" / "examples" / "sharded.py"), "--rows", "300", "--columns", "200", "--dim", "4"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "300 x 200 on 2 ranks: CONVERGED" in done.stdout and "certified: True" in done.stdout
