@@ -1,6 +1,6 @@
 """Prices behind an optimal schedule: all costs under which an observed transport plan is the cheapest.
 
-    python docs/gallery/inverse_lp.py [folder]
+python docs/gallery/inverse_lp.py [folder]
 """
 
 import sys
@@ -30,29 +30,34 @@ def observed(n: int = 15, seed: int = 3) -> tuple[inverse.Features, np.ndarray]:
     return inverse.Features(dict(zip(NAMES, values, strict=True))), np.asarray(plan)
 
 
-def main(folder: Path) -> inverse.ExactFit:
+def rivals(features: inverse.Features, plan: np.ndarray, toll: np.ndarray, night: np.ndarray) -> np.ndarray:
+    """The same set without the inverse: whatever plan is optimal for another cost must not be cheaper under the true one."""
+    found = []
+    for x in toll:
+        for y in night:
+            other = solve(Problem(-features.apply(np.array([1.0, x, y])), plan.sum(1), plan.sum(0))).plan
+            found.append(features.adjoint(other - plan))  # times coefficients: by how much the other is cheaper
+    found = np.unique(np.round(found, 12), axis=0)
+    return found[abs(found).max(1) > 0]
+
+
+def main(folder: Path) -> tuple[inverse.ExactFit, np.ndarray]:
     features, plan = observed()
-    given = dict(fixed={"kilometre": 1.0})
-    margin = inverse.ExactInverse(features, **given).fit(inverse.Coupling(plan=plan))
-    nearest = inverse.ExactInverse(features, inverse.Nearest([1.0, 0.0, 0.0]), **given).fit(
-        inverse.Coupling(plan=plan)
-    )
+    seen, given = inverse.Coupling(plan=plan), dict(fixed={"kilometre": 1.0})
+    margin = inverse.ExactInverse(features, **given).fit(seen)
+    nearest = inverse.ExactInverse(features, inverse.Nearest([1.0, 0.0, 0.0]), **given).fit(seen)
     for name, (low, high) in zip(margin.names, margin.bounds, strict=True):
         print(f"{name}: between {low:.4f} and {high:.4f}")
 
-    # the same set by brute force: where on a grid is the plan optimal?
     (_, _), (low_b, high_b), (low_n, high_n) = margin.bounds
-    toll = np.linspace(low_b - 0.3 * (high_b - low_b), high_b + 0.3 * (high_b - low_b), 61)
-    night = np.linspace(low_n - 0.3 * (high_n - low_n), high_n + 0.3 * (high_n - low_n), 61)
-    gap = np.zeros((61, 61))
-    for i, y in enumerate(night):
-        for j, x in enumerate(toll):
-            cost = -features.apply(np.array([1.0, x, y]))
-            best = solve(Problem(cost, plan.sum(1), plan.sum(0)))
-            gap[i, j] = (cost * plan).sum() - float(best.value)
+    wide = ((low - 0.3 * (high - low), high + 0.3 * (high - low)) for low, high in margin.bounds[1:])
+    toll, night = (np.linspace(*ends, 301) for ends in wide)
+    cuts = rivals(features, plan, toll[::12], night[::12])
+    on_grid = np.stack(np.broadcast_arrays(1.0, *np.meshgrid(toll, night)), -1)
+    gap = (on_grid @ cuts.T).max(-1)  # what the observed plan costs more than the best of them; below 0 it is the best
 
     figure, ax = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
-    ax.contourf(toll, night, gap, levels=[-1, 1e-9], colors=["C0"], alpha=0.25)
+    ax.contourf(toll, night, gap, levels=[gap.min() - 1, 0], colors=["C0"], alpha=0.25)
     lines = ax.contour(toll, night, gap, levels=[1e-4, 5e-4, 2e-3, 5e-3], colors="0.6", linewidths=0.8)
     ax.clabel(lines, fmt="%g", fontsize=8)
     ax.plot([low_b, high_b, high_b, low_b, low_b], [low_n, low_n, high_n, high_n, low_n], "--", color="C0",
@@ -63,9 +68,9 @@ def main(folder: Path) -> inverse.ExactFit:
     ax.set_xlabel("weight of the toll, in kilometres")
     ax.set_ylabel("weight of the night, in kilometres")
     ax.set_title("Under the shaded costs the observed plan is optimal;\ngrey: by how much it is not", fontsize=10)
-    ax.legend(fontsize=9, loc="upper right")
+    ax.legend(fontsize=9, loc="lower right")
     figure.savefig(folder / "inverse_lp.png", dpi=100)
-    return margin
+    return margin, cuts
 
 
 if __name__ == "__main__":

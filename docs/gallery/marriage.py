@@ -1,6 +1,6 @@
 """Who marries whom: the affinity between traits of couples, and along how many dimensions they sort.
 
-    python docs/gallery/marriage.py [folder]
+python docs/gallery/marriage.py [folder]
 """
 
 import sys
@@ -35,8 +35,8 @@ def main(folder: Path, count: int = 1000) -> inverse.Fit:
     fit = inverse.affinity(men, women)  # every couple is a type of its own
     errors, sorting = fit.errors("robust").reshape(4, 4), fit.saliency()
     print(fit.report("robust"))
-    for rank in (1, 2, 3):
-        print(f"rank {rank}: p = {fit.rank_test(rank).p_value:.3f}")
+    tests = {rank: fit.rank_test(rank).p_value for rank in (1, 2, 3)}
+    print("p-values of fewer dimensions:", {rank: f"{p:.2g}" for rank, p in tests.items()})
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), width_ratios=(1.25, 1), layout="constrained")
     image = left.imshow(fit.matrix, cmap="RdBu", vmin=-1, vmax=1)
@@ -59,7 +59,7 @@ def main(folder: Path, count: int = 1000) -> inverse.Fit:
     right.set_xticks(k, [f"{n + 1}." for n in k])
     right.set_xlabel("dimension of sorting")
     right.set_ylabel("share of the affinity")
-    right.set_title("saliency")
+    right.set_title(f"saliency; fewer dimensions: p = {tests[3]:.1g}")
     right.legend()
     figure.savefig(folder / "marriage.png", dpi=100)
     return fit

@@ -1,6 +1,6 @@
 """Who moves where: flows between the states of the USA in 2012, explained by distance.
 
-    python docs/gallery/migration.py [folder]
+python docs/gallery/migration.py [folder]
 """
 
 import csv
@@ -18,7 +18,7 @@ from iotsolve import inverse
 DATA = Path(__file__).parents[2] / "tests" / "data" / "us_state_migration_2012.csv"
 
 
-def main(folder: Path) -> inverse.Fit:
+def main(folder: Path) -> tuple[inverse.Fit, dict[str, list[str]]]:
     with open(DATA, newline="") as file:
         lines = list(csv.DictReader(file))
     table = {name: np.array([line[name] for line in lines]) for name in ("origin", "dest")}
@@ -48,23 +48,26 @@ def main(folder: Path) -> inverse.Fit:
     named: dict[frozenset[str], int] = {}  # of there and back the more surprising way
     for k in np.argsort(-abs(surprise)):
         named.setdefault(frozenset((table["origin"][k], table["dest"][k])), k)
-    for more in (True, False):
+    told: dict[str, list[str]] = {"more": [], "fewer": []}
+    for more, pairs in zip((True, False), told.values(), strict=True):
         chosen = [k for k in named.values() if (surprise[k] > 0) == more][:4]
         for n, k in enumerate(sorted(chosen, key=lambda k: fitted[k])):
+            pairs.append(f"{table['origin'][k]} → {table['dest'][k]}")
             ax.loglog(fitted[k], seen[k], "o", mfc="none", color="C3")
-            ax.annotate(f"{table['origin'][k]} → {table['dest'][k]}", (fitted[k], seen[k]), fontsize=8, color="C3",
-                        xytext=(-30, 8 + 24 * (n % 2)) if more else (20, -30 - 14 * (n % 2)), textcoords="offset points",
+            ax.annotate(pairs[-1], (fitted[k], seen[k]), fontsize=8, color="C3",
+                        xytext=(-30, 8 + 24 * (n % 2)) if more else (20, (-42, -42, -34, -14)[n]), textcoords="offset points",
                         ha="right" if more else "left", arrowprops=dict(arrowstyle="-", color="C3", lw=0.5))  # fmt: skip
-    ax.set(xlim=(15, 4e5), ylim=(0.4, 2e5))
+    ax.set(xlim=(15, 4e5), ylim=(0.4, 4e5))
     ax.set_xlabel("movers that distance and the two states explain")
     ax.set_ylabel("movers observed")
-    told = ", ".join(
-        f"{name} {value:.4g} ± {1.96 * error:.2g}" for name, value, error in zip(fit.names, fit.coefficients, errors, strict=True)
+    numbers = ", ".join(
+        f"{name} {value:.4g} ± {1.96 * error:.2g}"
+        for name, value, error in zip(fit.names, fit.coefficients, errors, strict=True)
     )
-    ax.set_title(f"US migration 2012: {told}\n(95 %, clustered by origin)", fontsize=10)
+    ax.set_title(f"US migration 2012: {numbers}\n(95 %, clustered by origin)", fontsize=10)
     ax.legend(loc="lower right", fontsize=9)
     figure.savefig(folder / "migration.png", dpi=100)
-    return fit
+    return fit, told
 
 
 if __name__ == "__main__":

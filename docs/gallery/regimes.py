@@ -1,6 +1,6 @@
 """One pair of clouds, four problems: what fixed, soft, partial and free sides do to a plan.
 
-    python docs/gallery/regimes.py [folder]
+python docs/gallery/regimes.py [folder]
 """
 
 import sys
@@ -51,9 +51,13 @@ def main(folder: Path) -> dict[str, float]:
         ax.set_aspect("equal")
         ax.set_xticks([])
         ax.set_yticks([])
-    handles = [plt.Line2D([], [], marker="o", ls="", ms=9, color=c, label=n) for c, n in (("C0", "rows"), ("C1", "columns"))]
-    figure.legend(handles=handles, ncols=2, loc="outside lower center", title="area of a disc: mass in the plan", fontsize=9)
-    figure.savefig(folder / "regimes.png", dpi=100)
+    handles = [
+        plt.Line2D([], [], marker="o", ls="", ms=9, color=c, label=n) for c, n in (("C0", "rows"), ("C1", "columns"))
+    ]
+    figure.legend(
+        handles=handles, ncols=2, loc="outside lower center", title="area of a disc: mass in the plan", fontsize=9
+    )
+    figure.savefig(folder / "regimes.png", dpi=90)
     return moved
 
 
