@@ -66,6 +66,10 @@ _ONCE = (
 def _log_sums(
     x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
+    if (slabs := _slabs(y)) is not None:
+        found = [_log_sums(x, y[part], u, _cut(v, part), _shifted(barred, part)) for part in slabs]
+        rows, columns = zip(*found, strict=True)
+        return None if v is None else torch.stack(rows).logsumexp(0), None if u is None else torch.cat(columns)
     if _is_tame(x, y, u, v):
         return _tame_log_sums(x, y, u, v, barred)
     of_rows = None if v is None else x.new_empty(len(x))
@@ -103,6 +107,14 @@ def _pull(
     gu = torch.zeros_like(u) if u_wanted and columns else None
     gv = torch.zeros_like(v) if v_wanted and rows else None
     if not (rows or columns):
+        return gx, gy, gu, gv
+    if (slabs := _slabs(y)) is not None:
+        for part in slabs:
+            own = (sums[0], _cut(sums[1], part)), (upstream[0], _cut(upstream[1], part))
+            found = _pull(x, y[part], u, _cut(v, part), _shifted(barred, part), *own, needed)
+            for whole, piece in zip((gx, _cut(gy, part), gu, _cut(gv, part)), found, strict=True):
+                if whole is not None:
+                    whole.add_(piece)
         return gx, gy, gu, gv
     if _is_tame(x, y, u, v):
         return _tame_pull(x, y, u, v, barred, sums, upstream, (gx, gy, gu, gv))
@@ -207,6 +219,10 @@ def _tame_pull(
 
 def plan_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and column sums of ``P_ij = exp(u_i + v_j + x_i . y_j)``."""
+    if (slabs := _slabs(y)) is not None:
+        found = [plan_sums(x, y[part], u, v[part], _shifted(barred, part)) for part in slabs]
+        rows, columns = zip(*found, strict=True)
+        return torch.stack(rows).sum(0), torch.cat(columns)
     rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
     for part, plan in _plans(x, y, u, v, barred):
         torch.sum(plan, 1, out=rows[part])
@@ -217,7 +233,19 @@ def plan_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None)
 def plan_product(
     x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, z: Tensor, *, as_given: bool
 ) -> tuple[Tensor, Tensor]:
-    """``P z``, with ``P' (w P z)``, or with ``P' w`` if that is ``as_given``: in one pass, since a block has whole rows."""
+    """``P z``, with ``P' (w P z)``, or with ``P' w`` if that is ``as_given``: in one pass where a block has whole rows."""
+    if (slabs := _slabs(y)) is not None:
+
+        def each(w: Tensor) -> tuple[Tensor, Tensor]:
+            found = [
+                plan_product(x, y[part], u, v[part], _shifted(barred, part), w, z[part], as_given=True)
+                for part in slabs
+            ]
+            rows, columns = zip(*found, strict=True)
+            return torch.stack(rows).sum(0), torch.cat(columns)
+
+        rows, columns = each(w)
+        return rows, columns if as_given else each(w * rows)[1]
     rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
     for part, plan in _plans(x, y, u, v, barred):
         torch.mv(plan, z, out=rows[part])
@@ -227,6 +255,9 @@ def plan_product(
 
 def plan_spread(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, rows: Tensor) -> Tensor:
     """``sum_i P_ij w_i (rows_i - P_ij)`` for every column."""
+    if (slabs := _slabs(y)) is not None:
+        found = [plan_spread(x, y[part], u, v[part], _shifted(barred, part), w, rows) for part in slabs]
+        return torch.cat(found)
     columns = torch.zeros_like(v)
     for part, plan in _plans(x, y, u, v, barred):
         columns.addmv_((rows[part, None] - plan).mul_(plan).mT, w[part])
@@ -252,11 +283,36 @@ def _blocks(
         if barred is not None:
             if barred.dtype == torch.bool:
                 block.masked_fill_(barred[part], -math.inf)
+            elif barred.dtype == torch.int32:  # of a slab: some of the columns are not in it
+                row, k = ((barred[part] >= 0) & (barred[part] < m)).nonzero(as_tuple=True)
+                block[row, barred[part][row, k].long()] = -math.inf
             else:
                 block.scatter_(1, barred[part], -math.inf)
         yield part, block, None if second is None else second[:rows]
 
 
+def _slabs(y: Tensor) -> list[slice] | None:
+    """The columns in slabs, so that a block of a CPU's cache has rows enough for a matrix product; None if one will do."""
+    m = len(y)
+    if y.device.type != "cpu" or m <= _WIDTH:
+        return None
+    count = -(-m // _WIDTH)
+    width = -(-m // count)
+    return [slice(start, min(start + width, m)) for start in range(0, m, width)]
+
+
+def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]
+
+
+def _shifted(barred: Tensor | None, part: slice) -> Tensor | None:
+    """Of one slab; columns in other slabs stay, out of range."""
+    if barred is None or barred.dtype == torch.bool:
+        return None if barred is None else barred[:, part]
+    return (barred - part.start).to(torch.int32)
+
+
+_WIDTH = 2**13  # columns
 _BLOCK = 2**21  # entries: with its spare it stays in a CPU's last cache
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 
