@@ -1,4 +1,4 @@
-"""The `iotsolve` command: solve a problem kept in files, verify a solver. What a command needs is imported in it."""
+"""The `iotsolve` command: solve or estimate from files, verify a solver. What a command needs is imported in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import typer
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
 
+    from iotsolve.inverse import Fit
     from iotsolve.marginals import Marginal
     from iotsolve.solution import Solution
     from iotsolve.testing import Report
@@ -102,111 +104,320 @@ def solve(
 
 @app.command()
 def invert(
-    table: Annotated[Path, typer.Argument(help="A .csv with a header and one line per pair of places.")],
-    features: Annotated[str, typer.Option(help="Columns that explain the flow, with commas between them.")],
-    flow: Annotated[str, typer.Option(help="Column of flows.")] = "flow",
-    origin: Annotated[str, typer.Option(help="Column that says from where.")] = "origin",
-    destination: Annotated[str, typer.Option(help="Column that says where to.")] = "destination",
-    cluster: Annotated[str | None, typer.Option(help="Column of labels whose lines vary together.")] = None,
-    errors: Annotated[str, typer.Option(help="Standard errors: model, robust or clustered.")] = "robust",
+    table: Annotated[Path, typer.Argument(help="A .csv with a header; one line per pair of places, or per couple.")],
+    features: Annotated[
+        str | None, typer.Option(help="Columns that explain the flow of a pair of places, with commas between them.")
+    ] = None,
+    flow: Annotated[str | None, typer.Option(help="Column of flows; flow if left out.")] = None,
+    origin: Annotated[str | None, typer.Option(help="Column that says from where; origin if left out.")] = None,
+    destination: Annotated[str | None, typer.Option(help="Column that says where to; destination if left out.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Column of labels whose pairs of places vary together.")] = None,
+    row_traits: Annotated[
+        str | None, typer.Option(help="Instead of features: columns with traits of one partner of each couple.")
+    ] = None,
+    column_traits: Annotated[str | None, typer.Option(help="Columns with traits of the other partner.")] = None,
+    errors: Annotated[
+        str | None,
+        typer.Option(
+            help="Standard errors: model, robust or clustered; by default clustered with a cluster, or robust."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write coefficients, errors and intervals to this .json file.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw coefficients and fitted against observed flows into this .png file.")
+        Path | None,
+        typer.Option(help="Draw the estimates into this .png file; needs matplotlib, of the extra iotsolve[train]."),
     ] = None,
 ) -> None:
-    """Estimate what explains flows between places: a gravity equation, with effects of origin and destination.
+    """Estimate what explains who goes where, or who is with whom.
 
-    Exit code 0: estimated. 1: not converged, nothing written. 2: bad input.
+    With --features a gravity equation: flows between places, with effects of origin and destination. With --row-traits and
+    --column-traits the affinity between the traits of couples, and along how many dimensions they sort.
+
+    Exit code 0: estimated. 1: not converged, or nothing that the data could tell; nothing written. 2: bad input.
     """
     with _one_sentence():
         if out is not None:
             _check_writable(out, ".json")
         if plot is not None:
-            _check_writable(plot, ".png")
+            _check_writable(plot, ".png", option="--plot")
             if importlib.util.find_spec("matplotlib") is None:
-                raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
-        from iotsolve.inverse import gravity
-
-        if errors not in ("model", "robust", "clustered") or (errors == "clustered") != (cluster is not None):
-            raise ValueError(f"errors = {errors}: must be model, robust, or with a cluster clustered.")
-        names = [name.strip() for name in features.split(",") if name.strip()]
-        columns = _columns(table, numbers=[flow, *names])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the report says it again
-            fit = gravity(columns, flow=flow, origin=origin, destination=destination, features=names, cluster=cluster)
-        report = fit.report(errors)
-        if fit.converged and out is not None:
-            intervals = fit.confidence_intervals(0.95, errors)
-            numbers = zip(fit.names, fit.coefficients, fit.errors(errors), intervals, strict=True)
-            found = {
-                name: {"estimate": x, "standard_error": error, "interval": list(ends)}
-                for name, x, error, ends in numbers
-            }
-            _write_text(out, {"coefficients": found, "errors": errors, "log_likelihood": fit.log_likelihood})
-        if fit.converged and plot is not None:
-            _draw_gravity(fit, errors, plot)
+                raise ValueError("--plot needs matplotlib, which is not installed: pip install 'iotsolve[train]'.")
+        kind = ("robust" if cluster is None else "clustered") if errors is None else errors
+        if kind not in ("model", "robust", "clustered") or (kind == "clustered") != (cluster is not None):
+            raise ValueError(
+                f"errors = {kind} {'without' if cluster is None else 'with'} a --cluster: must be model or robust without, or "
+                "clustered with one."
+            )
+        places = {"flow": flow, "origin": origin, "destination": destination}
+        if features is not None and row_traits is None and column_traits is None:
+            named = {option: given or option for option, given in places.items()}
+            found = _gravity(table, _listed("--features", features), **named, cluster=cluster)
+        elif features is None and row_traits is not None and column_traits is not None:
+            if given := [
+                f"--{option}" for option, value in {**places, "cluster": cluster}.items() if value is not None
+            ]:
+                raise ValueError(
+                    f"{', '.join(given)} with traits: a table of couples has none, each line is one couple."
+                )
+            sides = _listed("--row-traits", row_traits), _listed("--column-traits", column_traits)
+            found = _affinity(table, *sides)
+        else:
+            raise ValueError(
+                "give --features for flows between places, or --row-traits and --column-traits for couples."
+            )
+        fit, draw, more = found
+        report = f"{fit.report(kind)}\nstandard errors: {kind}"
+        told = fit.converged and fit.unseen.shape[1] < len(fit.names)
+        if told:
+            report += more(fit, kind)
+        if told and out is not None:
+            _write_text(out, _numbers(fit, kind))
+        if told and plot is not None:
+            partial = plot.with_name(f".{plot.name}.{os.getpid()}.tmp.png")
+            draw(fit, kind).savefig(partial, dpi=110)
+            partial.replace(plot)
     typer.echo("\n".join([report, *(f"\nnote: {message}" for message in fit.warnings)]))
-    if not fit.converged:
+    if not told:
         raise typer.Exit(1)
 
 
-def _draw_gravity(fit: Any, errors: str, path: Path) -> None:
-    """Estimates with their intervals, each in its own standard errors from 0, and what was observed against what is explained."""
-    import matplotlib
+_Estimate = tuple["Fit", "Callable[[Fit, str], Figure]", "Callable[[Fit, str], str]"]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def _gravity(
+    path: Path, features: list[str], *, flow: str, origin: str, destination: str, cluster: str | None
+) -> _Estimate:
+    """An estimate from a table of flows, how it is drawn, and what is added to its report."""
+    from iotsolve.inverse import gravity
+
+    if origin == destination or flow in features:
+        twice = (
+            f"{origin!r} is both origin and destination" if origin == destination else f"{flow!r} is to explain itself"
+        )
+        raise ValueError(f"{twice}: these are different columns.")
+    labels = [origin, destination, *([] if cluster is None else [cluster])]
+    columns, lines = _columns(path, numbers=[flow, *features], labels=labels)
+    seen: dict[tuple[str, str], int] = {}
+    for line, x, *pair in zip(lines, columns[flow], columns[origin], columns[destination], strict=True):
+        if x < 0:
+            raise ValueError(
+                f"{path}, line {line}: the flow is {x:g}, but nothing flows less than 0. Is it a net flow?"
+            )
+        if (before := seen.setdefault((pair[0], pair[1]), line)) != line:
+            raise ValueError(
+                f"{path}, lines {before} and {line} are both from {pair[0]!r} to {pair[1]!r}: sum their flows."
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says it again
+        fit = gravity(columns, flow=flow, origin=origin, destination=destination, features=features, cluster=cluster)
+    return fit, _draw_gravity, lambda *_: ""
+
+
+def _affinity(path: Path, rows: list[str], columns: list[str]) -> _Estimate:
+    """An estimate from a table of couples, each of whom is a type of its own; how it is drawn, and the dimensions of sorting."""
     import numpy as np
 
-    sizes, table = fit.errors(errors), fit.points[0].market.table
+    from iotsolve.inverse import affinity
+
+    if both := [name for name in rows if name in columns]:
+        raise ValueError(f"{both[0]!r} is a trait of both sides: each partner has a column of their own.")
+    table, lines = _columns(path, numbers=[*rows, *columns], labels=[])
+    traits = (_Traits(names, np.stack([table[name] for name in names], 1)) for names in (rows, columns))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit = affinity(*traits)
+    except MemoryError:
+        raise ValueError(
+            f"{len(lines)} couples do not fit into memory, which holds all pairs: draw a sample."
+        ) from None
+
+    def sorting(fit: Fit, kind: str) -> str:
+        found, each = fit.saliency(kind=kind), [""]
+        for k, (share, ends) in enumerate(zip(found.shares, found.intervals, strict=True)):
+            test = fit.rank_test(k, kind)
+            each.append(
+                f"dimension {k + 1}: share {share:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]; p = {test.p_value:.2g} that there "
+                f"{'is none' if k == 0 else f'are only {k}' if k > 1 else 'is only 1'}"
+            )
+        return "\n" + "\n".join(each)
+
+    return fit, lambda fit, kind: _draw_affinity(fit, kind, rows, columns), sorting
+
+
+class _Traits:
+    """Traits with their names, in the way of a data frame."""
+
+    def __init__(self, columns: list[str], values: np.ndarray) -> None:
+        self.columns, self.values, self.shape = columns, values, values.shape
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.values if dtype is None else self.values.astype(dtype)
+
+
+def _listed(option: str, text: str) -> list[str]:
+    """Names with commas between them."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"{option} {text!r}: must name columns, each once, with commas between them.")
+    return names
+
+
+def _numbers(fit: Fit, kind: str) -> dict[str, Any]:
+    """What is written: numbers that the data do not tell are null, for JSON knows no infinity."""
+    import math
+
+    numbers = zip(fit.names, fit.coefficients, fit.errors(kind), fit.confidence_intervals(0.95, kind), strict=True)
+    found = {}
+    for name, x, error, ends in numbers:
+        known = math.isfinite(error)
+        told = (
+            {"standard_error": error, "interval": list(ends)} if known else {"standard_error": None, "interval": None}
+        )
+        found[name] = {"estimate": x, "identified": known, **told}
+    return {
+        "coefficients": found,
+        "errors": kind,
+        "log_likelihood": fit.log_likelihood,
+        "observations": fit.observations,
+        "separated": bool(fit.separated),
+        "notes": fit.warnings,
+    }
+
+
+def _draw_gravity(fit: Fit, kind: str) -> Figure:
+    """What a standard deviation of each feature does to a flow, with intervals; and flows observed against flows explained."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    table = fit.points[0].market.table
     listed = np.ones(table.plan.shape, bool) if table.allowed is None else table.allowed
     explained, observed = (table.unit * x[listed] for x in (fit.plan, table.plan))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, max(3.6, 1.2 + 0.32 * len(sizes))), width_ratios=(1, 1.1), layout="constrained"
-    )
-    rows = np.arange(len(sizes))
-    told = np.isfinite(sizes) & (sizes > 0)
-    scaled = np.divide(fit.coefficients, sizes, out=np.zeros(len(sizes)), where=told)
-    left.errorbar(scaled[told], rows[told], xerr=1.96, fmt="o", capsize=4)
-    left.axvline(0.0, color="0.5", lw=1)
-    left.set_yticks(rows, [f"{name}  {x:.4g}" for name, x in zip(fit.names, fit.coefficients, strict=True)])
-    left.invert_yaxis()
-    left.set_xlabel(f"estimate and 95 % interval, in standard errors ({errors})")
-    positive = (observed > 0) & (explained > 0)
-    right.loglog(explained[positive], observed[positive], ".", ms=4, alpha=0.4)
-    ends = np.array([explained[positive].min(), explained[positive].max()])
-    right.loglog(ends, ends, color="0.3", lw=1)
+    height = max(3.6, 1.4 + 0.32 * len(fit.names))
+    figure = Figure(figsize=(10, height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    spread = np.array([block[listed].std() for block in np.moveaxis(fit.features[0].block(slice(None)), -1, 0)])
+    errors, rows = fit.errors(kind), np.arange(len(fit.names))
+    known = np.isfinite(errors)
+    spread, effects, errors = (x[known] for x in (spread, spread * fit.coefficients, errors))
+    left.errorbar(effects, rows[known], xerr=1.96 * spread * errors, fmt="o", capsize=4)
+    for k in rows[~known]:
+        left.annotate("not identified", (0.0, k), ha="center", va="center", color="C3", backgroundcolor="w")
+    left.axvline(0.0, color="0.5", lw=1, zorder=0)
+    left.set_yticks(rows, [f"{name}\n{x:.4g} per unit" for name, x in zip(fit.names, fit.coefficients, strict=True)])
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_xlabel(f"change of log flow per standard deviation, 95 % ({kind})")
+    shown = (observed > 0) & (explained > 0)
+    if shown.any():
+        right.loglog(explained[shown], observed[shown], ".", ms=4, alpha=0.5)
+        ends = np.array([explained[shown].min(), explained[shown].max()])
+        right.loglog(ends, ends, color="0.3", lw=1, label="explained = observed")
+        right.legend(loc="upper left", fontsize=9)
+        for axis in (right.xaxis, right.yaxis):
+            axis.set_minor_formatter("")
     right.set_xlabel("flow explained")
     right.set_ylabel("flow observed")
-    right.set_title(f"{int((observed == 0).sum())} pairs without a flow are not shown", fontsize=9)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    if not shown.all():
+        right.set_title(f"without {int((~shown).sum())} of {len(shown)} pairs, where nothing flows", fontsize=9)
+    return figure
 
 
-def _columns(path: Path, *, numbers: list[str]) -> dict[str, np.ndarray]:
-    """The columns of a .csv with a header; those named as numbers, the others as text."""
+def _draw_affinity(fit: Fit, kind: str, rows: list[str], columns: list[str]) -> Figure:
+    """The affinity matrix with its intervals, and the share of each dimension of sorting."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    (p, q), features = fit.matrix.shape, fit.features[0]
+    # per standard deviations of both traits, so that colours can be compared whatever the units are
+    scale = np.outer(features.x.std(0), features.y.std(0))
+    values, errors = fit.matrix * scale, fit.errors(kind).reshape(p, q)
+    errors = np.where(np.isfinite(errors), errors, 0.0) * scale + np.where(np.isfinite(errors), 0.0, np.inf)
+    figure = Figure(figsize=(4.4 + 1.1 * max(q, 2) + 1.5, max(3.8, 1.6 + 0.7 * p)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(max(q, 2), 2.4))
+    top = float(abs(values[np.isfinite(errors)]).max(initial=0.0)) or 1.0
+    image = left.imshow(values, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
+    for i, j in np.ndindex(p, q):
+        text = f"{values[i, j]:.2f}\n± {1.96 * errors[i, j]:.2f}" if np.isfinite(errors[i, j]) else "not\nidentified"
+        dark = abs(values[i, j]) > 0.6 * top
+        left.text(j, i, text, ha="center", va="center", fontsize=8, color="w" if dark else "k")
+    left.set_xticks(range(q), columns, rotation=30, ha="right")
+    left.set_yticks(range(p), rows)
+    left.set_title(f"affinity, traits in standard deviations, 95 % ({kind})", fontsize=10)
+    figure.colorbar(image, ax=left)
+    sorting = fit.saliency(kind=kind)
+    off = abs(sorting.intervals.T - sorting.shares)
+    right.bar(range(1, len(sorting.shares) + 1), sorting.shares, yerr=off, capsize=4, alpha=0.8)
+    right.set_xticks(range(1, len(sorting.shares) + 1))
+    right.set(xlabel="dimension of sorting", ylabel="share of the affinity, 95 %", ylim=(0, None))
+    return figure
+
+
+def _columns(path: Path, *, numbers: list[str], labels: list[str]) -> tuple[dict[str, Any], list[int]]:
+    """Columns of a .csv with a header, and the line of the file each entry is on."""
     import csv
 
     import numpy as np
 
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = list(csv.DictReader(file))
-    if not lines:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            lines = [(reader.line_num, line) for line in reader if line]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not in UTF-8: save it again as CSV in UTF-8.") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}. Is a quotation mark missing?") from None
+    if len(lines) < 2:
         raise ValueError(f"{path} has no lines below its header.")
-    found: dict[str, np.ndarray] = {}
-    for name in lines[0]:
-        values = [line[name] for line in lines]
-        if name not in numbers:
-            found[name] = np.array(values, dtype=str)
-            continue
-        try:
-            found[name] = np.array([float(x) for x in values])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: column {name!r} must hold a number in every line ({error}).") from error
-    return found
+    (_, header), *lines = lines
+    labels = [name for name in dict.fromkeys(labels) if name not in numbers]
+    missing = [name for name in [*numbers, *labels] if name not in header]
+    if missing:
+        hint = ". Is there a header, with commas between its names?" if len(missing) > 1 else "."
+        raise ValueError(
+            f"{path} has no column {', '.join(map(repr, missing))}: it has {', '.join(map(repr, header))}{hint}"
+        )
+    found: dict[str, Any] = {}
+    for name in [*numbers, *labels]:
+        if header.count(name) > 1:
+            raise ValueError(
+                f"{path} has {header.count(name)} columns {name!r}: which one is meant? Rename the others."
+            )
+        found[name] = []
+    for number, line in lines:
+        if len(line) != len(header):
+            raise ValueError(
+                f"{path}, line {number}: {len(line)} entries under {len(header)} names. Is an entry missing, or has one a comma "
+                "and no quotation marks?"
+            )
+        entries = dict(zip(header, line, strict=True))
+        for name in numbers:
+            found[name].append(_number(f"{path}, line {number}, column {name!r}", entries[name]))
+        for name in labels:
+            label = entries[name]
+            if not label or label != label.strip():
+                raise ValueError(
+                    f"{path}, line {number}, column {name!r}: {label!r} is blank, or has blanks at its end."
+                )
+            found[name].append(label)
+    return found | {name: np.array(found[name]) for name in numbers}, [number for number, _ in lines]
+
+
+def _number(where: str, text: str) -> float:
+    """A finite number whose square is finite too."""
+    try:
+        x = float(text)
+    except ValueError:
+        x = float("nan")
+    if not abs(x) < float("inf"):
+        raise ValueError(
+            f"{where} must hold a number, not {text!r}: without units, without separators of thousands, with a point. Fill in "
+            "what is missing, or drop the line."
+        )
+    if x != 0 and not 1e-100 < abs(x) < 1e100:
+        raise ValueError(f"{where}: {x:g} is out of proportion, its square is not to be had. Choose another unit.")
+    return x
 
 
 def _write_text(path: Path, content: dict[str, Any]) -> None:
@@ -214,7 +425,7 @@ def _write_text(path: Path, content: dict[str, Any]) -> None:
     import json
 
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -392,17 +603,17 @@ def _vector(path: Path) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _check_writable(out: Path, suffix: str = ".npz") -> None:
+def _check_writable(out: Path, suffix: str = ".npz", *, option: str = "--out") -> None:
     """Before the work, not after it."""
     folder = out.parent
     if out.suffix.lower() != suffix:
-        kind = "a NumPy archive" if suffix == ".npz" else "JSON"
-        raise ValueError(f"--out {out}: the file written is {kind}, so its name must end in {suffix}.")
+        kind = {".npz": "a NumPy archive", ".json": "JSON", ".png": "a picture in PNG"}[suffix]
+        raise ValueError(f"{option} {out}: the file written is {kind}, so its name must end in {suffix}.")
     if not folder.is_dir():
-        raise ValueError(f"--out {out}: {folder} is no directory; make it first.")
+        raise ValueError(f"{option} {out}: {folder} is no directory; make it first.")
     if out.is_dir() or not os.access(folder, os.W_OK):
         why = "it is a directory" if out.is_dir() else "permission is missing"
-        raise ValueError(f"--out {out}: cannot be written there; {why}.")
+        raise ValueError(f"{option} {out}: cannot be written there; {why}.")
 
 
 def _write(out: Path, solution: Solution) -> None:

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import iotsolve
-from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between, Problem
+from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between, Problem, cli
 from iotsolve.cli import app, parse_side
+from iotsolve.inverse import gravity
 
 COST = np.array([[0.0, 2.0, 1.0], [1.0, 0.5, 3.0]])
 A, B = np.array([0.25, 0.75]), np.array([0.5, 0.25, 0.25])
@@ -249,31 +250,150 @@ def test_invert_estimates_a_gravity_equation(folder):
 
 
 def test_invert_draws_what_it_found(folder):
-    lines = [f"{i},{j},{3 + (i * 7 + j * 3) % 11},{abs(i - j)},{(i * j) % 5}" for i in range(6) for j in range(6)]
-    (folder / "flows.csv").write_text("origin,destination,flow,far,other\n" + "\n".join(lines), encoding="utf-8")
-    done = run("invert", folder / "flows.csv", "--features", "far,other", "--plot", folder / "fit.png")
+    lines = [f"{i},{j},{3 + (i * 7 + j * 3) % 11},{abs(i - j)},{(i * j) % 5},1" for i in range(6) for j in range(6)]
+    (folder / "flows.csv").write_text("origin,destination,flow,far,other,one\n" + "\n".join(lines), encoding="utf-8")
+    done = run("invert", folder / "flows.csv", "--features", "far,other,one", "--plot", folder / "fit.png")
     assert done.exit_code == 0, done.output
     assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]  # nothing half written
+    names = dict(flow="flow", origin="origin", destination="destination", cluster=None)
+    fit, draw, _ = cli._gravity(folder / "flows.csv", ["far", "other", "one"], **names)
+    left, right = draw(fit, "robust").axes
+    far = np.array([abs(i - j) for i in range(6) for j in range(6)])
+    x, y = left.lines[0].get_data()
+    assert x[0] == pytest.approx(far.std() * fit.coefficients[0]) and list(y) == [0, 1]
+    assert [text.get_text() for text in left.texts] == ["not identified"]
+    assert right.lines[0].get_ydata().sum() == pytest.approx(sum(float(line.split(",")[2]) for line in lines))
+
+
+@pytest.mark.parametrize("cluster", ["region", "from", "far"])  # a column of its own, one of the places, a feature
+def test_invert_clusters_when_it_is_told_the_labels(folder, cluster):
+    lines = [f"{i},{j},{3 + (i * 7 + j * 3) % 11},{abs(i - j)},{i % 3}" for i in range(6) for j in range(6)]
+    (folder / "flows.csv").write_text("from,to,n,far,region\n" + "\n".join(lines), encoding="utf-8")
+    places = dict(flow="n", origin="from", destination="to", cluster=cluster)
+    options = [word for name, value in places.items() for word in (f"--{name}", value)]
+    done = run("invert", "flows.csv", "--features", "far", *options, "--out", "fit.json")
+    assert done.exit_code == 0, done.output
+    table = dict(
+        zip(["from", "to", "n", "far", "region"], np.array([x.split(",") for x in lines], float).T, strict=True)
+    )
+    found = json.loads((folder / "fit.json").read_text())
+    assert found["errors"] == "clustered" and "standard errors: clustered" in done.stdout
+    error = gravity(table, features=["far"], **places).errors("clustered")[0]
+    assert found["coefficients"]["far"]["standard_error"] == pytest.approx(error, rel=1e-9)
+
+
+COUPLES = {(0, 0): 40, (0, 1): 15, (1, 0): 10, (1, 1): 35}
+
+
+def write_couples(path):
+    lines = [f"{x},{y},7" for (x, y), count in COUPLES.items() for _ in range(count)]
+    path.write_text("his,hers,constant\n" + "\n".join(lines), encoding="utf-8")
+
+
+def test_invert_finds_the_affinity_of_couples(folder):
+    write_couples(folder / "couples.csv")
+    traits = ["--row-traits", "his, constant", "--column-traits", "hers", "--errors", "model"]
+    done = run("invert", "couples.csv", *traits, "--out", "fit.json", "--plot", "fit.png")
+    assert done.exit_code == 0, done.output
+    assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / "fit.json").read_text())
+    odds = math.log(40 * 35 / (15 * 10))  # of two types on each side all that can be told is the odds ratio
+    assert found["coefficients"]["his*hers"]["estimate"] == pytest.approx(odds, rel=1e-7)
+    error = math.sqrt(sum(1 / count for count in COUPLES.values()))
+    assert found["coefficients"]["his*hers"]["standard_error"] == pytest.approx(error, rel=1e-6)
+    unknown = found["coefficients"]["constant*hers"]
+    assert not unknown["identified"] and unknown["standard_error"] is None and unknown["interval"] is None
+    assert found["observations"] == 100 and "constant*hers" in found["notes"][0]
+    assert "dimension 1: share 1.000" in done.stdout and "note: " in done.stdout
+
+
+def test_invert_draws_the_affinity(folder):
+    write_couples(folder / "couples.csv")
+    fit, draw, _ = cli._affinity(folder / "couples.csv", ["his", "constant"], ["hers"])
+    heat, shares, _ = draw(fit, "model").axes
+    unit = np.sqrt(0.45 * 0.55) * np.sqrt(0.5 * 0.5)  # of both traits
+    odds, error = math.log(40 * 35 / (15 * 10)), 1.96 * math.sqrt(sum(1 / x for x in COUPLES.values()))
+    assert [text.get_text() for text in heat.texts] == [f"{unit * odds:.2f}\n± {unit * error:.2f}", "not\nidentified"]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["his", "constant"]
+    assert [bar.get_height() for bar in shares.patches] == pytest.approx([1.0])
+
+
+def test_invert_writes_nothing_where_the_data_say_nothing(folder):
+    (folder / "flows.csv").write_text("origin,destination,flow,far\nA,A,8,0\n", encoding="utf-8")
+    done = run("invert", "flows.csv", "--features", "far", "--out", "fit.json", "--plot", "fit.png")
+    assert done.exit_code == 1 and "not identified: far" in done.stdout
+    assert not (folder / "fit.json").exists() and not (folder / "fit.png").exists()
+
+
+def test_invert_says_how_to_get_matplotlib(folder, monkeypatch):
+    (folder / "flows.csv").write_text("origin,destination,flow,far\nA,A,8,0\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run("invert", "flows.csv", "--features", "far", "--plot", "fit.png")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "pip install 'iotsolve[train]'" in done.stderr
+
+
+HEADER = "origin,destination,flow,far\n"
 
 
 @pytest.mark.parametrize(
     "text, options, word",
     [
-        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "far", "--plot", "no/such/fit.png"], "no/such"),
-        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "far", "--plot", "fit.pdf"], ".png"),
-        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "near"], "no column 'near'"),
-        ("origin,destination,flow,far\nA,A,many,0\n", ["--features", "far"], "column 'flow' must hold a number"),
-        ("origin,destination,flow,far\n", ["--features", "far"], "no lines"),
         (
-            "origin,destination,flow,far\nA,A,8,0\n",
-            ["--features", "far", "--errors", "clustered"],
-            "errors = clustered",
+            HEADER + "A,A,8,0\n",
+            ["--features", "far", "--plot", "no/such/fit.png"],
+            "--plot no/such/fit.png: no/such is no",
         ),
-        ("origin,destination,flow,far\nA,A,8,0\n", ["--features", "far", "--out", "fit.npz"], "must end in .json"),
+        (
+            HEADER + "A,A,8,0\n",
+            ["--features", "far", "--plot", "fit.pdf"],
+            "--plot fit.pdf: the file written is a picture",
+        ),
+        (HEADER + "A,A,8,0\n", ["--features", "far", "--out", "fit.npz"], "must end in .json"),
+        (HEADER + "A,A,8,0\n", ["--features", "near"], "no column 'near'"),
+        (HEADER + "A,A,8,0\n", ["--features", "far,far"], "each once"),
+        (HEADER + "A,A,8,0\n", ["--features", " , "], "must name columns"),
+        (HEADER + "A,A,8,0\n", ["--features", "far,flow"], "'flow' is to explain itself"),
+        (HEADER + "A,A,8,0\n", ["--features", "far", "--destination", "origin"], "both origin and destination"),
+        (HEADER + "A,A,8,0\n", ["--features", "far", "--errors", "clustered"], "errors = clustered without"),
+        (HEADER + "A,A,8,0\n", ["--features", "far", "--errors", "robust", "--cluster", "far"], "errors = robust with"),
+        (HEADER + "A,A,8,0\n", ["--row-traits", "far"], "--column-traits"),
+        (HEADER + "A,A,8,0\n", ["--row-traits", "far", "--column-traits", "far"], "a trait of both sides"),
+        (
+            HEADER + "A,A,8,0\n",
+            ["--row-traits", "far", "--column-traits", "flow", "--flow", "flow"],
+            "--flow with traits",
+        ),
+        (HEADER + "A,A,8,0\n", [], "give --features"),
+        (HEADER, ["--features", "far"], "no lines"),
+        ("", ["--features", "far"], "no lines"),
+        (
+            HEADER + "A,A,8,0\nA,B,many,0\n",
+            ["--features", "far"],
+            "line 3, column 'flow' must hold a number, not 'many'",
+        ),
+        (HEADER + "A,A,8,0\nA,B,1,\n", ["--features", "far"], "line 3, column 'far' must hold a number, not ''"),
+        (HEADER + "A,A,8,nan\n", ["--features", "far"], "not 'nan'"),
+        (HEADER + "A,A,1e400,0\n", ["--features", "far"], "not '1e400'"),
+        (HEADER + "A,A,1e200,0\n", ["--features", "far"], "1e+200 is out of proportion"),
+        (HEADER + "A,A,8,1e-200\n", ["--features", "far"], "1e-200 is out of proportion"),
+        (HEADER + "A,A,8,0\nA,B,-1,0\n", ["--features", "far"], "line 3: the flow is -1"),
+        (HEADER + "A,A,0,0\nA,B,0,0\n", ["--features", "far"], "nothing was observed"),
+        (HEADER + "A,A,8,0\n\nA,A,1,0\n", ["--features", "far"], "lines 2 and 4 are both from 'A' to 'A'"),
+        (HEADER + "A,A,8,0\nA,B,8\n", ["--features", "far"], "line 3: 3 entries under 4 names"),
+        (HEADER + "A,A,8,0\nNew York, NY,A,8,0\n", ["--features", "far"], "line 3: 5 entries under 4 names"),
+        (HEADER + "A,,8,0\n", ["--features", "far"], "line 2, column 'destination': '' is blank"),
+        (HEADER + "A,A,8,0\nA ,B,8,0\n", ["--features", "far"], "'A ' is blank, or has blanks"),
+        (HEADER + '"A,A,8,0\n', ["--features", "far"], "quotation mark"),
+        ("origin,destination,flow,far,far\nA,A,8,0,1\n", ["--features", "far"], "2 columns 'far'"),
+        ("origin;destination;flow;far\nA;A;8;0\n", ["--features", "far"], "with commas between"),
+        (HEADER + "Zürich,A,8,0\n", ["--features", "far"], "UTF-8"),
     ],
 )
 def test_invert_refuses_in_one_sentence(folder, text, options, word):
-    (folder / "flows.csv").write_text(text, encoding="utf-8")
-    done = run("invert", folder / "flows.csv", *options)
-    assert done.exit_code == 2 and word in done.stderr and "Traceback" not in done.stderr
+    (folder / "flows.csv").write_text(text, encoding="latin-1")
+    before = sorted(os.listdir(folder))
+    done = run("invert", "flows.csv", *options)
+    assert done.exit_code == 2 and word in done.stderr, done.stderr
+    assert done.stderr.startswith("iotsolve: ") and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert sorted(os.listdir(folder)) == before
