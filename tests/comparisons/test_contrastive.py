@@ -1,10 +1,12 @@
-"""The same inputs to other libraries' losses and to ours: values and gradients, float64 unless theirs knows only float32."""
+"""The same inputs to other libraries' losses and to ours: values and gradients, in float64."""
+
+import inspect
 
 import pytest
 import torch
 from torch.nn import functional
 
-from contrastive import ClipLoss, DCLLoss, NTXentLoss, SupConLoss, SwAVLoss
+from contrastive import ClipLoss, DCLLoss, FeatureQueue, InfoNCELoss, NTXentLoss, SupConLoss, SwAVLoss
 from tests.comparisons import module
 
 
@@ -42,7 +44,7 @@ def test_the_memory_bank_of_lightly():
         else:
             ours(*filling)
     inputs = batch(seed=7)
-    assert_same(ours(*inputs), theirs(*inputs), inputs, close=1e-6)  # their bank is in float32
+    assert_same(ours(*inputs), theirs(*inputs), inputs)
 
 
 def test_dcl_of_lightly():
@@ -93,3 +95,57 @@ def test_where_pytorch_metric_learning_counts_anchors_otherwise():
     (z, _), labels = batch(), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5, 6])
     share = (torch.bincount(labels)[labels] > 1).double().mean()
     assert_same(SupConLoss(temperature=0.1)(z, labels), theirs(z, labels) * share, (z,))
+
+
+@pytest.mark.parametrize(("symmetric", "ours"), [(True, NTXentLoss), (False, InfoNCELoss)])
+def test_two_views_of_pytorch_metric_learning(symmetric, ours):
+    """Its wrapper for views without labels: all views stacked, or one view against the other."""
+    theirs = pytest.importorskip("pytorch_metric_learning.losses")
+    theirs = theirs.SelfSupervisedLoss(theirs.NTXentLoss(temperature=0.2), symmetric=symmetric)
+    inputs = batch()
+    assert_same(ours(temperature=0.2)(*inputs), theirs(*inputs), inputs)
+
+
+def test_three_views_of_pytorch_metric_learning():
+    """It sets each positive apart against the negatives alone: in ours one call for each, with masks that say so."""
+    theirs = pytest.importorskip("pytorch_metric_learning.losses").NTXentLoss(temperature=0.2)
+    views = (*batch(), batch(seed=1)[0])
+    ids, rows, loss = torch.arange(12).repeat(3), torch.arange(36), NTXentLoss(temperature=0.2)
+    strangers, shared = ids[:, None] != ids, 0.0
+    for step in (12, 24):
+        positive = torch.zeros(36, 36, dtype=torch.bool)
+        positive[rows, (rows + step) % 36] = True
+        shared = shared + loss(*views, positive_mask=positive, negative_mask=strangers) / 2
+    expected = theirs(torch.cat(views), ids)
+    assert_same(shared, expected, views)
+    assert not torch.isclose(loss(*views), expected, rtol=1e-2)  # where an anchor's positives share one denominator
+
+
+def test_the_memory_of_pytorch_metric_learning():
+    """Its memory holds the batch too, as constants: the value is that of a queue, the derivative that of the anchors alone."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    theirs = losses.CrossBatchMemory(losses.SupConLoss(temperature=0.1), 6, memory_size=36)
+    ours, queue = SupConLoss(temperature=0.1), FeatureQueue(24, 6).double()
+    anchored, itself = SupConLoss(temperature=0.1, negatives="cross"), torch.eye(12, 36, dtype=torch.bool)
+    for step in range(5):
+        z, labels = batch(seed=step)[0], torch.arange(12) * (step + 2) % 4
+        expected, found = theirs(z, labels), ours(z, labels, queue=queue)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        alike = labels[:, None] == torch.cat([labels, queue.ids])
+        masks = {"positive_mask": alike & ~itself, "negative_mask": ~alike}
+        assert_same(anchored(z, z.detach(), queue=queue, **masks), expected, (z,))
+        queue.update(z, labels)
+
+
+def test_defaults():
+    """A call without a temperature means the same, but for NTXentLoss, which the two libraries start differently."""
+
+    def default(theirs):
+        return inspect.signature(theirs).parameters["temperature"].default
+
+    lightly, metric = "lightly.loss", pytest.importorskip("pytorch_metric_learning.losses")
+    assert NTXentLoss().temperature == default(module(f"{lightly}.ntx_ent_loss").NTXentLoss) == 0.5
+    assert DCLLoss().temperature == default(module(f"{lightly}.dcl_loss").DCLLoss) == 0.1
+    assert SwAVLoss().temperature == default(module(f"{lightly}.swav_loss").SwaVLoss) == 0.1
+    assert SupConLoss().temperature == default(metric.SupConLoss) == 0.1
+    assert default(metric.NTXentLoss) == 0.07 == ClipLoss().temperature != NTXentLoss().temperature
