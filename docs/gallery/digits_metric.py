@@ -20,7 +20,7 @@ from iotsolve import inverse
 TRAIN = 200
 
 
-def main(folder: Path, dimensions: int = 30) -> dict[str, float]:
+def main(folder: Path, dimensions: int = 20) -> dict[str, float]:
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], labels[order]
