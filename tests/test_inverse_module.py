@@ -401,9 +401,27 @@ def test_a_module_that_makes_no_cost_is_refused(cost, message):
 
 def test_a_training_that_runs_away_is_stopped_by_the_first_cost_that_is_not_finite():
     x, y, data = market()
+    between = Broken(lambda w, x, y: (w * (3 - w)).sqrt() * (x[:, :1] * y[:, 0]))
+    with pytest.raises(ValueError, match=r"not finite.*learning rate"):
+        inverse.Module(between, x, y, optimizer=partial(torch.optim.SGD, lr=1e3)).fit(data)
+
+
+def test_a_step_too_long_does_not_spoil_the_forward_problem():
+    """A start that the module has left far behind is thrown away: what is learned then is not converged, and finite."""
+    x, y, data = market()
     square = Broken(lambda w, x, y: (w**2 - 0.5).sqrt() * (x[:, :1] * y[:, 0]))
-    with pytest.raises(ValueError, match="learning rate"):
-        inverse.Module(square, x, y, optimizer=partial(torch.optim.SGD, lr=1e3)).fit(data)
+    with pytest.warns(inverse.TrainingWarning, match="not converged after 5 epochs"):
+        fit = inverse.Module(square, x, y, optimizer=partial(torch.optim.SGD, lr=1e3), epochs=5).fit(data)
+    assert abs(fit.cost).max() > 1e3 and fit.solution.converged and np.isfinite(fit.losses).all()
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_a_gradient_that_is_not_finite_is_refused_though_the_cost_is(batch):
+    x, y, data = market()
+    # a root at 0, whose derivative there is none
+    kink = Broken(lambda w, x, y: ((w - 1) ** 2).sqrt() + w * x[:, :1] * y[:, 0])
+    with pytest.raises(ValueError, match="not finite"):
+        inverse.Module(kink, x, y, batch=batch).fit(data)
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,15 @@ class _Task:
 
     def solved(self, problem: Problem, start: Potentials | None) -> Solution:
         tolerance = max(1e-13, 1e-2 * self.model._limit)
-        return solve(problem, gradient=Implicit(), tolerance=tolerance, init=start, throw=False)
+        solution = solve(problem, gradient=Implicit(), tolerance=tolerance, init=start, throw=False)
+        if start is not None and not solution.converged:  # a long step of the module can make it a bad start
+            return self.solved(problem, None)
+        if not math.isfinite(solution.value.item()):
+            raise ValueError(
+                f"the forward problem of the module's cost has no finite value, ended as {solution.status.name}: the cost has "
+                "run away from epsilon. Usually the learning rate is too large; or give the module inputs of unit size."
+            )
+        return solution
 
     def _priced(self, loss: Tensor, module: nn.Module, share: float = 1.0) -> Tensor:
         if self.model.penalty is not None:
@@ -527,8 +535,15 @@ def _slices(count: int, batch: int | None) -> Iterator[slice]:
 
 
 def _largest(parameters: list[nn.Parameter]) -> float:
-    """Largest entry of the gradient; NaN if one is."""
-    return max(float(p.grad.abs().max()) if p.grad is not None and p.numel() else 0.0 for p in parameters)
+    """Largest entry of the gradient; 0 for parameters that the loss does not depend on."""
+    sizes = [float(p.grad.abs().max()) for p in parameters if p.grad is not None and p.numel()]
+    if not all(map(math.isfinite, sizes)):
+        raise ValueError(
+            "the gradient in the module's parameters is not finite, although its cost is. Usually a root or a norm in the module "
+            "has its kink where two points agree: add a small number under the root, or square the distance. Otherwise the "
+            "learning rate is too large."
+        )
+    return max(sizes, default=0.0)
 
 
 def _detached(solution: Solution) -> Potentials:
