@@ -308,6 +308,8 @@ def _draw_gravity(fit: Fit, kind: str) -> Figure:
     left.axvline(0.0, color="0.5", lw=1, zorder=0)
     left.set_yticks(rows, [f"{name}\n{x:.4g} per unit" for name, x in zip(fit.names, fit.coefficients, strict=True)])
     left.set_ylim(len(rows) - 0.5, -0.5)
+    if fit.separated:
+        left.set_xscale("symlog", linthresh=1.0)  # beside what goes to infinity the others would be a dot at 0
     left.set_xlabel(f"change of log flow per standard deviation, 95 % ({kind})")
     shown = (observed > 0) & (explained > 0)
     if shown.any():
@@ -321,6 +323,7 @@ def _draw_gravity(fit: Fit, kind: str) -> Figure:
     right.set_ylabel("flow observed")
     if not shown.all():
         right.set_title(f"without {int((~shown).sum())} of {len(shown)} pairs, where nothing flows", fontsize=9)
+    _tell_separation(figure, fit)
     return figure
 
 
@@ -351,7 +354,16 @@ def _draw_affinity(fit: Fit, kind: str, rows: list[str], columns: list[str]) -> 
     right.bar(range(1, len(sorting.shares) + 1), sorting.shares, yerr=off, capsize=4, alpha=0.8)
     right.set_xticks(range(1, len(sorting.shares) + 1))
     right.set(xlabel="dimension of sorting", ylabel="share of the affinity, 95 %", ylim=(0, None))
+    figure.get_layout_engine().set(wspace=0.06)
+    _tell_separation(figure, fit)
     return figure
+
+
+def _tell_separation(figure: Figure, fit: Fit) -> None:
+    """A picture is passed on without the report, and an interval around 0 would be read as no effect."""
+    if fit.separated:
+        title = "separated data: a coefficient goes to infinity, its size and its interval say nothing"
+        figure.suptitle(title, color="C3", fontsize=10)
 
 
 def _columns(path: Path, *, numbers: list[str], labels: list[str]) -> tuple[dict[str, Any], list[int]]:

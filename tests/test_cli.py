@@ -319,6 +319,26 @@ def test_invert_draws_the_affinity(folder):
     assert [bar.get_height() for bar in shares.patches] == pytest.approx([1.0])
 
 
+def test_invert_says_in_the_picture_that_the_data_are_separated(folder):
+    (folder / "couples.csv").write_text("his,hers\n" + "0,0\n1,1\n" * 10, encoding="utf-8")
+    flows = [
+        f"{i},{j},{3 + (i * 7 + j * 3) % 11 if i != j else 0},{int(i == j)},{(i * j) % 5}"
+        for i in range(6)
+        for j in range(6)
+    ]
+    (folder / "flows.csv").write_text("origin,destination,flow,same,other\n" + "\n".join(flows), encoding="utf-8")
+    names = dict(flow="flow", origin="origin", destination="destination", cluster=None)
+    for fit, draw, _ in (
+        cli._affinity(folder / "couples.csv", ["his"], ["hers"]),
+        cli._gravity(folder / "flows.csv", ["same", "other"], **names),
+    ):
+        figure = draw(fit, "model")
+        assert fit.separated and "goes to infinity" in figure.get_suptitle()
+    left = figure.axes[0]
+    zero, one = left.transAxes.inverted().transform(left.transData.transform([(0, 0), (1, 0)]))[:, 0]
+    assert left.get_xlim()[0] < -10 and one - zero > 0.02  # an effect of 1 is not lost beside an endless one
+
+
 def test_invert_writes_nothing_where_the_data_say_nothing(folder):
     (folder / "flows.csv").write_text("origin,destination,flow,far\nA,A,8,0\n", encoding="utf-8")
     done = run("invert", "flows.csv", "--features", "far", "--out", "fit.json", "--plot", "fit.png")

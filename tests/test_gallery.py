@@ -14,6 +14,7 @@ GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 def run(name, folder, **options):
     """The names a script defines, and what its main returns."""
     names = runpy.run_path(str(GALLERY / f"{name}.py"))
+    folder = folder / "made by the script"
     found = names["main"](folder, **options)
     assert (folder / f"{name}.png").stat().st_size > 10_000
     return names, found
@@ -36,7 +37,7 @@ def test_marriage(tmp_path):
     names, fit = run("marriage", tmp_path)
     errors = fit.errors("robust").reshape(4, 4)
     assert (np.abs(fit.matrix - names["PLANTED"]) < 4 * errors).all()
-    assert fit.rank_test(3).p_value < 1e-3 and np.argmin(fit.saliency().shares) == 3
+    assert max(fit.rank_test(k).p_value for k in (1, 2, 3)) < 1e-3 and np.argmin(fit.saliency().shares) == 3
     truth = np.linalg.svd(names["PLANTED"], compute_uv=False)
     shares = truth / truth.sum()
     assert np.abs(fit.saliency().shares - shares).max() < 0.15

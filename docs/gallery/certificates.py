@@ -46,6 +46,7 @@ def textbook(problem: Problem, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(folder: Path, count: int = 300) -> dict[str, np.ndarray | float]:
+    folder.mkdir(parents=True, exist_ok=True)
     c, sweeps = cost(), np.unique(np.geomspace(1, count, 25).astype(int))
     balanced = Problem(c, epsilon=0.01)
     low, high = bounds(balanced, sweeps)

@@ -38,6 +38,7 @@ def views(each: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(folder: Path) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
     first, second = views()
     n = len(first)
     found = {name: n * loss.coupling(first, second).numpy() for name, loss in LOSSES.items()}

@@ -21,6 +21,7 @@ TRAIN = 200
 
 
 def main(folder: Path, dimensions: int = 20) -> dict[str, float]:
+    folder.mkdir(parents=True, exist_ok=True)
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], labels[order]

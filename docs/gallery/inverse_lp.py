@@ -42,6 +42,7 @@ def rivals(features: inverse.Features, plan: np.ndarray, toll: np.ndarray, night
 
 
 def main(folder: Path) -> tuple[inverse.ExactFit, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
     features, plan = observed()
     seen, given = inverse.Coupling(plan=plan), dict(fixed={"kilometre": 1.0})
     margin = inverse.ExactInverse(features, **given).fit(seen)
@@ -68,7 +69,7 @@ def main(folder: Path) -> tuple[inverse.ExactFit, np.ndarray]:
     ax.set_xlabel("weight of the toll, in kilometres")
     ax.set_ylabel("weight of the night, in kilometres")
     ax.set_title("Under the shaded costs the observed plan is optimal;\ngrey: by how much it is not", fontsize=10)
-    ax.legend(fontsize=9, loc="lower right")
+    figure.legend(fontsize=9, ncols=4, loc="outside lower center")
     figure.savefig(folder / "inverse_lp.png", dpi=100)
     return margin, cuts
 

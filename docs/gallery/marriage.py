@@ -31,6 +31,7 @@ def couples(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(folder: Path, count: int = 1000) -> inverse.Fit:
+    folder.mkdir(parents=True, exist_ok=True)
     men, women = couples(count)
     fit = inverse.affinity(men, women)  # every couple is a type of its own
     errors, sorting = fit.errors("robust").reshape(4, 4), fit.saliency()

@@ -19,6 +19,7 @@ DATA = Path(__file__).parents[2] / "tests" / "data" / "us_state_migration_2012.c
 
 
 def main(folder: Path) -> tuple[inverse.Fit, dict[str, list[str]]]:
+    folder.mkdir(parents=True, exist_ok=True)
     with open(DATA, newline="") as file:
         lines = list(csv.DictReader(file))
     table = {name: np.array([line[name] for line in lines]) for name in ("origin", "dest")}

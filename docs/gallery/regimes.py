@@ -34,6 +34,7 @@ def clouds() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(folder: Path) -> dict[str, float]:
+    folder.mkdir(parents=True, exist_ok=True)
     x, y = clouds()
     cost = ((x[:, None] - y) ** 2).sum(-1)
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.2), sharex=True, sharey=True, layout="constrained")
