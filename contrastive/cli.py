@@ -1,13 +1,19 @@
-"""The `contrastive` command: train, evaluate, demo. What a command needs is imported in it: `--help` is immediate."""
+"""The `contrastive` command: train, evaluate, embed, report, experiment, demo.
+
+What a command needs is imported in it: `--help` is immediate.
+"""
 
 import dataclasses
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from contrastive.config import TrainConfig, from_file
 
 app = typer.Typer(
     help="Contrastive learning as inverse optimal transport.",
@@ -18,67 +24,116 @@ app = typer.Typer(
 )
 
 
-def _setting(default: str, text: str):
-    # no value here means "not given": a resumed run then takes the saved one
-    return typer.Option(help=f"{text} Default: {default}.", show_default=False)
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every setting of a run; what is not given is None."""
+    options = []
+    for setting in dataclasses.fields(TrainConfig):
+        default = "none" if setting.default is dataclasses.MISSING else setting.default
+        kind = {"int": int, "float": float, "bool": bool, "str": str}.get(str(setting.type), setting.type)
+        kind = kind if kind in (int, float, bool, str) else str
+        option = typer.Option(help=f"{setting.metadata['text']} Default: {default}.", show_default=False)
+        options.append(
+            inspect.Parameter(
+                setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    command.__signature__ = inspect.Signature([*own, *options])
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+    return command
 
 
 @app.command()
+@_with_settings
 def train(
     out: Annotated[Path, typer.Option(help="Directory of the run.")],
-    data: Annotated[str | None, _setting("digits", "Data set.")] = None,
-    loss: Annotated[
-        str | None, _setting("infonce", "Loss: infonce, ntxent, clip, global, sinkhorn or unbalanced.")
-    ] = None,
-    epochs: Annotated[int | None, _setting("20", "Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, _setting("256", "Images in a batch.")] = None,
-    learning_rate: Annotated[float | None, _setting("0.003", "Peak of the one-cycle schedule.")] = None,
-    weight_decay: Annotated[float | None, _setting("0.01", "Decay of the encoder's weights.")] = None,
-    temperature: Annotated[float | None, _setting("0.2", "Divides the cosine similarities.")] = None,
-    uniformity: Annotated[float | None, _setting("0.0", "Weight of the uniformity penalty.")] = None,
-    seed: Annotated[int | None, _setting("0", "Seed of the weights, the order and the augmentation.")] = None,
-    dim: Annotated[int | None, _setting("64", "Length of an embedding.")] = None,
-    threads: Annotated[int | None, _setting("1", "CPU threads.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch.")] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings; what is given here goes first.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved step.")] = False,
+    **settings: Any,
 ) -> None:
-    """Train an encoder; settings left out are the defaults or, with --resume, those the run was started with."""
-    settings = {
-        "data": data,
-        "loss": loss,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "temperature": temperature,
-        "uniformity": uniformity,
-        "seed": seed,
-        "dim": dim,
-        "threads": threads,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
+    """Train an encoder; settings left out are those of --config, of the run that is resumed, or the defaults."""
     with _one_sentence():
+        given = {name: value for name, value in settings.items() if value is not None}
+        if "loss_options" in given:
+            given["loss_options"] = _numbers(given["loss_options"])
         from contrastive import trainer
 
-        start = trainer.load_config(out) if resume else trainer.TrainConfig()
-        run = trainer.train(dataclasses.replace(start, **given), out, resume=resume)
+        start = trainer.load_config(out) if resume else TrainConfig()
+        known = from_file(config) if config is not None else {}
+        run = trainer.train(dataclasses.replace(start, **(known | given)), out, resume=resume)
         typer.echo(f"{out}: {run.epochs} epochs in {run.seconds:.1f} s, loss {run.history[-1]:.4f} at the last step.")
         typer.echo(f"Next: contrastive evaluate {out}")
 
 
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
-    """Score a run's embeddings beside its untrained encoder and raw pixels; writes evaluation.json in the run."""
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    layer: Annotated[
+        str, typer.Option(help="embedding, which the loss saw, or features, before the head.")
+    ] = "embedding",
+    data: Annotated[str | None, typer.Option(help="Other data than the run's own.")] = None,
+) -> None:
+    """Score a run's embeddings beside its untrained encoder and raw inputs; writes evaluation.json in the run."""
     with _one_sentence():
         from contrastive import trainer
-        from contrastive.data import load
         from contrastive.evaluate import compare
 
-        trained = trainer.load_run(run)
-        data = load(trained.config.data)
-        rows = compare(trained.encoder, trainer.initial_encoder(trained.config, data), data)
-        trainer.write_atomically(run / "evaluation.json", (json.dumps(rows, indent=2) + "\n").encode())
-        title = f"{run}: {trained.config.loss}, {trained.epochs} of {trained.config.epochs} epochs"
+        given = _data(run, data)
+        trained = trainer.load_run(run, data=given)
+        rows = compare(trained.model, trainer.initial_model(trained.config, given), given, layer=layer)
+        content = {"layer": layer, "data": given.name, "steps": trained.steps, "scores": rows}
+        trainer.write_atomically(run / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode())
+        title = f"{run}: {trained.config.loss}, {trained.epochs} of {trained.config.epochs} epochs, {layer}"
         _print_table(rows, title)
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    out: Annotated[Path, typer.Option(help="File to write, .npz or .safetensors.")],
+    layer: Annotated[
+        str, typer.Option(help="embedding, which the loss saw, or features, before the head.")
+    ] = "embedding",
+    data: Annotated[str | None, typer.Option(help="Other data than the run's own, of the same kind.")] = None,
+) -> None:
+    """Write a run's embeddings of its data, with labels and ids where there are."""
+    with _one_sentence():
+        from contrastive import trainer
+        from contrastive.evaluate import save_embeddings
+
+        given = _data(run, data)
+        shapes = save_embeddings(trainer.load_run(run, data=given).model, given, out, layer=layer)
+        typer.echo(f"{out}: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs.")],
+    out: Annotated[Path, typer.Option(help="Page to write, .html or .md.")] = Path("report.html"),
+) -> None:
+    """One page about several runs: what differs, how they learned, how they scored."""
+    with _one_sentence():
+        from contrastive.report import write
+
+        write(runs, out)
+        typer.echo(f"{out}: {len(runs)} runs")
+
+
+@app.command()
+def experiment(
+    out: Annotated[Path, typer.Option(help="Directory of the experiment; what is finished in it is not done again.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Two seeds and few images, to see it work.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Write the page, with its picture beside it.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Compare the members of the family on Fashion-MNIST, as the documentation's page about it does."""
+    with _one_sentence():
+        from contrastive import experiment as study
+
+        results = study.run(out, quick=quick, workers=workers)
+        if page is not None:
+            study.write_page(results, page)
+        typer.echo(f"{out}: {len(results)} runs" + (f", {page}" if page else ""))
 
 
 @app.command()
@@ -95,15 +150,35 @@ def main() -> None:
     app()
 
 
+def _data(run: Path, name: str | None) -> Any:
+    from contrastive import trainer
+    from contrastive.data import load
+
+    config = trainer.load_config(run)
+    return trainer.data_of(config) if name is None else load(name, image_size=config.image_size)
+
+
+def _numbers(text: str) -> dict[str, float]:
+    """`rho=0.1,mass=1` as a dictionary."""
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise ValueError(f"loss_options={text!r} must be names with numbers, as rho=0.1,mass=1.") from None
+
+
 def _print_table(rows: dict[str, dict[str, float]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("accuracy, %", title=title, title_justify="left")
-    for metric in next(iter(rows.values())):
-        table.add_column(metric, justify="right")
-    for name, scores in rows.items():
-        table.add_row(name, *(f"{100 * score:.1f}" for score in scores.values()))
+    from contrastive.evaluate import shown
+
+    table = Table("", title=title, title_justify="left")
+    for name in rows:
+        table.add_column(name, justify="right")
+    metrics = dict.fromkeys(metric for scores in rows.values() for metric in scores)
+    for metric in metrics:
+        table.add_row(metric, *(shown(metric, scores.get(metric)) for scores in rows.values()))
     Console().print(table)
 
 

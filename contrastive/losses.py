@@ -900,21 +900,45 @@ _LOSSES = {
     "unbalanced": UnbalancedNCELoss,
 }
 NAMES = tuple(_LOSSES)
+_OTHERS = {
+    "supcon": "SupConLoss",
+    "partial": "PartialNCELoss",
+    "double-bounded": "DoubleBoundedLoss",
+    "rince": "RINCELoss",
+    "dcl": "DCLLoss",
+    "hard-negative": "HardNegativeLoss",
+}
+KNOWN = (*NAMES, *_OTHERS)
 
 
-def make(name: str, *, temperature: float | Tensor = 0.2, uniformity: float = 0.0) -> IOTLoss:
+def make(name: str, *, temperature: float | Tensor = 0.2, uniformity: float = 0.0, **options: Any) -> IOTLoss:
     """A loss by the name the command line uses.
 
+    Args:
+        name: one of ``KNOWN``.
+        temperature: see :class:`IOTLoss`.
+        uniformity: see :class:`IOTLoss`.
+        options: more of the loss, such as ``rho``.
+
     Raises:
-        ValueError: if there is no such loss; the message lists those there are.
+        ValueError: if there is no such loss, or it has no such option; the message lists those there are.
 
     Example:
-        >>> type(make("sinkhorn")).__name__
-        'SinkhornNCELoss'
+        >>> type(make("sinkhorn")).__name__, make("unbalanced", rho=0.5).rows
+        ('SinkhornNCELoss', KL(rho=0.5))
     """
-    if name not in _LOSSES:
-        raise ValueError(f"loss = {name!r}: there is no such loss. Known: {', '.join(NAMES)}.")
-    return _LOSSES[name](temperature=temperature, uniformity=uniformity)
+    if name not in KNOWN:
+        raise ValueError(f"loss = {name!r}: there is no such loss. Known: {', '.join(KNOWN)}.")
+    if name in _LOSSES:
+        kind = _LOSSES[name]
+    else:
+        import contrastive  # which knows where the others live
+
+        kind = getattr(contrastive, _OTHERS[name])
+    try:
+        return kind(temperature=temperature, uniformity=uniformity, **options)
+    except TypeError as error:
+        raise ValueError(f"loss = {name!r} with {', '.join(options)}: it has no such option ({error}).") from error
 
 
 # -- what is asked of the arguments --------------------------------------------------------------------------------------

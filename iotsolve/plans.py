@@ -279,6 +279,7 @@ class StreamedPlan(QuickPlan):
 
     sums: tuple[Tensor, Tensor]
     form: tuple[Tensor, ...]
+    double: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, problem: Problem, p: Potentials) -> StreamedPlan:
@@ -287,13 +288,18 @@ class StreamedPlan(QuickPlan):
         v = log_scaling(problem.b, p.g, problem.epsilon)[0] + own_y
         r, c = bilinear.plan_sums(x, y, u, v, problem.cost.barred)
         large = max(float(torch.where(z.isfinite(), z, 0.0).abs().max()) for z in (u, v))
-        form = (x, y, u, v) if large > _RESOLVED else tuple(z.float() for z in (x, y, u, v))
+        double = (x, y, u, v)
+        form = double if large > _RESOLVED else tuple(z.float() for z in double)
 
         def read() -> Iterator[Chunk]:
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values, cost.dense(), part) for (part, values), (_, cost) in blocks)
 
-        return cls(problem, read, (r[None], c[None]), form)
+        return cls(problem, read, (r[None], c[None]), form, double)
+
+    @property
+    def exact(self) -> Plan:
+        return StreamedPlan(self.problem, self.read, self.sums, self.double, self.double)
 
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         given = (torch.from_numpy(z[0]).to(self.form[0].dtype) for z in (w, v))
@@ -325,7 +331,7 @@ class ShardedPlan(StreamedPlan):
                 start = chunk.part.start + cost.own.start
                 yield Chunk(chunk.values, chunk.cost, slice(start, start + chunk.values.shape[-2]))
 
-        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine.form)
+        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine.form, mine.double)
 
     @property
     def exact(self) -> Plan:

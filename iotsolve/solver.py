@@ -7,6 +7,7 @@ computed anyway, and never by the size of the step: a small step says nothing ab
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
@@ -125,6 +126,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     status, steps = [Status.MAX_STEPS] * size, [method.max_steps] * size
     best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
     highest = torch.full_like(final.lam, -torch.inf)
+    dear = math.prod(problem.shape[-2:]) >= _DEAR
 
     for k in count(1 if start is None else 0):  # a start that is good enough takes no step
         annealing, late, own = k <= len(ladder), k - len(ladder), k - wait
@@ -132,11 +134,11 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
             state = fresh.where(own > 0, state) if annealing else fresh
         spent = own >= method.max_steps
-        if (annealing and k) or not (_due(late) or spent.any()):
+        if (annealing and k) or not (dear or _due(late) or spent.any()):
             continue
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
-        patience = torch.where(progress, 0.0, patience + 1)
+        patience = torch.where(progress, 0.0, patience + _due(late))
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
         broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
@@ -180,6 +182,7 @@ def _largest(x: Tensor) -> float:
 
 
 _PATIENCE = 30  # checks without progress
+_DEAR = 2**24  # entries from which on a step takes so long that every one is followed by a check
 
 
 def _due(k: int) -> bool:

@@ -158,15 +158,16 @@ def _tame_log_sums(
     x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     rows = None if v is None else x.new_empty(len(x))
-    columns = None if u is None else x.new_zeros(len(y))
+    # a sum over very many rows would lose digits in float32, always the same way: blocks are summed in it, and added in float64
+    columns = None if u is None else x.new_zeros(len(y), dtype=torch.float64)
     by_rows, by_columns = (None if w is None else w.exp() for w in (v, u))
     for part, block, _ in _blocks(x, y, barred, spare=False):
         block.exp_()
         if v is not None:
             torch.mv(block, by_rows, out=rows[part])
         if u is not None:
-            columns.addmv_(block.mT, by_columns[part])
-    return None if v is None else rows.log_(), None if u is None else columns.log_()
+            columns.add_(torch.mv(block.mT, by_columns[part]))
+    return None if v is None else rows.log_(), None if u is None else columns.log_().to(x.dtype)
 
 
 def _tame_pull(

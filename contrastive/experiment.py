@@ -1,0 +1,327 @@
+"""Does the inner problem's constraint matter? Members of the family on Fashion-MNIST, in regimes where it might.
+
+Named before anything was run: the primary metric is the accuracy of a logistic probe with 100 labels per class on the
+flattened features before the head, averaged over three draws of labels (the penalty chosen on a part of the first),
+on test images; each member's temperature is the one with the best mean on validation images, which are neither
+trained on nor reported; what is compared are differences to InfoNCE, paired by seed. A seed fixes the weights, the
+order and the views of all members alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contrastive.config import TrainConfig
+from contrastive.data import Dataset, load
+
+__all__ = ["MEMBERS", "REGIMES", "run", "write_page"]
+
+BASE = TrainConfig(
+    data="fashion-mnist",
+    train_size=4000,
+    epochs=5,
+    batch_size=256,
+    learning_rate=3e-3,
+    dim=64,
+    threads=1,
+    log_every=1000,
+)
+MEMBERS: dict[str, dict[str, Any]] = {
+    "infonce": {},
+    "ntxent": {},
+    "clip": {},
+    "global": {},
+    "sinkhorn": {},
+    "unbalanced": {"loss_options": {"rho": 0.1}},
+}
+UNIFORMITIES = (0.0, 0.2)
+TEMPERATURES = (0.1, 0.2, 0.5)
+SEEDS = (0, 1, 2, 3, 4)
+REGIMES: dict[str, dict[str, Any]] = {
+    "clean": {},
+    "half of the pairs broken": {"broken": 0.5},
+    "long tail 100:1": {"imbalance": 100.0},
+    "embedding of 8": {"dim": 8},
+}
+_SIDE = 14  # images are halved: a member is then a matter of seconds on a CPU
+_HELD = 2000  # images each for validation and test
+_LABELS, _DRAWS = 100, 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: where it stands in the design, and its scores."""
+
+    regime: str
+    member: str
+    uniformity: float
+    temperature: float
+    seed: int
+    validation: float
+    test: float
+    knn5: float
+    loss: float
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.member + (" + uniformity" if self.uniformity else "")
+
+
+@cache
+def data() -> tuple[Dataset, Dataset]:
+    """What is trained on, with validation images as its test part, and the same with test images there; 14 x 14 pixels."""
+    from torch.nn.functional import avg_pool2d
+
+    whole = load("fashion-mnist")
+    images, labels, size = avg_pool2d(whole.train, 2), whole.train_labels, BASE.train_size
+    held = slice(size, size + _HELD)
+    parts = images[:size], labels[:size]
+    return (
+        Dataset(*parts, images[held], labels[held], whole.name),
+        Dataset(*parts, avg_pool2d(whole.test[:_HELD], 2), whole.test_labels[:_HELD], whole.name),
+    )
+
+
+def design(*, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """Where every run stands, the seeds outermost: what is stopped early is a whole design with fewer seeds."""
+    seeds, regimes = (SEEDS[:2], list(REGIMES)[:1]) if quick else (SEEDS, list(REGIMES))
+    members = list(MEMBERS)[:1] + list(MEMBERS)[4:5] if quick else list(MEMBERS)
+    temperatures = TEMPERATURES[1:2] if quick else TEMPERATURES
+    for seed, regime, member, uniformity, temperature in itertools.product(
+        seeds, regimes, members, UNIFORMITIES, temperatures
+    ):
+        yield dict(regime=regime, member=member, uniformity=uniformity, temperature=temperature, seed=seed)
+
+
+def run(out: str | Path, *, quick: bool = False, workers: int = 2) -> list[Result]:
+    """Train and score every run of the design that is not in `out` yet, and return all.
+
+    Args:
+        out: Directory; one JSON file for each run in it. A design that was stopped goes on where it was.
+        quick: Two seeds, two members, one regime, one temperature.
+        workers: Processes, each with one thread.
+
+    Raises:
+        ValueError: Fashion-MNIST is not there.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    data()  # what is missing is said here, once
+    places = list(design(quick=quick))
+    left = [place for place in places if not _file(out, place).exists()]
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("runs", total=len(places), completed=len(places) - len(left))
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(_one, place, out) for place in left]):
+                done.result()
+                progress.advance(task)
+    return [Result(**json.loads(_file(out, place).read_text())) for place in places]
+
+
+def _file(out: Path, place: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps([place, dataclasses.asdict(_config(place))], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
+    return out / f"{key}.json"
+
+
+def _config(place: dict[str, Any]) -> TrainConfig:
+    given = {key: place[key] for key in ("uniformity", "temperature", "seed")}
+    return dataclasses.replace(
+        BASE, loss=place["member"], **MEMBERS[place["member"]], **REGIMES[place["regime"]], **given
+    )
+
+
+def _one(place: dict[str, Any], out: Path) -> None:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # or every process would keep all cores busy waiting for each other
+        _trained_and_scored(place, out)
+
+
+def _trained_and_scored(place: dict[str, Any], out: Path) -> None:
+    import torch
+
+    from contrastive import evaluate, trainer
+
+    torch.set_num_threads(1)
+    file = _file(out, place)
+    folder = file.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    validation, test = data()
+    trained = trainer.train(_config(place), folder, data=validation, progress=False)
+    encoder = evaluate._Features(trained.encoder)
+    bank, labels = evaluate.embed(encoder, validation.train), validation.train_labels.numpy()
+    parts = [(evaluate.embed(encoder, part.test), part.test_labels.numpy()) for part in (validation, test)]
+    scores, penalty = np.zeros((_DRAWS, 2)), None
+    for draw in range(_DRAWS):
+        probe = evaluate.probing(bank, labels, per_class=_LABELS, seed=draw, penalty=penalty)
+        scores[draw], penalty = [np.mean(probe.predict(x) == y) for x, y in parts], probe.penalty
+    knn5 = evaluate.knn(bank, labels, *parts[1], k=5)
+    result = Result(
+        **place,
+        validation=float(scores[:, 0].mean()),
+        test=float(scores[:, 1].mean()),
+        knn5=knn5,
+        loss=float(np.mean(trained.history[-5:])),
+        seconds=round(trained.seconds, 2),
+    )
+    trainer.write_atomically(file, json.dumps(dataclasses.asdict(result)).encode())
+    shutil.rmtree(folder)
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A member in a regime at its temperature: its scores by seed, and its differences to InfoNCE."""
+
+    name: str
+    temperature: float
+    test: np.ndarray
+    knn5: np.ndarray
+    difference: float
+    half_width: float
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says."""
+        if not math.isfinite(self.half_width) or abs(self.difference) <= self.half_width:
+            return "no difference"
+        return "better" if self.difference > 0 else "worse"
+
+
+def rows(results: list[Result], regime: str) -> list[Row]:
+    """Every member in a regime, InfoNCE first."""
+    from scipy.stats import t as student
+
+    cells: dict[tuple[str, float], list[Result]] = {}
+    for result in sorted(results, key=lambda r: r.seed):
+        if result.regime == regime:
+            cells.setdefault((result.name, result.temperature), []).append(result)
+    names = list(dict.fromkeys(name for name, _ in cells))
+    best = {}
+    for name in names:
+        own = {temperature: cell for (other, temperature), cell in cells.items() if other == name}
+        best[name] = max(own.items(), key=lambda item: np.mean([r.validation for r in item[1]]))
+    reference = np.array([r.test for r in best["infonce"][1]])
+    found = []
+    for name in names:
+        temperature, cell = best[name]
+        test = np.array([r.test for r in cell])
+        difference = test - reference
+        n = len(difference)
+        half = float(student.ppf(0.975, n - 1) * difference.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        found.append(Row(name, temperature, test, np.array([r.knn5 for r in cell]), float(difference.mean()), half))
+    return found
+
+
+def write_page(results: list[Result], page: str | Path) -> None:
+    """Put tables and a picture between the page's markers; a page without markers is made.
+
+    Args:
+        results: What :func:`run` returned.
+        page: A Markdown file; the picture goes to `_static/experiment.png` beside it.
+    """
+    page = Path(page)
+    begin, end = "<!-- experiment: begin -->", "<!-- experiment: end -->"
+    text = page.read_text() if page.exists() else f"# The experiment\n\n{begin}\n{end}\n"
+    if begin not in text or end not in text:
+        raise ValueError(f"{page} has no lines '{begin}' and '{end}': put them where the tables should go.")
+    picture = page.parent / "_static" / "experiment.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    _draw(results, picture)
+    head, _, rest = text.partition(begin)
+    _, _, foot = rest.partition(end)
+    page.write_text(head + begin + "\n\n" + "\n".join(_tables(results)) + "\n\n" + end + foot)
+
+
+def _tables(results: list[Result]) -> Iterator[str]:
+    regimes = list(dict.fromkeys(r.regime for r in results))
+    seeds = len({r.seed for r in results})
+    by_regime = {regime: rows(results, regime) for regime in regimes}
+    intervals = sum(len(found) - 1 for found in by_regime.values())
+    yield (
+        f"{len(results)} runs, {seeds} seeds; a run took {np.median([r.seconds for r in results]):.1f} s to "
+        "train (median, one CPU thread). "
+        f"Of the {intervals} intervals below about {0.05 * intervals:.0f} would miss 0 by chance alone."
+    )
+    yield ""
+    yield "![Differences to InfoNCE with 95 % intervals, by regime](_static/experiment.png)"
+    for regime, found in by_regime.items():
+        yield f"\n### {regime[0].upper()}{regime[1:]}\n"
+        yield "| member | temperature | probe, 100 labels per class | 5 neighbours | difference to InfoNCE | |"
+        yield "|---|---|---|---|---|---|"
+        for row in found:
+            mine = row.name == "infonce"
+            difference = "" if mine else f"{100 * row.difference:+.2f} ± {100 * row.half_width:.2f}"
+            yield (
+                f"| {row.name} | {row.temperature:g} | {_percent(row.test)} | {_percent(row.knn5)} | {difference} | "
+                f"{'' if mine else row.verdict} |"
+            )
+    yield "\n### All temperatures\n"
+    yield "Probe on the test images, mean over seeds, %.\n"
+    temperatures = sorted({r.temperature for r in results})
+    yield "| regime | member | " + " | ".join(f"{t:g}" for t in temperatures) + " |"
+    yield "|---|---|" + "---|" * len(temperatures)
+    for regime in regimes:
+        for name in dict.fromkeys(r.name for r in results):
+            means = [
+                np.mean([r.test for r in results if (r.regime, r.name, r.temperature) == (regime, name, t)])
+                for t in temperatures
+            ]
+            yield f"| {regime} | {name} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |"
+
+
+def _percent(values: np.ndarray) -> str:
+    spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * values.mean():.1f}{spread}"
+
+
+def _draw(results: list[Result], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    regimes = list(dict.fromkeys(r.regime for r in results))
+    figure = Figure(figsize=(3.4 * len(regimes) + 1.6, 4.4), layout="constrained")
+    axes = figure.subplots(1, len(regimes), squeeze=False, sharey=True)[0]
+    colors = {"better": "#2a7f3f", "worse": "#c1121f", "no difference": "#6b7280"}
+    for axis, regime in zip(axes, regimes, strict=True):
+        found = rows(results, regime)[1:]
+        for place, row in enumerate(found):
+            axis.errorbar(
+                100 * row.difference,
+                place,
+                xerr=100 * row.half_width,
+                fmt="o",
+                color=colors[row.verdict],
+                capsize=3,
+                markersize=4,
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(
+            title=regime, yticks=range(len(found)), yticklabels=[row.name for row in found], xlabel="points of accuracy"
+        )
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.suptitle("Probe with 100 labels per class: difference to InfoNCE, mean and 95 % interval over seeds")
+    figure.savefig(path, dpi=110)

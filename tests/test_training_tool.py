@@ -1,0 +1,569 @@
+"""What a practitioner does with the trainer: own data, large batches, many processes, kills, full disks, pages about runs."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from contrastive import encoders, experiment, trainer
+from contrastive.batches import Batches
+from contrastive.cli import app
+from contrastive.config import TrainConfig, from_file
+from contrastive.data import Dataset, digits, fashion_mnist, from_arrays, from_folder, load, tail
+from contrastive.evaluate import evaluate, probe, probing, recall
+from contrastive.losses import KNOWN, make
+from contrastive.report import write
+from contrastive.text import german_english, ngrams
+from contrastive.trainer import initial_model, load_run, train
+
+SHORT = TrainConfig(loss="clip", epochs=2, batch_size=300, augmentation="affine", log_every=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Dropping(encoders.SmallCNN):
+    """An encoder that draws random numbers at every step, given by its import path."""
+
+    def __init__(self, dim):
+        super().__init__(1, 8, dim=dim)
+        self.head = nn.Sequential(nn.Dropout(0.2), self.head)
+
+
+DROPPING = f"{__name__}:Dropping"
+
+
+def state(run):
+    return torch.load(run.out / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same(left, right, **near):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], **({"rtol": 0, "atol": 0} | near))
+
+
+# -- resuming ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"queue": 500, "loss": "infonce"},
+        {"encoder": DROPPING, "chunk": 128},
+        {"loss": "unbalanced", "learn_temperature": True, "broken": 0.5},
+        {"precision": "bf16", "loss": "supcon"},
+    ],
+    ids=["queue", "dropout-in-parts", "temperature", "bf16"],
+)
+@pytest.mark.parametrize("step", [1, 6])
+def test_stopped_anywhere_and_resumed_is_bitwise_the_whole(settings, step, tmp_path, monkeypatch):
+    config = dataclasses.replace(SHORT, **settings)
+    whole = train(config, tmp_path / "whole")
+    step_taken, count = torch.optim.AdamW.step, []
+
+    def until(self, *given, **more):
+        count.append(1)
+        if len(count) > step:
+            raise KeyboardInterrupt
+        return step_taken(self, *given, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", until)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step (0|{step - step % 4}) of 8"):
+        train(config, tmp_path / "cut")  # the optimiser was at work: the last checkpoint is an epoch's
+    monkeypatch.undo()
+    resumed = train(dataclasses.replace(config, save_every=3), tmp_path / "cut", resume=True)
+    assert_same(state(resumed), state(whole))
+    assert resumed.history == whole.history
+    assert (resumed.out / "metrics.csv").read_text() == (whole.out / "metrics.csv").read_text()
+
+
+def test_checkpoints_between_epochs_are_whole_runs_to_go_on_from(tmp_path, monkeypatch):
+    config = dataclasses.replace(SHORT, save_every=1)
+    whole = train(config, tmp_path / "whole")
+    saved, kept = trainer.write_atomically, []
+
+    def killed(path, content):
+        saved(path, content)
+        if path.name == "last.ckpt":
+            kept.append(path)
+            if len(kept) == 4:  # the start and three steps
+                raise SystemExit
+
+    monkeypatch.setattr("contrastive.fitting.write_atomically", killed)
+    with pytest.raises(SystemExit):
+        train(config, tmp_path / "cut")
+    monkeypatch.undo()
+    assert load_run(tmp_path / "cut").steps == 3
+    assert_same(state(train(config, tmp_path / "cut", resume=True)), state(whole))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    sync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(1)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"no space left for .*last.ckpt.*what it held before is kept"):
+        train(dataclasses.replace(SHORT, save_every=1), tmp_path / "run")
+    monkeypatch.undo()
+    run = load_run(tmp_path / "run")
+    assert run.steps == 1 and not list(run.out.glob("*.tmp"))
+    assert train(dataclasses.replace(SHORT, save_every=1), tmp_path / "run", resume=True).steps == 8
+
+
+# -- the step ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sinkhorn", "supcon"])
+def test_a_batch_in_parts_is_the_batch(loss, tmp_path):
+    config = dataclasses.replace(SHORT, loss=loss, epochs=1, learn_temperature=loss == "infonce")
+    whole = train(config, tmp_path / "whole")
+    parts = train(dataclasses.replace(config, chunk=70), tmp_path / "parts")  # the last part has 20
+    np.testing.assert_allclose(parts.history, whole.history, rtol=2e-5)
+    assert_same(state(parts), state(whole), rtol=1e-3, atol=2e-4)  # Adam divides small gradients by themselves
+
+
+def test_the_first_gradient_of_parts_is_that_of_autograd(tmp_path, monkeypatch):
+    """By a loop that shares nothing with the trainer's: one graph through encoder and loss."""
+    config = dataclasses.replace(SHORT, loss="sinkhorn", epochs=1, chunk=77)
+    seen = {}
+
+    def caught(self, *given, **more):
+        seen.update(
+            {id(p): p.grad.clone() for group in self.param_groups for p in group["params"]},
+            order=self.param_groups[0]["params"],
+        )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", caught)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    data = digits()
+    model = initial_model(config, data)
+    make("sinkhorn", temperature=0.2)(*model(*Batches(config, data).views(0))).backward()
+    for ours, p in zip(seen["order"], model.parameters(), strict=True):
+        torch.testing.assert_close(seen[id(ours)], p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_logged(tmp_path):
+    run = train(dataclasses.replace(SHORT, loss="sinkhorn"), tmp_path / "run")
+    table = np.genfromtxt(run.out / "metrics.csv", delimiter=",", names=True)
+    np.testing.assert_allclose(table["loss_minus_ln_n"], table["loss"] - np.log(300), atol=1e-5)
+    assert (table["marginal_error"] < 1e-2).all()
+    speed = np.genfromtxt(run.out / "speed.csv", delimiter=",", names=True)
+    shares = sum(speed[part] for part in ("data", "encoder", "loss", "optimizer"))
+    np.testing.assert_allclose(shares, 1, atol=3e-3)
+
+
+@pytest.mark.parametrize("name", [*KNOWN])
+def test_every_loss_the_command_line_knows_trains(name, tmp_path):
+    run = train(TrainConfig(loss=name, epochs=1, batch_size=200, train_size=400), tmp_path / "run")
+    assert np.isfinite(run.history).all()
+
+
+RANKS = """
+import sys
+from contrastive.trainer import TrainConfig, train
+config = TrainConfig(**eval(sys.argv[2]))
+train(config, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"loss": "sinkhorn", "learn_temperature": True}, {"loss": "infonce", "queue": 400, "chunk": 80}],
+    ids=["plain", "queue-parts"],
+)
+def test_two_processes_are_one(settings, tmp_path):
+    given = {"epochs": 1, "batch_size": 300, "log_every": 1, **settings}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [
+        os.environ
+        | {
+            "RANK": str(k),
+            "LOCAL_RANK": str(k),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "GROUP_WORLD_SIZE": "1",
+            "GROUP_RANK": "0",
+        }
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+        for k in range(2)
+    ]
+    words = [sys.executable, "-c", RANKS, str(tmp_path / "two"), repr(given)]
+    ranks = [subprocess.Popen(words, env=place, stderr=subprocess.PIPE, text=True) for place in places]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
+    two, one = load_run(tmp_path / "two"), train(TrainConfig(**given), tmp_path / "one")
+    np.testing.assert_allclose(two.history, one.history, rtol=2e-5)
+    assert_same(state(two), state(one), rtol=1e-3, atol=2e-4)
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for k in range(15):
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "pictures" / name / f"{k}.png")
+    return tmp_path / "pictures"
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def assert_one_sentence(result, words, *, code=2):
+    assert result.exit_code == code, result.output
+    assert re.search(words, result.stderr) and "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_four_commands_on_a_folder_of_images(folder, tmp_path):
+    out = tmp_path / "run"
+    first = command("train", "--data", folder, "--out", out, "--epochs", 1, "--batch-size", 5, "--image-size", 16)
+    assert first.exit_code == 0, first.output
+    assert command("train", "--out", out, "--resume").exit_code == 0
+    scored = command("evaluate", out, "--layer", "features")
+    assert scored.exit_code == 0 and "R@10" in scored.stdout, scored.output
+    for suffix in (".npz", ".safetensors"):
+        written = command("embed", out, "--out", tmp_path / f"e{suffix}")
+        assert written.exit_code == 0 and "train (24, 64)" in written.stdout, written.output
+    from safetensors.numpy import load_file
+
+    arrays, same = np.load(tmp_path / "e.npz"), load_file(tmp_path / "e.safetensors")
+    assert set(arrays) == set(same) == {"train", "test", "train_labels", "test_labels"}
+    np.testing.assert_array_equal(arrays["test"], same["test"])
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_two_arrays_are_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(600, 5))
+    np.save(tmp_path / "left.npy", hidden @ rng.normal(size=(5, 12)))
+    np.save(tmp_path / "right.npy", hidden @ rng.normal(size=(5, 20)))
+    given = f"{tmp_path / 'left.npy'},{tmp_path / 'right.npy'}"
+    out = tmp_path / "run"
+    result = command(
+        "train", "--data", given, "--out", out, "--loss", "clip", "--epochs", 30, "--batch-size", 120, "--dim", 8
+    )
+    assert result.exit_code == 0, result.output
+    assert command("evaluate", out).exit_code == 0
+    scores = json.loads((out / "evaluation.json").read_text())["scores"]
+    assert scores["trained"]["R@10 back"] > 0.5 > scores["untrained"]["R@10 back"]
+    assert "raw inputs" not in scores  # the sides have no space in common
+
+
+def test_what_is_wrong_with_data_is_one_sentence(folder, tmp_path):
+    out = tmp_path / "run"
+
+    def trained(data, *more):
+        return command("train", "--data", data, "--out", out, "--epochs", 1, *more)
+
+    assert_one_sentence(trained(tmp_path / "nowhere"), "is not a known data set: choose one of digits, fashion-mnist")
+    (tmp_path / "empty").mkdir()
+    assert_one_sentence(trained(tmp_path / "empty"), "empty holds no images")
+    assert_one_sentence(trained(folder), "batch_size=256 exceeds the 24 training inputs")
+    (folder / "cats" / "broken.png").write_bytes(b"no picture")
+    assert_one_sentence(trained(folder), r"broken\.png cannot be read as an image")
+    values = np.ones((50, 4))
+    values[7, 1] = np.nan
+    np.save(tmp_path / "nan.npy", values)
+    assert_one_sentence(trained(tmp_path / "nan.npy"), "NaN or infinite values, the first in row")
+    np.save(tmp_path / "short.npy", np.ones((40, 4)))
+    assert_one_sentence(trained(f"{tmp_path / 'nan.npy'},{tmp_path / 'short.npy'}"), "50 inputs and 40 partners")
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    assert_one_sentence(trained(tmp_path / "words.npy"), "numbers are needed")
+    (tmp_path / "not.npy").write_text("no array")
+    assert_one_sentence(trained(tmp_path / "not.npy"), "not.npy")
+    np.savez(tmp_path / "odd.npz", picture=np.ones(3))
+    assert_one_sentence(trained(tmp_path / "odd.npz"), "odd.npz holds picture: expected x")
+    np.save(tmp_path / "wide.npy", np.ones((9, 3, 4, 5)))
+    assert_one_sentence(trained(tmp_path / "wide.npy"), "make them square")
+    np.savez(tmp_path / "one.npz", x=np.random.default_rng(0).random((60, 3)), labels=np.zeros(60))
+    assert trained(tmp_path / "one.npz", "--batch-size", 20).exit_code == 0
+    assert_one_sentence(command("evaluate", out), "one class only")
+    assert_one_sentence(command("evaluate", out, "--layer", "last"), "layer='last' is not one of embedding, features")
+    assert_one_sentence(command("embed", out, "--out", tmp_path / "e.csv"), r"must end in \.npz or \.safetensors")
+
+
+def test_a_folder_with_its_own_split_and_grey_images(tmp_path):
+    from PIL import Image
+
+    for part, count in (("train", 6), ("test", 3)):
+        (tmp_path / part).mkdir()
+        for k in range(count):
+            Image.new("L", (9, 12), 10 * k).save(tmp_path / part / f"{k}.jpg")
+    data = from_folder(tmp_path, size=8)
+    assert data.train.shape == (6, 1, 8, 8) and data.test.shape == (3, 1, 8, 8) and data.train_labels is None
+    assert data.train[5].mean() == pytest.approx(50 / 255, abs=0.01)
+
+
+def test_groups_stay_on_one_side_of_the_split():
+    ids = np.repeat(np.arange(40), 3)
+    data = from_arrays(np.arange(120.0)[:, None], np.arange(120.0)[:, None], ids=ids)
+    assert not set(data.train_ids.tolist()) & set(data.test_ids.tolist()) and len(data.test) == 24
+    torch.testing.assert_close(data.train, data.train_partners)
+
+
+def test_broken_pairs_are_that_many_and_stay_so():
+    data = digits()
+    config = dataclasses.replace(SHORT, broken=0.5, augmentation="none", batch_size=1200)
+    batches = Batches(config, data)
+    for step in (0, 1):
+        left, right = batches.views(step)
+        off = (left != right).flatten(1).any(1)
+        assert int(off.sum()) == 600
+        members = batches.members(step)
+        mine = {
+            int(row): int((data.train == x).flatten(1).all(1).nonzero()[0])
+            for row, x in zip(members[off][:20], right[off][:20], strict=True)
+        }
+        if step == 0:
+            before = mine
+        assert all(mine[row] == other for row, other in before.items() if row in mine)
+
+
+def test_a_long_tail_has_its_ratio():
+    labels = torch.arange(10).repeat(200)
+    rows = tail(labels, 100.0, torch.Generator().manual_seed(0))
+    counts = labels[rows].bincount()
+    assert counts[0] == 200 and counts[-1] == 2 and (counts[:-1] >= counts[1:]).all()
+    assert len(rows.unique()) == len(rows)
+
+
+def test_pairs_of_a_group_meet_in_a_batch():
+    ids = torch.arange(200).repeat_interleave(4)
+    x = torch.randn(800, 3)
+    data = Dataset(x, None, x, None, "pairs", x, x, ids, ids + 800)
+    batches = Batches(dataclasses.replace(SHORT, batch_size=100, augmentation="auto"), data)
+    groups = ids[batches.members(3)]
+    assert len(groups.unique()) == 25
+    assert torch.equal(batches.labels(3, slice(0, 100))["ids"], groups)
+    assert (
+        Batches(dataclasses.replace(SHORT, batch_size=100, augmentation="auto", ids=False), data).labels(
+            3, slice(0, 100)
+        )
+        == {}
+    )
+
+
+def test_ngrams_are_what_they_are_called():
+    codes = ngrams(["abc", "", "abc abc"], sizes=(3,))
+    assert (codes[0] > 0).sum() == 3 and (codes[1] == 0).all()  # <ab, abc, bc>
+    assert torch.equal(codes[2][:3], codes[0][:3]) and torch.equal(codes[2][3:6], codes[0][:3])
+
+
+def test_a_dictionary_becomes_pairs_by_entry(tmp_path):
+    lines = ["# comment :: here", "Aal {m}; Fisch (groß) | Aale {pl} :: eel; fish [zool.] <x> | eels", "kaputt"]
+    lines += [f"Wort{k} {{n}} :: word{k}" for k in range(20)]
+    (tmp_path / "de-en").write_text("\n".join(lines))
+    data = german_english(tmp_path / "de-en", test_entries=5)
+    assert len(data.test_ids.unique()) == 5 and len(data.train_ids.unique()) == 16
+    both, sides = torch.cat([data.train, data.test]), torch.cat([data.train_partners, data.test_partners])
+    known = (
+        [tuple(row.tolist()) for row in ngrams(["aal", "fisch"])],
+        [tuple(row.tolist()) for row in ngrams(["eel", "fish"])],
+    )
+    found = [(tuple(x.tolist()), tuple(y.tolist())) for x, y in zip(both, sides, strict=True)]
+    assert (known[0][0], known[1][0]) in found and (known[0][1], known[1][1]) in found and len(found) == 22
+
+
+def test_damaged_fashion_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no train-images-idx3-ubyte"):
+        fashion_mnist(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match="its checksum differs"):
+        fashion_mnist(tmp_path)
+
+
+def test_a_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    with pytest.raises(
+        ValueError, match="install Debian's package dataset-fashion-mnist, or put the four published files"
+    ):
+        load("fashion-mnist")
+    with pytest.raises(ValueError, match="install Debian's package trans-de-en"):
+        german_english(tmp_path / "nowhere")
+
+
+# -- encoders ------------------------------------------------------------------------------------------------------------
+
+
+def test_encoders_do_not_look_across_the_batch():
+    x = torch.rand(6, 3, 16, 16)
+    for encoder in (encoders.ResNet18(3, dim=4, width=8), encoders.SmallCNN(3, 16, dim=4), encoders.MLP(768, dim=4)):
+        torch.testing.assert_close(encoder(x)[:2], encoder(x[:2]), rtol=1e-4, atol=1e-6)
+        assert encoder.features(x).ndim == 2
+
+
+def test_resnet18_has_the_published_number_of_weights():
+    backbone = encoders.ResNet18(3).backbone
+    assert (
+        sum(p.numel() for p in backbone.parameters()) == 11_168_832
+    )  # torchvision's 11,176,512 without the stem's 7 x 7 and the classifier
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet50", "is not a known encoder: choose auto, small-cnn"),
+        ("timm:resnet18", "needs timm, which is not installed"),
+        ("nowhere:Name", "cannot be imported"),
+        ("torch.nn:Softmax2d", "one flat embedding for each is needed"),
+        ("builtins:dict", "returned dict, not a torch.nn.Module"),
+        ("ngrams", "does not fit inputs"),
+    ],
+)
+def test_a_bad_encoder_is_named(name, words):
+    with pytest.raises(ValueError, match=words):
+        encoders.make(name, torch.zeros(2, 3, 8, 8), dim=4)
+
+
+def test_towers_start_alike_where_they_can():
+    codes = ngrams(["haus", "maus"])
+    data = Dataset(codes, None, codes, None, "texts", codes, codes)
+    model = encoders.of(data, "auto", 8)
+    left, right = model(codes, codes)
+    assert torch.equal(left, right) and model.left is not model.right
+
+
+# -- settings, scores and pages ------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_settings_and_the_command_line_over_it(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('loss = "unbalanced"\nepochs = 1\nbatch_size = 300\n[loss_options]\nrho = 0.5\n')
+    result = command("train", "--config", file, "--out", tmp_path / "a", "--seed", 7, "--batch-size", 400)
+    assert result.exit_code == 0, result.output
+    expected = TrainConfig(loss="unbalanced", epochs=1, batch_size=400, seed=7, loss_options={"rho": 0.5})
+    assert trainer.load_config(tmp_path / "a") == expected
+    result = command(
+        "train", "--config", file, "--out", tmp_path / "b", "--loss-options", "rho=0.25,mass=0.9", "--no-ids"
+    )
+    assert result.exit_code == 0, result.output
+    assert trainer.load_config(tmp_path / "b").loss_options == {"rho": 0.25, "mass": 0.9}
+    assert_one_sentence(
+        command("train", "--out", tmp_path / "c", "--loss-options", "rho"), "must be names with numbers"
+    )
+    assert_one_sentence(command("train", "--out", tmp_path / "c", "--loss-options", "speed=3"), "it has no such option")
+    file.write_text("epoch = 3")
+    assert_one_sentence(command("train", "--config", file, "--out", tmp_path / "c"), "sets epoch, which is no setting")
+    file.write_text("epochs = ")
+    with pytest.raises(ValueError, match="cannot be read"):
+        from_file(file)
+
+
+def test_recall_agrees_with_counting():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
+    ids = rng.integers(0, 15, 40)
+    cosines = (x / np.linalg.norm(x, axis=1)[:, None]) @ (y / np.linalg.norm(y, axis=1)[:, None]).T
+    for k in (1, 5, 40):
+        nearest = np.argsort(-cosines, axis=1)[:, :k]
+        assert recall(x, y, k=k) == np.mean([i in row for i, row in enumerate(nearest)])
+        assert recall(x, y, k=k, ids=ids) == np.mean([(ids[row] == ids[i]).any() for i, row in enumerate(nearest)])
+    assert recall(np.ones((40, 3)), np.ones((40, 3)), k=1) == 0.0
+
+
+def test_the_probe_in_fewer_coordinates_is_the_probe():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(60, 200)), np.arange(60) % 3
+    x[:, :3] += 2 * np.eye(3)[labels]
+    fitted = probing(x, labels, penalty=10.0)
+    plain = LogisticRegression(C=0.1, max_iter=5000, tol=1e-3).fit(StandardScaler().fit_transform(x), labels)
+    fresh = rng.normal(size=(300, 200))
+    other = plain.predict(StandardScaler().fit(x).transform(fresh))
+    assert np.mean(fitted.predict(fresh) == other) > 0.99
+
+
+def test_the_penalty_is_chosen_where_it_matters():
+    rng = np.random.default_rng(0)
+
+    def draw(count, wrong):
+        truth = np.arange(count) % 2
+        x = rng.normal(size=(count, 200))
+        x[:, :5] += 0.8 * (2 * truth[:, None] - 1)
+        return x, np.where(rng.random(count) < wrong, 1 - truth, truth)
+
+    (x, labels), (fresh, truth) = draw(1000, 0.3), draw(3000, 0.0)
+    weak = np.mean(probing(x, labels, penalty=1e-3).predict(fresh) == truth)
+    assert probe(x, labels, fresh, truth) > weak + 0.08
+
+
+def test_evaluation_without_labels():
+    data = from_arrays(np.random.default_rng(0).random((60, 5)))
+    scores = evaluate(nn.Flatten(), data)
+    assert set(scores) == {"R@1", "R@10", "alignment", "uniformity", "rankme", "hubness"}
+
+
+def test_a_report_in_both_forms(tmp_path):
+    for seed in (0, 1):
+        out = tmp_path / "runs" / f"seed{seed}"
+        train(dataclasses.replace(SHORT, seed=seed, epochs=1), out)
+    assert command("evaluate", out).exit_code == 0
+    (tmp_path / "runs" / "notes.txt").write_text("a file that runs/* brings along")
+    write(sorted((tmp_path / "runs").iterdir()), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "data:image/png;base64" in page and "seed1" in page and "knn5" in page and "raw pixels" in page
+    assert command("report", *sorted((tmp_path / "runs").iterdir()), "--out", tmp_path / "page.md").exit_code == 0
+    assert "| run | seed |" in (tmp_path / "page.md").read_text() and (tmp_path / "page.png").stat().st_size > 10_000
+    assert_one_sentence(command("report", tmp_path, "--out", tmp_path / "p.html"), "none of .* is a run")
+    assert_one_sentence(command("report", out, "--out", tmp_path / "p.pdf"), r"must end in \.html or \.md")
+
+
+def test_the_experiments_intervals_are_paired_t_intervals():
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    results = []
+    for member, shift in (("infonce", 0.0), ("sinkhorn", 0.02), ("global", 0.0)):
+        for seed in range(5):
+            for temperature in (0.1, 0.2):
+                test = 0.8 + 0.01 * seed + shift + 0.001 * rng.normal()
+                validation = 0.7 + (temperature == 0.2) * 0.1
+                results.append(
+                    experiment.Result("clean", member, 0.0, temperature, seed, validation, test, 0.7, 1.0, 1.0)
+                )
+    found = {row.name: row for row in experiment.rows(results, "clean")}
+    chosen = {
+        m: [r.test for r in results if r.member == m and r.temperature == 0.2]
+        for m in ("infonce", "sinkhorn", "global")
+    }
+    for member in ("sinkhorn", "global"):
+        other = stats.ttest_rel(chosen[member], chosen["infonce"]).confidence_interval(0.95)
+        row = found[member]
+        np.testing.assert_allclose([row.difference - row.half_width, row.difference + row.half_width], other, rtol=1e-9)
+    assert found["sinkhorn"].verdict == "better" and found["sinkhorn"].temperature == 0.2
