@@ -1,0 +1,5 @@
+"""`python -m contrastive`, for torchrun."""
+
+from contrastive.cli import main
+
+main()
