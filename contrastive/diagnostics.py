@@ -39,7 +39,7 @@ class Diagnostics:
 
     def __init__(self, criterion: IOTLoss, batch: Batch, epsilon: Any, *, t: float = 2.0) -> None:
         points = batch.points
-        detached = Points(points.x.detach(), points.y.detach(), points.metric, points.barred)
+        detached = Points(points.x.detach(), points.y.detach(), points.metric, points.barred, points.backend)
         self._criterion, self._batch, self.t = criterion, batch.of(detached), t
         self._epsilon = epsilon.detach() if isinstance(epsilon, Tensor) else epsilon
 

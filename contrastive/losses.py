@@ -28,6 +28,7 @@ from iotsolve.accelerated import Accelerated
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks, Sharded, meet
 from iotsolve.gradient import Envelope, Implicit, Unroll
+from iotsolve.kernels.backends import check as check_backend
 from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, Between, Marginal, number
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
@@ -178,6 +179,9 @@ class IOTLoss(nn.Module):
             temperature has the whole derivative on every rank.
         process_group: the ranks to gather from; None is all.
         watch: called with a :class:`contrastive.Diagnostics` after every forward pass; it computes what it is asked for.
+        backend: ``"auto"``: passes over similarities by Triton kernels on a GPU, where they are installed and agree with torch
+            on a small case tried once; by torch in blocks elsewhere. ``"eager"``: by torch. ``"triton"``: by Triton or not at
+            all. On a CPU every choice that is possible means the same.
 
     Raises:
         ValueError: on arguments out of range, and in ``forward`` on inputs that are no views of one batch.
@@ -206,8 +210,10 @@ class IOTLoss(nn.Module):
         gather_distributed: bool = False,
         process_group: Any = None,
         watch: Callable[[Any], None] | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.backend = check_backend(backend)
         _check_arguments(rows, columns, mass, temperature, uniformity, negatives, reduction, gradient)
         self.rows, self.columns, self.mass = rows, columns, mass
         self.uniformity, self.negatives, self.symmetric, self.reduction = uniformity, negatives, symmetric, reduction
@@ -358,7 +364,7 @@ class IOTLoss(nn.Module):
             )
         if queue is not None:
             found = replace(found, inside=found.inside and (self.columns.is_free or not self.columns.is_hard))
-        points = Points(x, candidates, "sphere", found.barred)
+        points = Points(x, candidates, "sphere", found.barred, self.backend)
         return Batch(points, found, filled, ranks, repeat, mirrored, m - batch)
 
     def _sides(self, batch: Batch) -> Iterator[Side]:

@@ -234,7 +234,7 @@ class SwAVLoss(IOTLoss):
             for z, other in ((x, y), (y, x)):
                 plan = balanced_assignment(other, c, epsilon=self.epsilon, tolerance=self.solver.tolerance)
                 found = Matches(plan.to_sparse().coalesce(), None, None, False)
-                batches.append(Batch(Points(z, c, "sphere"), found, None, Alone(), 1, False))
+                batches.append(Batch(Points(z, c, "sphere", backend=self.backend), found, None, Alone(), 1, False))
             losses = [self._loss(batch, epsilon) for batch in batches]
             if self.watch is not None:
                 from contrastive.diagnostics import Diagnostics  # which looks at losses

@@ -222,6 +222,8 @@ class Points:
             ``h(x - y)``: torch in, torch out, elementwise, finite. Convex or not is found out where it matters.
         barred: forbidden arcs of two clouds without a batch: boolean of shape ``(n, m)``, or where every row has as many the
             columns it must not use, integer of shape ``(n, k)``.
+        backend: who makes soft-minima of a cost that is a scalar product at heart: ``"auto"`` is Triton for float32 on a GPU,
+            if it is installed and agrees with torch on a small case tried once, ``"eager"`` torch, ``"triton"`` that or an error.
 
     Raises:
         ValueError: by :class:`Problem`, on points that are not finite or do not fit each other, on an unknown metric, on a
@@ -244,6 +246,7 @@ class Points:
     y: Any
     metric: str | Callable[[Tensor], Tensor] = "sqeuclidean"
     barred: Any = None
+    backend: str = "auto"
 
     @property
     def shape(self) -> torch.Size:
@@ -398,7 +401,7 @@ class Points:
         """:meth:`softmin` over columns at ``log_columns`` and over rows at ``log_rows``, in one pass over a bilinear cost."""
         x, y, p, q = self.bilinear_form(epsilon)
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
-        s, t = bilinear.log_sums(x, y, u, v, self.barred)
+        s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend)
         return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from iotsolve.costs import METRICS, Cost, Dense, Points, calm
 from iotsolve.distributed import Sharded
+from iotsolve.kernels.backends import check as check_backend
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.support import largest_mass
 
@@ -128,7 +129,8 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
         ) from error
     dtype = torch.promote_types(x.dtype, y.dtype)
     barred = None if cost.barred is None else _barred(cost.barred, (*batch, x.shape[-2], y.shape[-2])).to(x.device)
-    points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric, barred).expand(batch)
+    backend = check_backend(cost.backend)
+    points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric, barred, backend).expand(batch)
     if callable(points.metric):
         _check_function(points)
     elif not float(points.range().detach().max()) < math.inf:

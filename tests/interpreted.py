@@ -1,0 +1,109 @@
+"""The Triton kernels in the interpreter, against eager float64. Run by test_triton.py in a process of its own, with
+TRITON_INTERPRET=1."""
+
+import math
+
+import pytest
+import torch
+
+from iotsolve.kernels import bilinear, streamed
+
+SIZES = [(1, 1, 1), (5, 130, 3), (70, 33, 17), (64, 64, 32), (129, 200, 65), (40, 50, 140)]
+# relative to the largest entry: forward, gradient; those of half precision are for the numbers as they were rounded
+ERRORS = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-6, 1e-3), torch.bfloat16: (1e-6, 1e-3)}
+
+
+def case(n, m, d, dtype, barred=None, *, spread=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(size, d, generator=g, dtype=torch.float64) / math.sqrt(d) * spread for size in (n, m))
+    u, v = torch.randn(n, generator=g, dtype=torch.float64), torch.randn(m, generator=g, dtype=torch.float64)
+    if n > 2 and m > 2:
+        u[1], v[2] = -math.inf, -math.inf  # rows and columns without weight
+    mask = None
+    if barred == "mask":
+        mask = torch.rand(n, m, generator=g) < 0.3
+        mask[0] = True  # a row of which everything is left out
+    elif barred == "list":
+        mask = torch.randint(0, m, (n, 2), generator=g)
+    x, y = x.to(dtype), y.to(dtype)
+    return x, y, u.float(), v.float(), mask
+
+
+def assert_near(found, expected, error):
+    assert (found is None) == (expected is None)
+    if found is None:
+        return
+    found, finite = found.double(), expected.isfinite()
+    assert torch.equal(found.isfinite(), finite) and torch.equal(found[~finite], expected[~finite])
+    if finite.any():
+        scale = max(1.0, float(expected[finite].abs().max()))
+        assert float((found - expected)[finite].abs().max()) <= error * scale
+
+
+@pytest.mark.parametrize("barred", [None, "mask", "list"])
+@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sums_and_derivatives(size, dtype, barred):
+    x, y, u, v, mask = case(*size, dtype, barred)
+    wide = x.double(), y.double(), u.double(), v.double()
+    expected = bilinear._log_sums(*wide, mask)
+    found = streamed.log_sums(x, y, u, v, mask)
+    forward, backward = ERRORS[dtype]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs, forward)
+    g = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(len(s), generator=g) for s in expected]
+    exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], (True,) * 4)
+    ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, (True,) * 4)
+    for one, other in zip(ours, exact, strict=True):
+        assert_near(
+            one, other, backward if one.dtype == torch.float32 else 8e-3
+        )  # gradients of half precision are in it
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_one_side_alone(side):
+    x, y, u, v, _ = case(30, 40, 5, torch.float32)
+    u, v = (None, v) if side == "rows" else (u, None)
+    wide = [None if z is None else z.double() for z in (x, y, u, v)]
+    expected = bilinear._log_sums(*wide, None)
+    found = streamed.log_sums(x, y, u, v, None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs, 1e-6)
+    upstream = [None if s is None else torch.ones(len(s)) for s in expected]
+    exact = bilinear._pull(*wide, None, expected, [None if w is None else w.double() for w in upstream], (True,) * 4)
+    ours = streamed.pull(x, y, u, v, None, found, upstream, (True,) * 4)
+    for one, other in zip(ours[:2], exact[:2], strict=True):
+        assert_near(one, other, 1e-5)
+
+
+def test_exponents_far_out_of_range():
+    """Where a plain exponential would be 0 or infinite."""
+    x, y, u, v, _ = case(50, 60, 8, torch.float32, spread=40.0)
+    expected = bilinear._log_sums(x.double(), y.double(), u.double(), v.double(), None)
+    for ours, theirs in zip(streamed.log_sums(x, y, u, v, None), expected, strict=True):
+        assert theirs[theirs.isfinite()].abs().max() > 300
+        assert_near(ours, theirs, 1e-6)
+
+
+def test_the_same_bits_twice():
+    x, y, u, v, _ = case(100, 150, 20, torch.float32)
+    once, again = (streamed.log_sums(x, y, u, v, None) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_the_whole_loss_by_these_kernels():
+    """Every member with the kernels, and with none, from the same embeddings."""
+    from contrastive import ClipLoss, GlobalNCELoss, InfoNCELoss, NTXentLoss, SinkhornNCELoss, UnbalancedNCELoss
+
+    torch.manual_seed(0)
+    z0, z1 = torch.randn(24, 10), torch.randn(24, 10)
+    for kind in (InfoNCELoss, NTXentLoss, ClipLoss, GlobalNCELoss, SinkhornNCELoss, UnbalancedNCELoss):
+        results = []
+        for backend in ("triton", "eager"):
+            a, b = z0.clone().requires_grad_(), z1.clone().requires_grad_()
+            loss = kind(0.2, backend=backend, uniformity=0.1)(a, b)
+            loss.backward()
+            results.append((loss.detach(), a.grad, b.grad))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
