@@ -19,12 +19,11 @@ def test_the_kernels_in_the_interpreter():
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-o",
+        "addopts=",
         "-x",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "no:xdist",
         str(HERE / "interpreted.py"),
     ]
     place = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
