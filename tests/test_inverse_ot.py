@@ -156,16 +156,38 @@ def test_clusters_of_rows_are_those_of_their_labels():
 
 
 def test_a_panel_is_the_regression_with_effects_of_its_own_in_each_table():
+    """A cluster's label means the same in every table; rows are their table's own."""
     (one, first), (two, second) = counted(seed=1), counted(n=8, m=7, seed=2, total=1000)
-    fit = inverse.InverseOT([one, two]).fit([inverse.Coupling(first), inverse.Coupling(second)])
+    rng = np.random.default_rng(0)
+    labels = [
+        rng.choice(["ab", "c", "def", "g", "h", "i", "j"], first.shape),
+        rng.choice(["c", "g", "new"], second.shape),
+    ]
+    couplings = [inverse.Coupling(x, cluster=y) for x, y in zip((first, second), labels, strict=True)]
+    fit = inverse.InverseOT([one, two]).fit(couplings)
     blocks = dummies(one, first.shape), dummies(two, second.shape)
     design = np.vstack([
         np.hstack([blocks[0], np.zeros((len(blocks[0]), blocks[1].shape[1] - 2))]),
         np.hstack([blocks[1][:, :2], np.zeros((len(blocks[1]), blocks[0].shape[1] - 2)), blocks[1][:, 2:]]),
     ])  # fmt: skip
-    beta, _, bread = poisson(np.concatenate([first.ravel(), second.ravel()]), design)
+    counts = np.concatenate([first.ravel(), second.ravel()])
+    beta, mean, bread = poisson(counts, design)
     np.testing.assert_allclose(fit.coefficients, beta[:2], rtol=1e-8)
     np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(bread)[:2]), rtol=1e-6)
+
+    def clustered(codes):
+        sums = np.zeros((codes.max() + 1, design.shape[1]))
+        np.add.at(sums, codes, design * (counts - mean)[:, None])
+        groups = len(np.unique(codes))
+        return np.sqrt(np.diag(bread @ sums.T @ sums @ bread * groups / (groups - 1))[:2])
+
+    shared = np.unique(np.concatenate([y.ravel() for y in labels]), return_inverse=True)[1]
+    np.testing.assert_allclose(fit.errors("clustered"), clustered(shared), rtol=1e-6)
+    fit = inverse.InverseOT([one, two]).fit([inverse.Coupling(x, cluster="rows") for x in (first, second)])
+    rows = [np.broadcast_to(np.arange(len(x))[:, None], x.shape).ravel() for x in (first, second)]
+    np.testing.assert_allclose(
+        fit.errors("clustered"), clustered(np.concatenate([rows[0], rows[1] + len(first)])), rtol=1e-6
+    )
 
 
 def test_masked_cells_are_cells_that_are_not_there():

@@ -19,13 +19,25 @@ class Table:
     b: np.ndarray
     allowed: np.ndarray | None
     observations: float | None
-    cluster: np.ndarray | None
+    cluster: Clusters | None
     unit: float
 
     @property
     def scale(self) -> float:
         """Observations per unit; without their number, one for all."""
         return (1.0 if self.observations is None else self.observations) / float(self.plan.sum())
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which cells vary together: a number for each cell ``(n, m)``, and the names of the first numbers.
+
+    A name is the same cluster in every table of a panel. A number without a name is its table's own; names are None where none
+    has one.
+    """
+
+    codes: np.ndarray
+    names: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +53,8 @@ class Coupling:
         a: weights of the rows in the same unit, if they are not the sums of what was observed: of a population, say.
         b: weights of the columns.
         mask: cells that were possible, boolean, shape ``(n, m)``; all by default.
-        cluster: labels whose cells vary together: ``"rows"``, ``"columns"``, one label per cell ``(n, m)``, or one per pair.
+        cluster: labels whose cells vary together: ``"rows"``, ``"columns"``, one label per cell ``(n, m)``, or one per pair. In
+            a panel the same label is the same cluster in every table; rows and columns are their table's own.
         observations: their number, if the data do not tell it.
 
     Raises:
@@ -142,21 +155,22 @@ class Coupling:
             )
         return weights
 
-    def _labels(self, n: int, m: int) -> np.ndarray | None:
+    def _labels(self, n: int, m: int) -> Clusters | None:
         if self.cluster is None:
             return None
         if isinstance(self.cluster, str):
             if self.cluster not in ("rows", "columns"):
                 raise ValueError(f"cluster = {self.cluster!r}: must be 'rows', 'columns', or labels.")
             own = np.arange(n)[:, None] if self.cluster == "rows" else np.arange(m)[None, :]
-            return np.broadcast_to(own, (n, m))
+            return Clusters(np.broadcast_to(own, (n, m)), None)
         labels = np.asarray(self.cluster)
         if self.pairs is not None and labels.shape == np.shape(self.pairs[0]):
             i, j, _ = self._listed(n, m)
-            codes = np.unique(labels, return_inverse=True)[1]
-            found = np.arange(n * m).reshape(n, m) + len(codes)  # a cell that no pair names varies alone
+            names, codes = np.unique(labels, return_inverse=True)
+            found = np.arange(n * m).reshape(n, m) + len(names)  # a cell that no pair names varies alone
             found[i, j] = codes
-            return found
+            return Clusters(found, names)
         if labels.shape != (n, m):
             raise ValueError(f"cluster of shape {labels.shape}: must be one label per cell {(n, m)}, or one per pair.")
-        return np.unique(labels, return_inverse=True)[1].reshape(n, m)
+        names, codes = np.unique(labels, return_inverse=True)
+        return Clusters(codes.reshape(n, m), names)

@@ -178,11 +178,11 @@ class Fit:
         )
         factor = 1.0
         if kind != "model":
-            meat = sum(self._meat(k, kind) for k in range(len(self.points)))
+            scores = self._clustered() if kind == "clustered" else None
+            meat = self._squares() if scores is None else scores.T @ scores
             bread = bread @ meat @ bread
-        if kind == "clustered":
-            groups = sum(_clusters(p.market.table) for p in self.points)
-            factor *= groups / (groups - 1)
+            if scores is not None:
+                factor *= len(scores) / (len(scores) - 1)
         if small_sample:
             cells = sum(
                 p.plan.size if p.market.table.allowed is None else int(p.market.table.allowed.sum())
@@ -203,21 +203,32 @@ class Fit:
         rank = int((kept[1] > 1e-8).sum())
         return free @ kept[0][:, rank:]
 
-    def _meat(self, k: int, kind: str) -> np.ndarray:
-        """``sum e^2 phi~ phi~'`` over cells, or of sums of ``e phi~`` over clusters, in units of epsilon."""
-        point, (over_rows, over_columns) = self.points[k], self.effects[k]
-        table, features = point.market.table, point.market.features
-        error = table.scale * (table.plan - point.plan) / self.model.epsilon
-        if kind == "robust":
-            return _residual_gram(features, error**2, over_rows, over_columns)
-        if table.cluster is None:
+    def _error(self, k: int) -> np.ndarray:
+        """Observed minus fitted, of all observations, in units of epsilon."""
+        table = self.points[k].market.table
+        return table.scale * (table.plan - self.points[k].plan) / self.model.epsilon
+
+    def _squares(self) -> np.ndarray:
+        """``sum e^2 phi~ phi~'`` over cells."""
+        return sum(
+            _residual_gram(point.market.features, self._error(k) ** 2, *self.effects[k])
+            for k, point in enumerate(self.points)
+        )
+
+    def _clustered(self) -> np.ndarray:
+        """Sums of ``e phi~`` over the clusters that have a cell which was possible, ``(G, K)``."""
+        tables = [point.market.table for point in self.points]
+        if any(table.cluster is None for table in tables):
             raise ValueError("kind = 'clustered': the coupling has no cluster. Give Coupling(..., cluster=labels).")
-        codes = np.unique(table.cluster, return_inverse=True)[1].reshape(table.plan.shape)
-        scores = np.zeros((int(codes.max()) + 1, features.count))
-        for rows, block in features.blocks():
-            left = error[rows, :, None] * (block + over_rows[rows, None] + over_columns[None])
-            np.add.at(scores, codes[rows].ravel(), left.reshape(-1, features.count))
-        return scores.T @ scores
+        codes = _joined(tables)
+        scores = np.zeros((int(max(c.max() for c in codes)) + 1, len(self.coefficients)))
+        for k, (point, (over_rows, over_columns)) in enumerate(zip(self.points, self.effects, strict=True)):
+            error = self._error(k)
+            for rows, block in point.market.features.blocks():
+                left = error[rows, :, None] * (block + over_rows[rows, None] + over_columns[None])
+                own = codes[k][rows].ravel()
+                np.add.at(scores, own[own >= 0], left.reshape(len(own), -1)[own >= 0])
+        return scores
 
     @property
     def standard_errors(self) -> np.ndarray:
@@ -437,10 +448,26 @@ def _residual_gram(
     return features.gram(weights) + cross + cross.T + own
 
 
-def _clusters(table: Table) -> int:
-    """How many clusters have a cell that was possible."""
-    labels = table.cluster if table.allowed is None else np.asarray(table.cluster)[table.allowed]
-    return len(np.unique(labels))
+def _joined(tables: list[Table]) -> list[np.ndarray]:
+    """Numbers of the clusters of all tables together, from 0 on without a gap; -1 for a cell that was not possible."""
+    named = [table.cluster.names for table in tables if table.cluster.names is not None]
+    names = np.unique(np.concatenate(named)) if named else np.empty(0)
+    start, found = len(names), []
+    for table in tables:
+        own = [] if table.cluster.names is None else table.cluster.names
+        known = np.searchsorted(names, own) if len(own) else np.empty(0, int)
+        codes = table.cluster.codes
+        whole = np.concatenate([known, start + np.arange(max(0, int(codes.max()) + 1 - len(own)))]).astype(int)
+        found.append(whole[codes])
+        start += len(whole) - len(own)
+    seen = [code if t.allowed is None else code[t.allowed] for code, t in zip(found, tables, strict=True)]
+    kept = np.unique(np.concatenate([code.ravel() for code in seen]))
+    place = np.full(start, -1)
+    place[kept] = np.arange(len(kept))
+    return [
+        place[code] if t.allowed is None else np.where(t.allowed, place[code], -1)
+        for code, t in zip(found, tables, strict=True)
+    ]
 
 
 def _root(traits: np.ndarray, weights: np.ndarray) -> np.ndarray:
