@@ -33,7 +33,7 @@ def evaluate(
         data: The inputs, and their labels if there are any.
         layer: "embedding", which the loss saw, or "features", before the head.
         draws: How many draws of labels "probe@10" and "probe@100" are averaged over. The draws depend on `seed` alone,
-            so that all models are given the same labels.
+            so that all models are given the same labels. The penalty is chosen on a part of the first.
         seed: Seed of the draws, a non-negative integer.
 
     Returns:
@@ -57,10 +57,19 @@ def evaluate(
         least = int(data.train_labels.bincount()[data.train_labels.unique()].min())
         for each in (10, 100):
             if each <= least:
-                some = [probe(*parts, per_class=each, seed=seed + draw) for draw in range(draws)]
-                scores[f"probe@{each}"] = float(np.mean(some))
+                scores[f"probe@{each}"] = _few(*parts, each, [seed + draw for draw in range(draws)])
         scores |= {f"knn{k}": knn(*parts, k=k) for k in (5, 20, 200) if k <= len(data.train)}
     return scores | _of_pairs(left, right, data)
+
+
+def _few(x: NDArray, y: Tensor, test_x: NDArray, test_y: Tensor, each: int, seeds: list[int]) -> float:
+    """Mean accuracy over draws of labels; the penalty is chosen on a part of the first."""
+    penalty, right = None, []
+    for seed in seeds:
+        fitted = probing(x, y, per_class=each, seed=seed, penalty=penalty)
+        penalty = fitted.penalty
+        right.append(float(np.mean(fitted.predict(test_x) == test_y.numpy())))
+    return float(np.mean(right))
 
 
 def compare(

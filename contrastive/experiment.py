@@ -137,6 +137,39 @@ def run(out: str | Path, *, quick: bool = False, workers: int = 2) -> list[Resul
     return [Result(**json.loads(_file(out, place).read_text())) for place in places]
 
 
+def baselines() -> dict[str, list[float]]:
+    """The primary metric of what training has to beat: raw pixels, and untrained encoders by seed."""
+    from threadpoolctl import threadpool_limits
+    from torch import nn
+
+    from contrastive import trainer
+
+    validation, test = data()
+    with threadpool_limits(1):
+        untrained = [_scores(_features_of(seed, trainer), validation, test)[0][1] for seed in SEEDS]
+        return {"raw pixels": [_scores(nn.Flatten(), validation, test)[0][1]], "untrained encoder": untrained}
+
+
+def _features_of(seed: int, trainer: Any) -> Any:
+    from contrastive import evaluate
+
+    config = dataclasses.replace(BASE, seed=seed)
+    return evaluate._Features(trainer.initial_encoder(config, data()[0]))
+
+
+def _scores(encoder: Any, validation: Dataset, test: Dataset) -> tuple[np.ndarray, float]:
+    """Accuracies of the probe on validation and test images, and of five neighbours on test images."""
+    from contrastive import evaluate
+
+    bank, labels = evaluate.embed(encoder, validation.train), validation.train_labels.numpy()
+    parts = [(evaluate.embed(encoder, part.test), part.test_labels.numpy()) for part in (validation, test)]
+    scores, penalty = np.zeros((_DRAWS, 2)), None
+    for draw in range(_DRAWS):
+        probe = evaluate.probing(bank, labels, per_class=_LABELS, seed=draw, penalty=penalty)
+        scores[draw], penalty = [np.mean(probe.predict(x) == y) for x, y in parts], probe.penalty
+    return scores.mean(0), evaluate.knn(bank, labels, *parts[1], k=5)
+
+
 def _file(out: Path, place: dict[str, Any]) -> Path:
     key = hashlib.sha256(json.dumps([place, dataclasses.asdict(_config(place))], sort_keys=True).encode()).hexdigest()[
         :16
@@ -169,18 +202,11 @@ def _trained_and_scored(place: dict[str, Any], out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     validation, test = data()
     trained = trainer.train(_config(place), folder, data=validation, progress=False)
-    encoder = evaluate._Features(trained.encoder)
-    bank, labels = evaluate.embed(encoder, validation.train), validation.train_labels.numpy()
-    parts = [(evaluate.embed(encoder, part.test), part.test_labels.numpy()) for part in (validation, test)]
-    scores, penalty = np.zeros((_DRAWS, 2)), None
-    for draw in range(_DRAWS):
-        probe = evaluate.probing(bank, labels, per_class=_LABELS, seed=draw, penalty=penalty)
-        scores[draw], penalty = [np.mean(probe.predict(x) == y) for x, y in parts], probe.penalty
-    knn5 = evaluate.knn(bank, labels, *parts[1], k=5)
+    (validated, tested), knn5 = _scores(evaluate._Features(trained.encoder), validation, test)
     result = Result(
         **place,
-        validation=float(scores[:, 0].mean()),
-        test=float(scores[:, 1].mean()),
+        validation=float(validated),
+        test=float(tested),
         knn5=knn5,
         loss=float(np.mean(trained.history[-5:])),
         seconds=round(trained.seconds, 2),
@@ -265,6 +291,12 @@ def _tables(results: list[Result]) -> Iterator[str]:
         f"{len(results)} runs, {seeds} seeds; a run took {np.median([r.seconds for r in results]):.1f} s to "
         "train (median, one CPU thread). "
         f"Of the {intervals} intervals below about {0.05 * intervals:.0f} would miss 0 by chance alone."
+    )
+    known = baselines()
+    yield (
+        "What training has to beat, by the same probe on the same test images: "
+        + ", ".join(f"{name} {_percent(np.array(scores))} %" for name, scores in known.items())
+        + "."
     )
     yield ""
     yield "![Differences to InfoNCE with 95 % intervals, by regime](_static/experiment.png)"

@@ -129,7 +129,8 @@ def _affine(degrees: float, shift: float, scale: float) -> nn.Module:
 def _photo(coloured: bool, size: tuple[int, int]) -> nn.Module:
     from kornia import augmentation
 
-    steps = [augmentation.RandomResizedCrop(size, scale=(0.2, 1.0), p=1.0), augmentation.RandomHorizontalFlip(p=0.5)]
+    least = 0.2 if min(size) >= 64 else 0.4  # share of the picture that is left: of a small one more
+    steps = [augmentation.RandomResizedCrop(size, scale=(least, 1.0), p=1.0), augmentation.RandomHorizontalFlip(p=0.5)]
     if coloured:
         steps += [augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), augmentation.RandomGrayscale(p=0.2)]
     if min(size) >= 64:  # a blur of a small picture leaves nothing to see
