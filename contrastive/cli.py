@@ -80,7 +80,8 @@ def evaluate(
 
         given = _data(run, data)
         trained = trainer.load_run(run, data=given)
-        rows = compare(trained.model, trainer.initial_model(trained.config, given), given, layer=layer)
+        with _waiting("scoring: trained, untrained, raw"):
+            rows = compare(trained.model, trainer.initial_model(trained.config, given), given, layer=layer)
         content = {"layer": layer, "data": given.name, "steps": trained.steps, "scores": rows}
         trainer.write_atomically(run / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode())
         title = f"{run}: {trained.config.loss}, {trained.epochs} of {trained.config.epochs} epochs, {layer}"
@@ -156,6 +157,19 @@ def _data(run: Path, name: str | None) -> Any:
 
     config = trainer.load_config(run)
     return trainer.data_of(config) if name is None else load(name, image_size=config.image_size)
+
+
+@contextmanager
+def _waiting(words: str) -> Iterator[None]:
+    """A sign of life where somebody looks."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(words):
+        yield
 
 
 def _numbers(text: str) -> dict[str, float]:
