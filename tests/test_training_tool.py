@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +184,7 @@ def test_every_loss_the_command_line_knows_trains(name, tmp_path):
 
 RANKS = """
 import sys
+from pathlib import Path
 from contrastive.trainer import TrainConfig, train
 config = TrainConfig(**eval(sys.argv[2]))
 train(config, sys.argv[1])
@@ -567,3 +569,15 @@ def test_the_experiments_intervals_are_paired_t_intervals():
         row = found[member]
         np.testing.assert_allclose([row.difference - row.half_width, row.difference + row.half_width], other, rtol=1e-9)
     assert found["sinkhorn"].verdict == "better" and found["sinkhorn"].temperature == 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simclr", "moco", "clip", "supcon", "noisy_pairs", "gradcache"])
+def test_examples_of_a_loop_of_ones_own(name):
+    """They run, and what they print is that something was learned."""
+    words = [sys.executable, str(Path(__file__).parents[1] / "docs" / "examples" / f"{name}.py")]
+    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    shares = [float(x) for x in re.findall(r"([\d.]+)%", done.stdout)]
+    least = {"simclr": 85, "moco": 80, "clip": 35, "supcon": 95, "noisy_pairs": 80}.get(name)
+    assert least is None or shares[0] > least, done.stdout

@@ -13,7 +13,7 @@ upper, lower = (half.flatten(1) for half in data.train.chunk(2, dim=2))
 model, criterion = Towers(MLP(32, dim=32), MLP(32, dim=32)), ClipLoss(0.1, learn_temperature=True)
 optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-3)
 
-for epoch in range(40):
+for _ in range(40):
     for batch in torch.randperm(len(upper)).split(200):
         loss = criterion(*model(upper[batch], lower[batch]))
         optimizer.zero_grad()

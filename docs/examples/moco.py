@@ -19,7 +19,7 @@ queue = FeatureQueue(1024, 64)
 optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)
 
-for epoch in range(10):
+for _ in range(10):
     for batch in torch.randperm(len(data.train)).split(32):
         images = data.train[batch]
         query, key = encoder(augment(images, generator)), keys(augment(images, generator))

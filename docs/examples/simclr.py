@@ -12,7 +12,7 @@ data, encoder, criterion = digits(), SmallCNN(1, 8), NTXentLoss(temperature=0.2)
 optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
 generator = torch.Generator().manual_seed(0)
 
-for epoch in range(15):
+for _ in range(15):
     for batch in torch.randperm(len(data.train)).split(200):
         images = data.train[batch]
         loss = criterion(encoder(augment(images, generator)), encoder(augment(images, generator)))
