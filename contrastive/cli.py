@@ -6,6 +6,7 @@ What a command needs is imported in it: `--help` is immediate.
 import dataclasses
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     options = []
     for setting in dataclasses.fields(TrainConfig):
         default = "none" if setting.default is dataclasses.MISSING else setting.default
-        kind = {"int": int, "float": float, "bool": bool, "str": str}.get(str(setting.type), setting.type)
-        kind = kind if kind in (int, float, bool, str) else str
+        kind = setting.type if setting.type in (int, float, bool) else str
         option = typer.Option(help=f"{setting.metadata['text']} Default: {default}.", show_default=False)
         options.append(
             inspect.Parameter(
@@ -58,11 +58,18 @@ def train(
             given["loss_options"] = _numbers(given["loss_options"])
         from contrastive import trainer
 
+        if "data" in given:
+            given["data"] = _absolute(given["data"])
         start = trainer.load_config(out) if resume else TrainConfig()
         known = from_file(config) if config is not None else {}
+        if "data" in known:
+            known["data"] = _absolute(known["data"])
         run = trainer.train(dataclasses.replace(start, **(known | given)), out, resume=resume)
-        typer.echo(f"{out}: {run.epochs} epochs in {run.seconds:.1f} s, loss {run.history[-1]:.4f} at the last step.")
-        typer.echo(f"Next: contrastive evaluate {out}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            typer.echo(
+                f"{out}: {run.epochs} epochs in {run.seconds:.1f} s, loss {run.history[-1]:.4f} at the last step."
+            )
+            typer.echo(f"Next: contrastive evaluate {out}")
 
 
 @app.command()
@@ -78,10 +85,8 @@ def evaluate(
         from contrastive import trainer
         from contrastive.evaluate import compare
 
-        given = _data(run, data)
-        trained = trainer.load_run(run, data=given)
-        with _waiting("scoring: trained, untrained, raw"):
-            rows = compare(trained.model, trainer.initial_model(trained.config, given), given, layer=layer)
+        trained, given = _trained(run, data)
+        rows = compare(trained.model, trainer.initial_model(trained.config, given), given, layer=layer)
         content = {"layer": layer, "data": given.name, "steps": trained.steps, "scores": rows}
         trainer.write_atomically(run / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode())
         title = f"{run}: {trained.config.loss}, {trained.epochs} of {trained.config.epochs} epochs, {layer}"
@@ -97,13 +102,12 @@ def embed(
     ] = "embedding",
     data: Annotated[str | None, typer.Option(help="Other data than the run's own, of the same kind.")] = None,
 ) -> None:
-    """Write a run's embeddings of its data, with labels and ids where there are."""
+    """Write a run's embeddings of its data, and for every row where it stood, its file, its class and its group."""
     with _one_sentence():
-        from contrastive import trainer
         from contrastive.evaluate import save_embeddings
 
-        given = _data(run, data)
-        shapes = save_embeddings(trainer.load_run(run, data=given).model, given, out, layer=layer)
+        trained, given = _trained(run, data)
+        shapes = save_embeddings(trained.model, given, out, layer=layer)
         typer.echo(f"{out}: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
@@ -116,8 +120,7 @@ def report(
     with _one_sentence():
         from contrastive.report import write
 
-        write(runs, out)
-        typer.echo(f"{out}: {len(runs)} runs")
+        typer.echo(f"{out}: {write(runs, out)} runs")
 
 
 @app.command()
@@ -151,25 +154,28 @@ def main() -> None:
     app()
 
 
-def _data(run: Path, name: str | None) -> Any:
+def _trained(run: Path, name: str | None) -> tuple[Any, Any]:
+    """A run and the data to use it on: its own, which must not have changed, or others."""
     from contrastive import trainer
     from contrastive.data import load
 
     config = trainer.load_config(run)
-    return trainer.data_of(config) if name is None else load(name, image_size=config.image_size)
+    if name is not None:
+        data = load(name, image_size=config.image_size)
+    else:
+        data = trainer.data_of(config)
+        trainer.check_unchanged(data, run)
+    return trainer.load_run(run, data=data), data
 
 
-@contextmanager
-def _waiting(words: str) -> Iterator[None]:
-    """A sign of life where somebody looks."""
-    from rich.console import Console
+def _absolute(name: str) -> str:
+    """The paths in a name of data, so that a run finds them from anywhere; what is no path is left."""
+    from contrastive.data import DATASETS
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(words):
-        yield
+    parts = [Path(part.strip()) for part in name.split(",")]
+    if name in DATASETS:
+        return name
+    return ",".join(str(part.absolute()) for part in parts) if all(part.exists() for part in parts) else name
 
 
 def _numbers(text: str) -> dict[str, float]:

@@ -39,7 +39,7 @@ class TrainConfig:
     )
     loss: str = _setting(
         "infonce",
-        "infonce, ntxent, clip, global, sinkhorn, unbalanced, or supcon, partial, double-bounded, rince, dcl.",
+        "infonce, ntxent, clip, global, sinkhorn, unbalanced, or supcon, partial, double-bounded, rince, dcl, hard-negative.",
     )
     loss_options: dict[str, float] = _setting({}, "More of the loss, as rho=0.1,mass=1.")
     encoder: str = _setting(
@@ -112,8 +112,11 @@ class TrainConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
-        from contrastive.losses import KNOWN
+        from contrastive.losses import KNOWN  # torch takes a second to import, which --help need not wait for
+        from contrastive.views import RECIPES
 
+        if self.augmentation not in RECIPES:
+            raise ValueError(f"augmentation={self.augmentation!r} is not one of {', '.join(RECIPES)}.")
         if self.loss != CUSTOM and self.loss not in KNOWN:
             raise ValueError(
                 f"loss={self.loss!r} is not a known loss: choose one of {', '.join(KNOWN)}; {CUSTOM} is your own."
@@ -126,25 +129,24 @@ class TrainConfig:
 _CHOICES = {
     "precision": ("32", "bf16", "16"),
     "device": ("auto", "cpu", "cuda"),
-    "augmentation": ("auto", "affine", "photo", "noise", "none"),
 }
 
 
 def _check(setting: dataclasses.Field, value: Any) -> None:
     rule, name = setting.metadata, setting.name
-    if setting.type == "int" or setting.type is int:
+    if setting.type is int:
         if isinstance(value, bool) or not isinstance(value, int) or not rule["lowest"] <= value < 2**63:
             raise ValueError(f"{name}={value!r} must be an integer of at least {rule['lowest']:g}: {rule['why']}.")
-    elif setting.type == "float" or setting.type is float:
+    elif setting.type is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or value < rule["lowest"] or value > rule["most"] or (rule["above"] and value == rule["lowest"]):
             words = f"above {rule['lowest']:g}" if rule["above"] else f"of at least {rule['lowest']:g}"
             words += f" and at most {rule['most']:g}" if rule["most"] < math.inf else ""
             raise ValueError(f"{name}={value!r} must be a finite number {words}: {rule['why']}.")
-    elif setting.type == "bool" or setting.type is bool:
+    elif setting.type is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be true or false.")
-    elif setting.type == "str" or setting.type is str:
+    elif setting.type is str:
         if not isinstance(value, str) or not value:
             raise ValueError(f"{name}={value!r} must be a word.")
     elif not isinstance(value, dict) or not all(isinstance(x, int | float) for x in value.values()):
@@ -161,7 +163,8 @@ def from_file(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"config={path} does not exist: give a TOML file with settings such as epochs = 50.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"config={path} {what}: give a TOML file with settings such as epochs = 50.")
     try:
         if path.suffix == ".json":
             settings = json.loads(path.read_text())

@@ -9,7 +9,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contrastive.views import augment
+from iotsolve.progress import bar
 
 __all__ = ["DATASETS", "Dataset", "augment", "digits", "fashion_mnist", "from_arrays", "from_folder", "load"]
 
@@ -37,6 +40,10 @@ class Dataset:
         test_partners: The same for the test part.
         train_ids: Group of each training pair, int64, shape (N,): pairs of one group are each other's positives.
         test_ids: The same for the test part.
+        train_rows: Place of each training input in what the data were made of, int64, shape (N,); None: there are only the parts.
+        test_rows: The same for the test part.
+        files: Names of the images, by place.
+        classes: Names of the classes, by label.
 
     Raises:
         ValueError: A part is empty, lengths differ, or an input is NaN or infinite.
@@ -51,13 +58,17 @@ class Dataset:
     test_partners: Tensor | None = None
     train_ids: Tensor | None = None
     test_ids: Tensor | None = None
+    train_rows: Tensor | None = None
+    test_rows: Tensor | None = None
+    files: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             inputs = getattr(self, part)
             if not len(inputs):
                 raise ValueError(f"{self.name!r} has no {part} inputs: is the folder or the array empty, or the split?")
-            for what in ("labels", "partners", "ids"):
+            for what in ("labels", "partners", "ids", "rows"):
                 other = getattr(self, f"{part}_{what}")
                 if other is not None and len(other) != len(inputs):
                     raise ValueError(
@@ -65,17 +76,25 @@ class Dataset:
                         "thing; was one of them cut or shuffled?"
                     )
             for values in (inputs, getattr(self, f"{part}_partners")):
-                if values is not None and values.is_floating_point() and not values.isfinite().all():
-                    bad = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0]
-                    raise ValueError(
-                        f"{self.name!r} has {len(bad)} {part} inputs with NaN or infinite values, the first in "
-                        f"row {int(bad[0])}: remove or repair them; a loss would be NaN from the first batch on."
-                    )
+                if values is not None:
+                    _check_finite(values, f"{self.name!r} has {{}} {part} inputs")
 
     @property
     def is_paired(self) -> bool:
         """Whether a pair is two different things rather than two views of one."""
         return self.train_partners is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A number that other inputs, labels or another split would change."""
+        told = hashlib.sha256()
+        for part in ("train", "test"):
+            for what in ("", "_partners", "_labels", "_ids"):
+                values = getattr(self, part + what)
+                told.update(repr(None if values is None else tuple(values.shape)).encode())
+                if values is not None:
+                    told.update(values.contiguous().numpy())
+        return told.hexdigest()
 
     def first(self, count: int) -> "Dataset":
         """The same with the first `count` training inputs only."""
@@ -83,12 +102,9 @@ class Dataset:
             raise ValueError(
                 f"train_size={count}: {self.name!r} has {len(self.train)} training inputs; choose from 1 to that."
             )
-        names = ("train", "train_labels", "train_partners", "train_ids")
+        names = ("train", "train_labels", "train_partners", "train_ids", "train_rows")
         kept = {name: getattr(self, name) for name in names}
         return replace(self, **{name: None if x is None else x[:count] for name, x in kept.items()})
-
-
-Images = Dataset
 
 
 def digits() -> Dataset:
@@ -200,18 +216,19 @@ def from_arrays(
     ids: NDArray | None = None,
     name: str = "arrays",
     test_share: float = 0.2,
+    files: tuple[str, ...] | None = None,
 ) -> Dataset:
     """Return arrays as data, a part of them, drawn once and for all, held out as the test part.
 
     Args:
-        x: Inputs, N >= 5 of them: vectors (N, D), or square images (N, H, W), (N, channels, H, W) or (N, H, W,
-        channels). Integers
-            from 0 to 255 (uint8) become numbers from 0 to 1.
+        x: Inputs, N >= 5 of them: vectors (N, D), or square images (N, H, W), (N, channels, H, W) or (N, H, W, channels).
+            Integers from 0 to 255 (uint8) become numbers from 0 to 1.
         partners: What each input is paired with, as `x`; None for two views of one input.
         labels: Class of each input, shape (N,): whole numbers or strings.
         ids: Group of each pair, shape (N,): a group stays on one side of the split.
         name: What error messages call the data.
         test_share: Share of the inputs, or of the groups, that is held out, in (0, 1).
+        files: Names of the inputs, which then decide who is held out: one more of them moves at most one other across.
 
     Raises:
         ValueError: Shapes disagree, or nothing is left of a part.
@@ -228,25 +245,46 @@ def from_arrays(
             raise ValueError(
                 f"{name!r} has {len(x)} inputs and {len(other)} {what}: row i of both must be of one thing."
             )
-    codes = [
-        None if y is None else torch.from_numpy(np.unique(np.asarray(y), return_inverse=True)[1]).long()
-        for y in (labels, ids)
-    ]
+    (classes, *label), (_, *id_) = (_coded(what, y, name) for what, y in (("labels", labels), ("ids", ids)))
+    codes = [*label, *id_]
     groups = np.arange(len(x)) if ids is None else codes[1].numpy()
     count = int(groups.max(initial=-1)) + 1
     if count < 5:
         raise ValueError(
             f"{name!r} has {count} inputs (or groups of them): at least 5 are needed to train on some and test on others."
         )
+    order = np.random.default_rng(0).permutation(count) if files is None else _by_name(files)
     held = np.zeros(count, bool)
-    held[np.random.default_rng(0).permutation(count)[: max(1, round(test_share * count))]] = True
+    held[order[: max(1, round(test_share * count))]] = True
     test = torch.from_numpy(held[groups])
 
     def split(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if values is None else (values[~test], values[test])
 
-    (own, own_test), (other, other_test), (label, label_test), (group, group_test) = map(split, (x, partners, *codes))
-    return Dataset(own, label, own_test, label_test, name, other, other_test, group, group_test)
+    pairs = map(split, (x, partners, *codes, torch.arange(len(x))))
+    (own, own_test), (other, other_test), (label, label_test), (group, group_test), rows = pairs
+    given = own, label, own_test, label_test, name, other, other_test, group, group_test, *rows
+    return Dataset(*given, files=files, classes=classes)
+
+
+def _by_name(files: tuple[str, ...]) -> NDArray[np.int64]:
+    """An order that more or fewer files hardly change: who is at the front stays there."""
+    return np.argsort([hashlib.sha256(file.encode()).hexdigest() for file in files], kind="stable")
+
+
+def _coded(what: str, values: NDArray | None, name: str) -> tuple[tuple[str, ...] | None, Tensor | None]:
+    """Names in order, and the number of each value's."""
+    if values is None:
+        return None, None
+    values = np.asarray(values)
+    whole = values.dtype.kind in "biuUS" or (values.dtype.kind == "f" and bool((values % 1 == 0).all()))
+    if values.ndim != 1 or not whole:
+        raise ValueError(
+            f"{name!r} has {what} of shape {values.shape} and type {values.dtype}: must be (N,) whole numbers or strings, one of "
+            "each input; are they scores, or one-hot? argmax(1) of those would do."
+        )
+    names, codes = np.unique(values, return_inverse=True)
+    return tuple(map(str, names)), torch.from_numpy(codes).long()
 
 
 def from_folder(folder: str | Path, *, size: int = 32) -> Dataset:
@@ -267,47 +305,76 @@ def from_folder(folder: str | Path, *, size: int = 32) -> Dataset:
         )
     halves = [folder / half for half in ("train", "test")]
     if not all(half.is_dir() for half in halves):
-        images, labels = _read_folder(folder, size)
-        return from_arrays(images, labels=labels, name=str(folder))
-    (train, train_labels), (test, test_labels) = (_read_folder(half, size) for half in halves)
+        images, labels, files = _read_folder(folder, size)
+        return from_arrays(images, labels=labels, name=str(folder), files=files)
+    (train, train_labels, own), (test, test_labels, others) = (_read_folder(half, size) for half in halves)
     if train.shape[1] != test.shape[1]:
         train, test = (np.repeat(x, 3, axis=1) if x.shape[1] == 1 else x for x in (train, test))
-    codes = [None, None]
+    classes = codes = None
     if train_labels is not None and test_labels is not None:
-        classes = np.unique(np.concatenate([train_labels, test_labels]))
-        codes = [torch.from_numpy(np.searchsorted(classes, x)).long() for x in (train_labels, test_labels)]
-    return Dataset(_inputs(train, str(folder)), codes[0], _inputs(test, str(folder)), codes[1], str(folder))
+        classes, codes = _coded("labels", np.concatenate([train_labels, test_labels]), str(folder))
+    parts = (None, None) if codes is None else codes.split([len(train), len(test)])
+    rows = torch.arange(len(train) + len(test)).split([len(train), len(test)])
+    files = tuple(f"train/{file}" for file in own) + tuple(f"test/{file}" for file in others)
+    made = (_inputs(x, str(folder)) for x in (train, test))
+    return Dataset(
+        next(made),
+        parts[0],
+        next(made),
+        parts[1],
+        str(folder),
+        train_rows=rows[0],
+        test_rows=rows[1],
+        files=files,
+        classes=classes,
+    )
 
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _read_folder(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray | None]:
+def _read_folder(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray | None, tuple[str, ...]]:
+    """Images, the names of their classes, and their own."""
     from PIL import Image, UnidentifiedImageError
-    from rich.console import Console
-    from rich.progress import track
 
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(_SUFFIXES)}): is it the right folder?")
-    console, pictures = Console(stderr=True), []
-    for path in track(paths, "reading images", console=console, transient=True, disable=not console.is_terminal):
-        try:
-            with Image.open(path) as image:
-                image = image.convert("L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB")
-                side = min(image.size)
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-                pictures.append(np.asarray(image).reshape(size, size, -1))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise ValueError(
-                f"{path} cannot be read as an image ({error}): repair it or take it out of the folder."
-            ) from error
+    pictures = []
+    with bar("reading images", len(paths)) as advance:
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    pictures.append(_picture(image, size))
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+                raise ValueError(
+                    f"{path} cannot be read as an image ({error}): repair it or take it out of the folder."
+                ) from error
+            advance("")
     coloured = any(picture.shape[2] == 3 for picture in pictures)
     pictures = [np.repeat(x, 3, axis=2) if coloured and x.shape[2] == 1 else x for x in pictures]
     classes = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in paths]
     labels = None if None in classes else np.array(classes)
-    return np.stack(pictures).transpose(0, 3, 1, 2), labels
+    return (
+        np.stack(pictures).transpose(0, 3, 1, 2),
+        labels,
+        tuple(path.relative_to(folder).as_posix() for path in paths),
+    )
+
+
+def _picture(image: Any, size: int) -> NDArray[np.uint8]:
+    """The central square of an image at a size, (size, size, 1 or 3); of 16 bit, which Pillow cuts off, the upper byte."""
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: greys of 32 bit have no known white; save them with 8 or 16")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return np.asarray(image).reshape(size, size, -1)
 
 
 def _inputs(x: NDArray, name: str) -> Tensor:
@@ -328,7 +395,17 @@ def _inputs(x: NDArray, name: str) -> Tensor:
         raise ValueError(
             f"{name!r} has images of {values.shape[2]} x {values.shape[3]} pixels: make them square first."
         )
+    _check_finite(values, f"{name!r} has {{}} inputs")
     return values
+
+
+def _check_finite(values: Tensor, words: str) -> None:
+    if values.is_floating_point() and not values.isfinite().all():
+        bad = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0]
+        raise ValueError(
+            f"{words.format(len(bad))} with NaN or infinite values, the first in row {int(bad[0])}: remove or repair them; a "
+            "loss would be NaN from the first batch on."
+        )
 
 
 _KEYS = {
@@ -343,7 +420,9 @@ def _array(path: Path) -> NDArray:
     try:
         return np.load(path, allow_pickle=False)
     except ValueError as error:  # what NumPy says of pickles and of anything else
-        raise ValueError(f"{path} is no array of numbers saved by NumPy: save it with numpy.save.") from error
+        raise ValueError(
+            f"{path} is no whole array of numbers saved by NumPy: save it with numpy.save, or copy it again if it was cut."
+        ) from error
 
 
 def _from_npz(path: Path) -> Dataset:
@@ -391,12 +470,13 @@ def load(name: str, *, image_size: int = 32) -> Dataset:
     """
     if name in DATASETS:
         return DATASETS[name]()
-    parts = [Path(part) for part in name.split(",")]
+    parts = [Path(part.strip()) for part in name.split(",")]
     missing = [str(part) for part in parts if not part.exists()]
     if missing:
         known = ", ".join(sorted(DATASETS))
         raise ValueError(
-            f"data={name!r} is not a known data set: choose one of {known}, or an existing path (there is no {missing[0]})."
+            f"data={name!r} is not a known data set: choose one of {known}, or an existing path (there is no {missing[0]}). "
+            "Data that were given to train() in Python are known there only: resume and score the run there, with the same data."
         )
     if len(parts) == 1 and parts[0].is_dir():
         return from_folder(parts[0], size=image_size)

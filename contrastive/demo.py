@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from contrastive.data import Images, load
+from contrastive.data import Dataset, load
 from contrastive.evaluate import evaluate
 from contrastive.losses import NAMES
 from contrastive.trainer import Run, TrainConfig, initial_encoder, train, write_atomically
@@ -99,7 +99,7 @@ def _console() -> Console:
 # -- transport -------------------------------------------------------------------------------------------------------
 
 
-def one_digit_each(data: Images) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def one_digit_each(data: Dataset) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The first training 3 and the first 8, shape (8, 8), as histograms of ink of total 1; most pixels are empty."""
     first = {label: int((data.train_labels == label).nonzero()[0]) for label in (3, 8)}
     images = (data.train[first[label], 0].double().numpy() for label in (3, 8))
@@ -114,7 +114,7 @@ def pixel_cost(size: int) -> NDArray[np.float64]:
     return cost / cost.max()
 
 
-def solve_regimes(data: Images) -> tuple[list[dict[str, Any]], dict[str, Solution]]:
+def solve_regimes(data: Dataset) -> tuple[list[dict[str, Any]], dict[str, Solution]]:
     """Solve two problems in each regime: one digit to another (histograms), and all 3s to all 8s (points).
 
     Returns:
@@ -179,7 +179,7 @@ def _transport_table(rows: list[dict[str, Any]]) -> Table:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def score(runs: dict[str, list[Run]], data: Images) -> dict[str, dict[str, list[float]]]:
+def score(runs: dict[str, list[Run]], data: Dataset) -> dict[str, dict[str, list[float]]]:
     """Accuracies by name of the loss (or baseline) and metric, one per seed; raw pixels have no seed."""
     from torch import nn
 
@@ -206,7 +206,7 @@ def _train_all(out: Path, losses: tuple[str, ...], seeds: int, epochs: int) -> d
     return runs
 
 
-def _batches(data: Images) -> int:
+def _batches(data: Dataset) -> int:
     return len(data.train) // TrainConfig().batch_size
 
 

@@ -164,6 +164,11 @@ class Towers(nn.Module):
         super().__init__()
         self.left, self.right = left, right
 
+    @property
+    def sides(self) -> tuple[nn.Module, nn.Module]:
+        """What embeds the left and the right side."""
+        return self.left, self.right
+
     def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings of both sides."""
         return self.left(left), self.right(right)
@@ -175,6 +180,11 @@ class Twin(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
+
+    @property
+    def sides(self) -> tuple[nn.Module, nn.Module]:
+        """What embeds the left and the right side."""
+        return self.encoder, self.encoder
 
     def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings of both sides."""
@@ -251,15 +261,28 @@ def _imported(name: str, example: Tensor, dim: int) -> Any:
         takes = inspect.signature(build).parameters
     except ValueError:  # of something compiled
         takes = {}
-    return build(**{key: value for key, value in {"dim": dim, "example": example}.items() if key in takes})
+    given = {key: value for key, value in {"dim": dim, "example": example}.items() if key in takes}
+    try:
+        return build(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"encoder={name!r} could not be called with {', '.join(given) or 'nothing'} ({error}): of its arguments only dim and "
+            "example are given, so all others need a default."
+        ) from error
 
 
 def _checked(model: Any, name: str, example: Tensor, dim: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"encoder={name!r} returned {type(model).__name__}, not a torch.nn.Module.")
     model.eval()
-    with torch.no_grad():
-        found = model(example[:2])
+    try:
+        with torch.no_grad():
+            found = model(example[:2])
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"encoder={name!r} cannot read inputs of shape (N, {', '.join(map(str, example.shape[1:]))}) "
+            f"and {example.dtype}: {error}."
+        ) from error
     model.train()
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(example[:2]):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -1,5 +1,7 @@
 """How good are embeddings? Probes, nearest neighbours, retrieval of the other side of a pair, and the shape of the cloud."""
 
+import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +16,24 @@ from contrastive.batches import generator
 from contrastive.data import Dataset
 from contrastive.encoders import Towers, Twin
 from contrastive.views import recipe
+from iotsolve.progress import bar
 
-__all__ = ["LAYERS", "compare", "embed", "evaluate", "knn", "probe", "recall", "save_embeddings", "shown"]
+__all__ = ["LAYERS", "compare", "embed", "evaluate", "knn", "probe", "recall", "save_embeddings", "shown", "sides"]
 
 LAYERS = ("embedding", "features")
+PARTS = ("probe", "probe@10", "probe@100", "neighbours", "pairs")  # of an evaluation; without labels the last alone
 _PAIRS = 1000  # test pairs that retrieval and the shape of the cloud are measured on, at most
 _LABELS = 2000  # labels that "probe" is fitted to, at most
 
 
 def evaluate(
-    model: nn.Module, data: Dataset, *, layer: str = "embedding", draws: int = 5, seed: int = 0
+    model: nn.Module,
+    data: Dataset,
+    *,
+    layer: str = "embedding",
+    draws: int = 5,
+    seed: int = 0,
+    advance: Callable[[str], None] = lambda part: None,
 ) -> dict[str, float]:
     """Return what simple classifiers make of frozen embeddings, and what can be said of them without labels.
 
@@ -35,31 +45,47 @@ def evaluate(
         draws: How many draws of labels "probe@10" and "probe@100" are averaged over. The draws depend on `seed` alone,
             so that all models are given the same labels. The penalty is chosen on a part of the first.
         seed: Seed of the draws, a non-negative integer.
+        advance: Called with the name of each of `PARTS` when it is done with.
 
     Returns:
         With labels, shares of right answers on the test part, in [0, 1]: "probe" (logistic regression on all labels, of more than
-        2,000 on that many), "probe@10" and "probe@100" (on that many labels per class: the numbers to compare methods
-        by), "knn5",
-        "knn20", "knn200" (nearest neighbours by cosine); what there are too few inputs for is left out. Always, of the
-        first 1,000
-        test pairs: "R@1" and "R@10", the share of left sides with a partner among the 1 or 10 nearest right sides, "R@1 back" and
-        "R@10 back" the other way where the sides differ; "alignment", "uniformity", "rankme", "hubness" as in
-        :class:`contrastive.Diagnostics`.
+        2,000 on that many), "probe@10" and "probe@100" (on that many labels per class: the numbers to compare methods by),
+        "knn5", "knn20", "knn200" (nearest neighbours by cosine); what there are too few inputs for is left out. Always, of the
+        first 1,000 test pairs (two random views of each input where there are no partners): "R@1" and "R@10", the share of left
+        sides with a partner among the 1 or 10 nearest right sides, "R@1 back" and "R@10 back" the other way where the sides
+        differ; "alignment", "uniformity", "rankme", "hubness" as in :class:`contrastive.Diagnostics`.
 
     Raises:
         ValueError: An embedding is NaN or infinite, there is one class only, or no such layer.
     """
-    left, right = _sides(model, layer)
+    left, right = sides(model, layer)
     scores: dict[str, float] = {}
     if data.train_labels is not None and data.test_labels is not None:
-        parts = (_run(left, data.train), data.train_labels, _run(left, data.test), data.test_labels)
+        parts = (embed(left, data.train), data.train_labels, embed(left, data.test), data.test_labels)
+        _warn_of_strange_classes(data)
         scores["probe"] = probe(*parts, most=_LABELS, seed=seed)
+        advance("probe")
         least = int(data.train_labels.bincount()[data.train_labels.unique()].min())
         for each in (10, 100):
             if each <= least:
                 scores[f"probe@{each}"] = _few(*parts, each, [seed + draw for draw in range(draws)])
+            advance(f"probe@{each}")
         scores |= {f"knn{k}": knn(*parts, k=k) for k in (5, 20, 200) if k <= len(data.train)}
-    return scores | _of_pairs(left, right, data)
+        advance("neighbours")
+    scores |= _of_pairs(left, right, data)
+    advance("pairs")
+    return scores
+
+
+def _warn_of_strange_classes(data: Dataset) -> None:
+    strange = ~torch.isin(data.test_labels, data.train_labels)
+    if strange.any():
+        warnings.warn(
+            f"{int(strange.sum())} of the {len(strange)} test inputs of {data.name!r} are of classes without a training input: "
+            "no probe and no neighbour can name them, and they count as wrong.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _few(x: NDArray, y: Tensor, test_x: NDArray, test_y: Tensor, each: int, seeds: list[int]) -> float:
@@ -76,38 +102,35 @@ def compare(
     model: nn.Module, untrained: nn.Module, data: Dataset, *, layer: str = "embedding"
 ) -> dict[str, dict[str, float]]:
     """Return `evaluate` for a trained model beside what it has to beat: itself before training, and the raw inputs."""
-    rows = {"trained": evaluate(model, data, layer=layer), "untrained": evaluate(untrained, data, layer=layer)}
+    rows = {"trained": (model, layer), "untrained": (untrained, layer)}
     raw = _raw(data)
-    return rows if raw is None else rows | {"raw pixels" if data.train.ndim == 4 else "raw inputs": evaluate(raw, data)}
+    if raw is not None:
+        rows["raw pixels" if data.train.ndim == 4 else "raw inputs"] = raw, "embedding"
+    with bar("scoring", len(rows) * len(PARTS)) as advance:
+        return {
+            name: evaluate(module, data, layer=own, advance=lambda part, name=name: advance(f"{name}: {part}"))
+            for name, (module, own) in rows.items()
+        }
 
 
-def embed(model: Callable[[Tensor], Tensor], inputs: Tensor, *, batch_size: int = 1024) -> NDArray[np.float32]:
-    """Return the embeddings, shape (N, D), computed in evaluation mode and without gradients, with a bar if it takes long."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    was_training = getattr(model, "training", False)
-    if isinstance(model, nn.Module):
-        model.eval()
+def embed(model: nn.Module, inputs: Tensor, *, batch_size: int = 1024) -> NDArray[np.float32]:
+    """Return the embeddings, shape (N, D), computed in evaluation mode and without gradients."""
+    was_training = model.training
+    model.eval()
     try:
-        parts = inputs.split(batch_size)
-        quiet = not console.is_terminal or len(parts) < 20
         with torch.no_grad():
-            made = [
-                model(part).float().cpu()
-                for part in track(parts, "embedding", console=console, transient=True, disable=quiet)
-            ]
-        return torch.cat(made).numpy()
+            return torch.cat([model(part).float().cpu() for part in inputs.split(batch_size)]).numpy()
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)
+        model.train(was_training)
 
 
 def save_embeddings(
     model: nn.Module, data: Dataset, out: str | Path, *, layer: str = "embedding"
 ) -> dict[str, tuple[int, ...]]:
-    """Write the embeddings of both parts of the data, with labels and ids where there are.
+    """Write the embeddings of both parts of the data, with what is known of each row.
+
+    "train_rows" and "test_rows" are places in what the data were made of: rows of the arrays, or of "files", the names of the
+    images. "train_labels" are places in "classes". Strings are arrays of a `.npz`, and JSON in the metadata of a `.safetensors`.
 
     Args:
         model: A run's model.
@@ -124,25 +147,33 @@ def save_embeddings(
     out = Path(out)
     if out.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"out={out}: the name must end in .npz or .safetensors, which says what is written.")
-    left, right = _sides(model, layer)
+    left, right = sides(model, layer)
     arrays: dict[str, NDArray] = {}
+    made = [(part, left) for part in ("train", "test")]
+    if data.is_paired:
+        made += [(f"{part}_partners", right) for part in ("train", "test")]
+    with bar("embedding", sum(-(-len(getattr(data, name)) // 1024) for name, _ in made)) as advance:
+        for name, side in made:
+            found = []
+            for inputs in getattr(data, name).split(1024):
+                found.append(embed(side, inputs))
+                advance(name)
+            arrays[name] = np.concatenate(found)
     for part in ("train", "test"):
-        arrays[part] = _run(left, getattr(data, part))
-        if data.is_paired:
-            arrays[f"{part}_partners"] = _run(right, getattr(data, f"{part}_partners"))
-        for what in ("labels", "ids"):
+        for what in ("rows", "labels", "ids"):
             known = getattr(data, f"{part}_{what}")
             if known is not None:
                 arrays[f"{part}_{what}"] = known.numpy()
+    words = {name: getattr(data, name) for name in ("files", "classes") if getattr(data, name) is not None}
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f"{out.name}.tmp{out.suffix}")  # numpy adds a suffix of its own to any other name
     try:
         if out.suffix == ".npz":
-            np.savez(fresh, **arrays)
+            np.savez(fresh, **arrays, **{name: np.array(some) for name, some in words.items()})
         else:
             from safetensors.numpy import save_file
 
-            save_file(arrays, fresh)
+            save_file(arrays, fresh, metadata={name: json.dumps(some) for name, some in words.items()})
         fresh.replace(out)
     finally:
         fresh.unlink(missing_ok=True)
@@ -195,7 +226,7 @@ def _of_pairs(left: Callable, right: Callable, data: Dataset) -> dict[str, float
     else:
         view, draw = recipe("auto", inputs[:1]), generator(0, "evaluation")
         pair = view(inputs, draw), view(inputs, draw)
-    x, y = _run(left, pair[0]), _run(right, pair[1])
+    x, y = embed(left, pair[0]), embed(right, pair[1])
     _finite(x, "test"), _finite(y, "test")
     scores = {f"R@{k}": recall(x, y, k=k, ids=ids) for k in (1, 10)}
     if data.is_paired:
@@ -208,25 +239,23 @@ def _of_pairs(left: Callable, right: Callable, data: Dataset) -> dict[str, float
     return scores | {name: float(getattr(seen, name)) for name in ("alignment", "uniformity", "rankme", "hubness")}
 
 
-def _sides(model: nn.Module, layer: str) -> tuple[nn.Module, nn.Module]:
-    """What embeds the left and the right side."""
+def sides(model: nn.Module, layer: str = "embedding") -> tuple[nn.Module, nn.Module]:
+    """What embeds the left and the right side: of a run's model, or twice any other module.
+
+    Raises:
+        ValueError: No such layer, or the module has no features.
+    """
     if layer not in LAYERS:
         raise ValueError(f"layer={layer!r} is not one of {', '.join(LAYERS)}.")
-    sides = (
-        (model.left, model.right)
-        if isinstance(model, Towers)
-        else (model.encoder,) * 2
-        if isinstance(model, Twin)
-        else (model,) * 2
-    )
+    found = model.sides if isinstance(model, Towers | Twin) else (model, model)
     if layer == "embedding":
-        return sides
-    for side in sides:
+        return found
+    for side in found:
         if not hasattr(side, "features"):
             raise ValueError(
                 f"layer='features', and {type(side).__name__} has no method features(inputs): use layer='embedding'."
             )
-    return tuple(_Features(side) for side in sides)
+    return tuple(map(_Features, found))
 
 
 class _Features(nn.Module):
@@ -254,10 +283,6 @@ def _raw(data: Dataset) -> nn.Module | None:
     if data.is_paired and data.train.shape[1:] != data.train_partners.shape[1:]:
         return None
     return nn.Flatten() if data.train.is_floating_point() else _Bag()
-
-
-def _run(side: nn.Module, inputs: Tensor) -> NDArray[np.float32]:
-    return embed(side, inputs)
 
 
 def probe(

@@ -27,6 +27,7 @@ import numpy as np
 
 from contrastive.config import TrainConfig
 from contrastive.data import Dataset, load
+from iotsolve.progress import bar
 
 __all__ = ["MEMBERS", "REGIMES", "run", "write_page"]
 
@@ -142,19 +143,16 @@ def baselines() -> dict[str, list[float]]:
     from threadpoolctl import threadpool_limits
     from torch import nn
 
-    from contrastive import trainer
+    from contrastive import evaluate, trainer
 
     validation, test = data()
-    with threadpool_limits(1):
-        untrained = [_scores(_features_of(seed, trainer), validation, test)[0][1] for seed in SEEDS]
+    with threadpool_limits(1), bar("baselines", len(SEEDS) + 1) as advance:
+        models = (trainer.initial_model(dataclasses.replace(BASE, seed=seed), validation) for seed in SEEDS)
+        untrained = []
+        for model in models:
+            untrained.append(_scores(evaluate.sides(model, "features")[0], validation, test)[0][1])
+            advance("untrained encoder")
         return {"raw pixels": [_scores(nn.Flatten(), validation, test)[0][1]], "untrained encoder": untrained}
-
-
-def _features_of(seed: int, trainer: Any) -> Any:
-    from contrastive import evaluate
-
-    config = dataclasses.replace(BASE, seed=seed)
-    return evaluate._Features(trainer.initial_encoder(config, data()[0]))
 
 
 def _scores(encoder: Any, validation: Dataset, test: Dataset) -> tuple[np.ndarray, float]:
@@ -171,10 +169,8 @@ def _scores(encoder: Any, validation: Dataset, test: Dataset) -> tuple[np.ndarra
 
 
 def _file(out: Path, place: dict[str, Any]) -> Path:
-    key = hashlib.sha256(json.dumps([place, dataclasses.asdict(_config(place))], sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
-    return out / f"{key}.json"
+    told = json.dumps([place, dataclasses.asdict(_config(place))], sort_keys=True)
+    return out / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
 
 
 def _config(place: dict[str, Any]) -> TrainConfig:
@@ -202,7 +198,7 @@ def _trained_and_scored(place: dict[str, Any], out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     validation, test = data()
     trained = trainer.train(_config(place), folder, data=validation, progress=False)
-    (validated, tested), knn5 = _scores(evaluate._Features(trained.encoder), validation, test)
+    (validated, tested), knn5 = _scores(evaluate.sides(trained.model, "features")[0], validation, test)
     result = Result(
         **place,
         validation=float(validated),

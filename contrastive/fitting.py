@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +27,13 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.batches import Batches, generator
 from contrastive.config import TrainConfig
 from contrastive.losses import IOTLoss
 from contrastive.queue import FeatureQueue
-from contrastive.trainer import CHECKPOINT, CONFIG, METRICS, SPEED, read_checkpoint, write_atomically
+from contrastive.trainer import CHECKPOINT, CONFIG, METRICS, SPEED, description, read_checkpoint, write_atomically
 
 
 def fit(
@@ -99,9 +101,17 @@ class _Loop:
         learned = any(p.requires_grad for p in parts.criterion.parameters())
         self.criterion = fabric.setup_module(parts.criterion) if learned and fabric.world_size > 1 else parts.criterion
         self.optimizer = fabric.setup_optimizers(plain)
+        if (config.chunk or fabric.world_size > 1) and any(isinstance(m, _BatchNorm) for m in parts.model.modules()):
+            warnings.warn(
+                "the encoder has batch normalisation, which sees one part of a batch at a time (chunk, processes): the result "
+                "is not that of the whole batch. Group normalisation does not look across it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         share = config.batch_size // fabric.world_size
         self.own = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
         self.step, self.seconds, self.history, self.looks = 0, 0.0, [], {}
+        self.known = description(batches.data)
         self.resting = True  # between steps, where a checkpoint may be made
         parts.train()
 
@@ -164,9 +174,13 @@ class _Loop:
             share /= self.fabric.world_size
         value, stop = share.tolist()
         if not math.isfinite(value):
+            why = (
+                "training diverged; start a new run with a smaller learning_rate or a larger temperature."
+                if step or bool(z0.isfinite().all() & z1.isfinite().all())
+                else "before anything was learned the encoder made embeddings that are not finite; look for it there."
+            )
             raise FloatingPointError(
-                f"the loss became {value} at step {step} (epoch {step // self.batches.per_epoch}): training diverged; start a "
-                "new run with a smaller learning_rate or a larger temperature."
+                f"the loss became {value} at step {step} (epoch {step // self.batches.per_epoch}): {why}"
             )
         clock.lap("loss")
         recall()
@@ -259,6 +273,7 @@ class _Loop:
             "step": self.step,
             "epochs_finished": self.step // self.batches.per_epoch,
             "seconds": self.seconds,
+            "data": self.known,
             "history": list(self.history),
             "looks": dict(self.looks),
             "state_dict": self.parts.state_dict(),

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from contrastive.data import Images, augment
+from contrastive.data import Dataset, augment
 from contrastive.evaluate import embed
 from contrastive.losses import make
 
@@ -85,7 +85,7 @@ def losses(path: Path, histories: Mapping[str, Sequence[Sequence[float]]], steps
     figure.savefig(path, dpi=110)
 
 
-def couplings(path: Path, runs: Mapping[str, Sequence[Run]], data: Images, *, count: int = 200) -> None:
+def couplings(path: Path, runs: Mapping[str, Sequence[Run]], data: Dataset, *, count: int = 200) -> None:
     """``n P`` of one batch sorted by class, before (top) and after (bottom) training, all on one logarithmic scale."""
     from contrastive.trainer import initial_encoder
 
@@ -126,7 +126,7 @@ def _mark_classes(axis: Axes, labels: NDArray) -> None:
     axis.tick_params(length=0)
 
 
-def embeddings(path: Path, before: nn.Module, after: nn.Module, data: Images, loss: str) -> None:
+def embeddings(path: Path, before: nn.Module, after: nn.Module, data: Dataset, loss: str) -> None:
     """First two principal components of the normalised test embeddings, coloured by class."""
     figure, axes = _figure(1, 2, width=4.6, height=4.4)
     labels = data.test_labels.numpy()

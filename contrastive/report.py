@@ -11,13 +11,13 @@ import numpy as np
 
 from contrastive.config import TrainConfig
 from contrastive.evaluate import shown
-from contrastive.trainer import CONFIG, METRICS, load_config, write_atomically
+from contrastive.trainer import CONFIG, FREE, METRICS, load_config, write_atomically
 
 __all__ = ["write"]
 
 
-def write(runs: list[Path], out: str | Path) -> None:
-    """Write the page.
+def write(runs: list[Path], out: str | Path) -> int:
+    """Write the page, and return how many runs are on it.
 
     Args:
         runs: Directories of runs. What is no run (a file that a shell's `runs/*` brought along) is passed over; a run
@@ -26,11 +26,14 @@ def write(runs: list[Path], out: str | Path) -> None:
         out: File to write: `.html`, which holds its picture, or `.md`, with the picture beside it.
 
     Raises:
-        ValueError: The name ends otherwise, or none of the directories is a run.
+        ValueError: The name ends otherwise, a path does not exist, or none of the directories is a run.
     """
     out = Path(out)
     if out.suffix not in (".html", ".md"):
         raise ValueError(f"out={out}: the name must end in .html or .md, which says what is written.")
+    missing = [str(path) for path in map(Path, runs) if not path.exists()]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} does not exist: give directories that `train` wrote to.")
     found = [path for path in map(Path, runs) if (path / CONFIG).is_file()]
     if not found:
         raise ValueError(
@@ -46,6 +49,7 @@ def write(runs: list[Path], out: str | Path) -> None:
         write_atomically(out, _markdown(rows, out.with_suffix(".png").name).encode())
     else:
         write_atomically(out, _html(rows, picture).encode())
+    return len(found)
 
 
 def _scores(path: Path) -> dict[str, dict[str, float]]:
@@ -68,7 +72,7 @@ def _metrics(path: Path) -> dict[str, np.ndarray]:
 
 def _rows(configs: dict[str, TrainConfig], scores: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     """A header and a row for each run: the settings that differ, then what the trained encoder scored; baselines last."""
-    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    fields = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in FREE]
     differing = [name for name in fields if len({str(getattr(c, name)) for c in configs.values()}) > 1] or [
         "data",
         "loss",

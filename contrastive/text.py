@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive.data import Dataset
+from iotsolve.progress import bar
 
 __all__ = ["BUCKETS", "german_english", "ngrams"]
 
@@ -34,13 +35,14 @@ def ngrams(texts: Iterable[str], *, sizes: tuple[int, ...] = (3, 4), length: int
         >>> int((codes[0] > 0).sum()), bool((codes[0, :2] == codes[1, :2]).all())
         (5, True)
     """
-    rows = []
-    for text in texts:
-        row = np.zeros(length, np.int64)
-        codes = [1 + zlib.crc32(gram.encode()) % (BUCKETS - 1) for gram in _grams(text.lower(), sizes)][:length]
-        row[: len(codes)] = codes
-        rows.append(row)
-    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length, dtype=torch.long)
+    texts = list(texts)
+    rows = np.zeros((len(texts), length), np.int64)
+    with bar("reading texts", len(texts)) as advance:
+        for row, text in zip(rows, texts, strict=True):
+            codes = [1 + zlib.crc32(gram.encode()) % (BUCKETS - 1) for gram in _grams(text.lower(), sizes)][:length]
+            row[: len(codes)] = codes
+            advance("")
+    return torch.from_numpy(rows)
 
 
 def _grams(text: str, sizes: tuple[int, ...]) -> Iterator[str]:

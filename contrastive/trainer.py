@@ -71,7 +71,7 @@ class Run:
     @property
     def encoder(self) -> nn.Module:
         """The encoder; that of the left side where there are two."""
-        return self.model.encoder if isinstance(self.model, encoders.Twin) else self.model.left
+        return self.model.sides[0]
 
 
 def train(
@@ -131,14 +131,23 @@ def load_run(out: str | Path, *, data: Dataset | None = None) -> Run:
 
     Args:
         out: The run's directory.
-        data: Its data, if they were given to `train`.
+        data: Its data, if they were given to `train`, or others of the same kind.
 
     Raises:
-        ValueError: `out` is not a run's directory, or a file in it is damaged.
+        ValueError: `out` is not a run's directory, a file in it is damaged, or its data have changed since.
     """
     out = Path(out)
     config, state = load_config(out), read_checkpoint(out)
-    model = initial_model(config, data_of(config) if data is None else data)
+    if data is None:
+        data = data_of(config)
+        check_unchanged(data, out)
+    known = state.get("data") if isinstance(state, dict) else None
+    if known and (shapes := _shapes(data)) != known["shapes"]:
+        raise ValueError(
+            f"the run in {out} was trained on inputs of shape {known['shapes']}, left and right, and {data.name!r} has {shapes}: "
+            "give data of the same kind."
+        )
+    model = initial_model(config, data)
     try:
         weights = {name: value for name, value in state["state_dict"].items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
@@ -187,8 +196,7 @@ def initial_model(config: TrainConfig, data: Dataset) -> nn.Module:
 
 def initial_encoder(config: TrainConfig, data: Dataset) -> nn.Module:
     """Return the untrained encoder of a run; that of the left side where there are two."""
-    model = initial_model(config, data)
-    return model.encoder if isinstance(model, encoders.Twin) else model.left
+    return initial_model(config, data).sides[0]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -206,7 +214,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
         kept = "what it held before is kept" if path.exists() else "nothing was written"
         raise OSError(
-            error.errno, f"no space left for {path} ({len(content) / 2**20:.1f} MiB): {kept}; make room and resume"
+            error.errno,
+            f"no space left for {path} ({len(content) / 2**20:.1f} MiB): {kept}; make room and run it again",
         ) from error
 
 
@@ -215,6 +224,7 @@ def _check_directory(out: Path, config: TrainConfig, resume: bool, data: Dataset
         _check_same(config, load_config(out), out)
         if (out / CHECKPOINT).exists():
             load_run(out, data=data)  # a damaged checkpoint is reported here, before anything is trained
+            check_unchanged(data, out)
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: a run needs a directory; choose another.")
@@ -222,13 +232,33 @@ def _check_directory(out: Path, config: TrainConfig, resume: bool, data: Dataset
         raise ValueError(f"{out} already holds a run, which is kept: resume it, or choose another directory.")
 
 
-_FREE = ("threads", "device", "save_every", "log_every")  # what a resumed run may do otherwise
+def description(data: Dataset) -> dict[str, Any]:
+    """What a checkpoint says of the data."""
+    return {"fingerprint": data.fingerprint, "shapes": _shapes(data)}
+
+
+def _shapes(data: Dataset) -> list[list[int]]:
+    return [list(x.shape[1:]) for x in (data.train, data.train_partners) if x is not None]
+
+
+def check_unchanged(data: Dataset, out: Path) -> None:
+    """Refuse data that are not those of the run in `out`, with a `ValueError` that says what to do."""
+    state = read_checkpoint(out)
+    known = state.get("data") if isinstance(state, dict) else None
+    if known and known["fingerprint"] != data.fingerprint:
+        raise ValueError(
+            f"{data.name!r} is not what the run in {out} was started with (an input, a label or the split differs): resume and "
+            "score it with the data it had, or name the data, as in --data, to score it on what is there now."
+        )
+
+
+FREE = ("threads", "device", "save_every", "log_every")  # what a resumed run may do otherwise
 
 
 def _check_same(config: TrainConfig, saved: TrainConfig, out: Path) -> None:
     for field in dataclasses.fields(TrainConfig):
         now, then = getattr(config, field.name), getattr(saved, field.name)
-        if now != then and field.name not in _FREE:
+        if now != then and field.name not in FREE:
             raise ValueError(
                 f"{field.name}={now!r} differs from {field.name}={then!r}, with which the run in {out} was started: a "
                 f"resumed run must end as if never interrupted; leave {field.name} as it was, or start a new run."

@@ -69,7 +69,7 @@ def noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     """
     hidden = torch.rand(rows.shape, generator=generator).to(rows.device) < 0.1
     others = rows[torch.randint(len(rows), (len(rows),), generator=generator).to(rows.device)]
-    return _added(torch.where(hidden, others, rows), 0.05, generator)
+    return _with_noise(torch.where(hidden, others, rows), 0.05, generator)
 
 
 def none(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -110,12 +110,8 @@ class _drawing_from:
         torch.set_rng_state(self.before)
 
 
-def _with_noise(images: Tensor, deviation: float) -> Tensor:
-    return images + deviation * torch.randn(images.shape).to(images)
-
-
-def _added(rows: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    return rows + deviation * torch.randn(rows.shape, generator=generator).to(rows)
+def _with_noise(x: Tensor, deviation: float, generator: torch.Generator | None = None) -> Tensor:
+    return x + deviation * torch.randn(x.shape, generator=generator).to(x)
 
 
 @cache

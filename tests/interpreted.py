@@ -11,6 +11,11 @@ from iotsolve.kernels import bilinear, streamed
 SIZES = [(1, 1, 1), (5, 130, 3), (70, 33, 17), (64, 64, 32), (129, 200, 65), (40, 50, 140)]
 # relative to the largest entry: forward, gradient; those of half precision are for the numbers as they were rounded
 ERRORS = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-6, 1e-3), torch.bfloat16: (1e-6, 1e-3)}
+KEPT = {
+    torch.float32: 1e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 5e-3,
+}  # gradients of points are rounded to their dtype
 
 
 def case(n, m, d, dtype, barred=None, *, spread=1.0, seed=0):
@@ -36,7 +41,7 @@ def assert_near(found, expected, error):
     found, finite = found.double(), expected.isfinite()
     assert torch.equal(found.isfinite(), finite) and torch.equal(found[~finite], expected[~finite])
     if finite.any():
-        scale = max(1.0, float(expected[finite].abs().max()))
+        scale = max(1e-2, float(expected[finite].abs().max()))
         assert float((found - expected)[finite].abs().max()) <= error * scale
 
 
@@ -56,9 +61,7 @@ def test_sums_and_derivatives(size, dtype, barred):
     exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], (True,) * 4)
     ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, (True,) * 4)
     for one, other in zip(ours, exact, strict=True):
-        assert_near(
-            one, other, backward if one.dtype == torch.float32 else 8e-3
-        )  # gradients of half precision are in it
+        assert_near(one, other, backward if one.dtype == torch.float32 else KEPT[dtype])
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])

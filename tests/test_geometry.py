@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
 from scipy.stats import wasserstein_distance
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,7 @@ from iotsolve import (
     certify,
     costs,
     solve,
+    solver,
 )
 from iotsolve.kernels import bilinear
 
@@ -347,6 +349,52 @@ def test_where_blocks_end_does_not_matter(metric, regime, epsilon, tiny_blocks):
         expected = list(everything(metric, regime, epsilon))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("tame", [True, False])
+def test_sums_over_very_many_rows_keep_their_digits(tame, monkeypatch):
+    """In single precision an error that grows with the rows, always the same way, would end above every tolerance."""
+    monkeypatch.setattr(bilinear, "_BLOCK", 8)  # two rows
+    rng = np.random.default_rng(0)
+    n, y = 60_000, rng.random((4, 3)) * (1 if tame else 60)
+    x, u = rng.random((n, 3)), rng.random(n)
+    u = (
+        u - logsumexp(u[:, None] + x @ y.T, axis=0).mean()
+    )  # the sums are near 1, where a logarithm has no digits to hide behind
+    given = [torch.from_numpy(z).float() for z in (x, y, u)]
+    assert bilinear._is_tame(*given, None) == tame
+    _, found = bilinear.log_sums(*given, None)
+    exact = [z.double().numpy() for z in given]
+    expected = logsumexp(exact[2][:, None] + exact[0] @ exact[1].T, axis=0)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-7, atol=5e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("regime", ["fixed-fixed", "kl-fixed", "chi2-l2"])
+def test_the_certificate_of_points_that_were_stopped_early_is_that_of_their_matrix(regime, steps):
+    x, y = np.random.default_rng(0).random((60, 3)), np.random.default_rng(1).random((50, 3)) ** 2
+    problem = Problem(Points(x, y), epsilon=0.05, **REGIMES[regime])
+    found = solve(problem, Sinkhorn(max_steps=steps, annealing=None), throw=False)
+    assert not found.converged
+    dense = Problem(independent_cost(x, y, "sqeuclidean"), epsilon=0.05, **REGIMES[regime])
+    expected = certify(dense, found.f, found.g, found.mass_multiplier)
+    for name in ("dual", "row_violation", "column_violation", "mass_violation"):
+        assert getattr(found.certificate, name) == pytest.approx(getattr(expected, name), rel=1e-9, abs=1e-12), name
+    assert found.certificate.primal == pytest.approx(expected.primal, rel=1e-6)
+    optimum = solve(dense).value
+    assert found.certificate.dual <= optimum + 1e-9 and optimum - 1e-9 <= found.certificate.primal
+
+
+def test_a_large_problem_stops_at_the_first_step_that_is_good_enough(monkeypatch):
+    problem = Problem(Points(*clouds(40, 30)), epsilon=0.05)
+    method = Sinkhorn(tolerance=1e-8)
+    usual = solve(problem, method)
+    monkeypatch.setattr(solver, "_DEAR", 0)
+    sooner = solve(problem, method)
+    assert usual.steps - 8 < sooner.steps < usual.steps and sooner.certificate.holds
+    before = solve(problem, Sinkhorn(tolerance=1e-8, max_steps=int(sooner.steps) - 1), throw=False)
+    assert max(before.certificate.row_violation, before.certificate.column_violation) > 0.4e-8
+    assert sooner.value == pytest.approx(usual.value, rel=1e-7)
 
 
 # -- what has gone wrong elsewhere ---------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, inverse
-from iotsolve.inverse import progress
+from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, inverse, progress
 
 MODES = {
     "fixed": (FIXED, FIXED),

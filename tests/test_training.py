@@ -58,14 +58,6 @@ class Recorder(nn.Module):
         return (z0 - z1).square().sum(dim=1).mean()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data():
     return digits()

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,14 +29,6 @@ from contrastive.text import german_english, ngrams
 from contrastive.trainer import initial_model, load_run, train
 
 SHORT = TrainConfig(loss="clip", epochs=2, batch_size=300, augmentation="affine", log_every=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Dropping(encoders.SmallCNN):
@@ -263,8 +256,19 @@ def test_four_commands_on_a_folder_of_images(folder, tmp_path):
     from safetensors.numpy import load_file
 
     arrays, same = np.load(tmp_path / "e.npz"), load_file(tmp_path / "e.safetensors")
-    assert set(arrays) == set(same) == {"train", "test", "train_labels", "test_labels"}
+    told = {"train", "test", "train_labels", "test_labels", "train_rows", "test_rows"}
+    assert set(arrays) == told | {"files", "classes"} and set(same) == told
     np.testing.assert_array_equal(arrays["test"], same["test"])
+    assert sorted([*arrays["train_rows"], *arrays["test_rows"]]) == list(range(30))
+    model = load_run(out).encoder
+    for row, label, found in zip(arrays["test_rows"], arrays["test_labels"], arrays["test"], strict=True):
+        file = arrays["files"][row]
+        assert file.split("/")[0] == arrays["classes"][label]
+        (tmp_path / "one" / "of").mkdir(parents=True, exist_ok=True)
+        for k in range(5):
+            shutil.copy(folder / file, tmp_path / "one" / "of" / f"{k}.png")
+        with torch.no_grad():
+            np.testing.assert_allclose(model(from_folder(tmp_path / "one", size=16).test)[0], found, atol=1e-5)
     assert not list(tmp_path.glob("*.tmp*"))
 
 
@@ -300,7 +304,7 @@ def test_what_is_wrong_with_data_is_one_sentence(folder, tmp_path):
     values = np.ones((50, 4))
     values[7, 1] = np.nan
     np.save(tmp_path / "nan.npy", values)
-    assert_one_sentence(trained(tmp_path / "nan.npy"), "NaN or infinite values, the first in row")
+    assert_one_sentence(trained(tmp_path / "nan.npy"), "1 inputs with NaN or infinite values, the first in row 7:")
     np.save(tmp_path / "short.npy", np.ones((40, 4)))
     assert_one_sentence(trained(f"{tmp_path / 'nan.npy'},{tmp_path / 'short.npy'}"), "50 inputs and 40 partners")
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
@@ -309,11 +313,20 @@ def test_what_is_wrong_with_data_is_one_sentence(folder, tmp_path):
     assert_one_sentence(trained(tmp_path / "not.npy"), "not.npy")
     np.savez(tmp_path / "odd.npz", picture=np.ones(3))
     assert_one_sentence(trained(tmp_path / "odd.npz"), "odd.npz holds picture: expected x")
+    for strange in (np.linspace(0, 1, 50), np.eye(50)[:, :3]):
+        np.savez(tmp_path / "strange.npz", x=np.ones((50, 3)), labels=strange)
+        assert_one_sentence(
+            trained(tmp_path / "strange.npz"), "labels of shape .* must be .N,. whole numbers or strings"
+        )
     np.save(tmp_path / "wide.npy", np.ones((9, 3, 4, 5)))
     assert_one_sentence(trained(tmp_path / "wide.npy"), "make them square")
     np.savez(tmp_path / "one.npz", x=np.random.default_rng(0).random((60, 3)), labels=np.zeros(60))
     assert trained(tmp_path / "one.npz", "--batch-size", 20).exit_code == 0
     assert_one_sentence(command("evaluate", out), "one class only")
+    assert_one_sentence(
+        command("evaluate", out, "--data", "digits"),
+        r"trained on inputs of shape \[\[3\]\].*'digits' has \[\[1, 8, 8\]\]",
+    )
     assert_one_sentence(command("evaluate", out, "--layer", "last"), "layer='last' is not one of embedding, features")
     assert_one_sentence(command("embed", out, "--out", tmp_path / "e.csv"), r"must end in \.npz or \.safetensors")
 
@@ -328,6 +341,65 @@ def test_a_folder_with_its_own_split_and_grey_images(tmp_path):
     data = from_folder(tmp_path, size=8)
     assert data.train.shape == (6, 1, 8, 8) and data.test.shape == (3, 1, 8, 8) and data.train_labels is None
     assert data.train[5].mean() == pytest.approx(50 / 255, abs=0.01)
+
+
+def test_images_of_16_bit_keep_their_greys(tmp_path):
+    from PIL import Image
+
+    deep = np.random.default_rng(0).integers(20_000, 40_000, (6, 8, 8)).astype(np.uint16)
+    for k, image in enumerate(deep):
+        Image.fromarray(image).save(tmp_path / f"{k}.png")
+    data = from_folder(tmp_path, size=8)
+    found = torch.cat([data.train, data.test])[torch.cat([data.train_rows, data.test_rows]).argsort(), 0]
+    np.testing.assert_allclose(found.numpy(), deep / 65_535, atol=1 / 255)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(ValueError, match=r"real\.tif cannot be read as an image \(mode F: greys of 32 bit"):
+        from_folder(tmp_path)
+
+
+def test_a_new_image_moves_at_most_one_other_across_the_split(folder):
+    from PIL import Image
+
+    def held():
+        data = from_folder(folder, size=8)
+        return {data.files[row] for row in data.test_rows}
+
+    before = held()
+    for k in range(8):
+        Image.new("RGB", (9, 9), (k, 0, 0)).save(folder / "cats" / f"new{k}.png")
+        after = held()
+        assert len((before ^ after) - {f"cats/new{k}.png"}) <= 1
+        before = after
+
+
+def test_data_that_changed_since_are_refused_unless_named(folder, tmp_path, monkeypatch):
+    from PIL import Image
+
+    out = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    words = ("--epochs", 1, "--batch-size", 5, "--image-size", 8)
+    assert command("train", "--data", "pictures", "--out", out, *words).exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the run knows where its data are
+    assert command("train", "--out", out, "--resume").exit_code == 0
+    Image.new("RGB", (9, 9)).save(folder / "cats" / "new.png")
+    assert_one_sentence(command("train", "--out", out, "--resume"), "is not what the run in .* was started with")
+    for use in (("evaluate", out), ("embed", out, "--out", tmp_path / "e.npz")):
+        assert_one_sentence(command(*use), "is not what the run in .* was started with")
+        assert command(*use, "--data", folder).exit_code == 0
+    with pytest.raises(ValueError, match="is not what the run"):
+        load_run(out)
+
+
+def test_classes_that_were_never_trained_on_are_said(tmp_path):
+    rng = np.random.default_rng(0)
+    data = Dataset(
+        torch.rand(20, 3), torch.arange(20) % 2, torch.rand(9, 3), torch.from_numpy(rng.permutation(9) % 3), "strange"
+    )
+    with pytest.warns(
+        RuntimeWarning, match="3 of the 9 test inputs of 'strange' are of classes without a training input"
+    ):
+        evaluate(nn.Flatten(), data)
 
 
 def test_groups_stay_on_one_side_of_the_split():
@@ -444,11 +516,37 @@ def test_resnet18_has_the_published_number_of_weights():
         ("torch.nn:Softmax2d", "one flat embedding for each is needed"),
         ("builtins:dict", "returned dict, not a torch.nn.Module"),
         ("ngrams", "does not fit inputs"),
+        ("torch.nn:Linear", r"could not be called with nothing \(.*missing 2 required.*all others need a default"),
+        (f"{__name__}:Dropping", r"cannot read inputs of shape \(N, 3, 8, 8\)"),
     ],
 )
 def test_a_bad_encoder_is_named(name, words):
     with pytest.raises(ValueError, match=words):
         encoders.make(name, torch.zeros(2, 3, 8, 8), dim=4)
+
+
+class Normalising(encoders.SmallCNN):
+    def __init__(self, dim):
+        super().__init__(1, 8, dim=dim)
+        self.head = nn.Sequential(nn.BatchNorm1d(512), self.head)
+
+
+class Broken(encoders.SmallCNN):
+    def __init__(self, dim):
+        super().__init__(1, 8, dim=dim)
+        self.scale = nn.Parameter(torch.tensor(torch.inf))
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.scale
+
+
+def test_what_an_encoder_does_wrong_is_said(tmp_path):
+    config = dataclasses.replace(SHORT, epochs=1, chunk=100, encoder=f"{__name__}:Normalising")
+    with pytest.warns(RuntimeWarning, match="batch normalisation, which sees one part of a batch at a time"):
+        train(config, tmp_path / "normalising")
+    config = dataclasses.replace(SHORT, encoder=f"{__name__}:Broken")
+    with pytest.raises(FloatingPointError, match=r"at step 0 .* the encoder made embeddings that are not finite"):
+        train(config, tmp_path / "broken")
 
 
 def test_towers_start_alike_where_they_can():
@@ -542,6 +640,7 @@ def test_a_report_in_both_forms(tmp_path):
     assert "data:image/png;base64" in page and "seed1" in page and "knn5" in page and "raw pixels" in page
     assert command("report", *sorted((tmp_path / "runs").iterdir()), "--out", tmp_path / "page.md").exit_code == 0
     assert "| run | seed |" in (tmp_path / "page.md").read_text() and (tmp_path / "page.png").stat().st_size > 10_000
+    assert_one_sentence(command("report", out, tmp_path / "ruhs", "--out", tmp_path / "p.html"), "ruhs does not exist")
     assert_one_sentence(command("report", tmp_path, "--out", tmp_path / "p.html"), "none of .* is a run")
     assert_one_sentence(command("report", out, "--out", tmp_path / "p.pdf"), r"must end in \.html or \.md")
 
@@ -581,3 +680,35 @@ def test_examples_of_a_loop_of_ones_own(name):
     shares = [float(x) for x in re.findall(r"([\d.]+)%", done.stdout)]
     least = {"simclr": 85, "moco": 80, "clip": 35, "supcon": 95, "noisy_pairs": 80}.get(name)
     assert least is None or shares[0] > least, done.stdout
+
+
+def test_the_experiment_from_the_first_run_to_its_page(tmp_path, monkeypatch):
+    """On digits, with the fewest runs that make an interval; a second call does nothing again."""
+    whole = digits()
+    small = Dataset(whole.train, whole.train_labels, whole.test[:300], whole.test_labels[:300], "digits")
+    monkeypatch.setattr(experiment, "data", lambda: (small, small))
+    monkeypatch.setattr(experiment, "SEEDS", (0, 1))
+    monkeypatch.setattr(experiment, "_LABELS", 20)
+    base = dataclasses.replace(experiment.BASE, data="digits", train_size=1200, epochs=1)
+    monkeypatch.setattr(experiment, "BASE", base)
+    for place in experiment.design(quick=True):
+        experiment._one(place, tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 8 and not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    def again(*_):
+        raise AssertionError("a finished run was done again")
+
+    monkeypatch.setattr(experiment, "_one", again)
+    results = experiment.run(tmp_path, quick=True)
+    assert len(results) == 8 and {r.member for r in results} == {"infonce", "sinkhorn"}
+    assert all(0.3 < r.test < 1 for r in results)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- experiment: begin -->\nold\n<!-- experiment: end -->\nafter\n")
+    experiment.write_page(results, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| infonce") == 4 and "untrained encoder" in text and "| sinkhorn + uniformity |" in text
+    assert (tmp_path / "_static" / "experiment.png").stat().st_size > 10_000
+    page.write_text("without markers")
+    with pytest.raises(ValueError, match="has no lines"):
+        experiment.write_page(results, page)

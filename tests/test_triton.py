@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +49,8 @@ def ptxas(code, folder):
 
 @pytest.mark.parametrize("half", [True, False], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["sums", "pull"])
-def test_compiled_for_sm_90_without_spills(kernel, half, tmp_path, monkeypatch):
+@pytest.mark.parametrize("barred", [0, 1, 2, 3], ids=["free", "mask", "own-list", "others-list"])
+def test_compiled_for_sm_90_without_spills(kernel, half, barred, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -55,8 +58,8 @@ def test_compiled_for_sm_90_without_spills(kernel, half, tmp_path, monkeypatch):
     from iotsolve.kernels import streamed
 
     function = {"sums": streamed._sums_kernel, "pull": streamed._pull_kernel}[kernel]
-    tiles = {"sums": streamed._SUMS, "pull": streamed._PULL}[kernel][half]
-    constants = {"BARRED": 0, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "UPCAST": False}
+    tiles = streamed._PULL[half] if kernel == "pull" else streamed._SUMS[half, barred > 0]
+    constants = {"BARRED": barred, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "UPCAST": False}
     if kernel == "pull":
         constants |= {"OF_ROWS": True, "OF_COLUMNS": True, "WIDTH": tiles.width, "HALF": half}
     points = "*fp16" if half else "*fp32"
@@ -65,7 +68,7 @@ def test_compiled_for_sm_90_without_spills(kernel, half, tmp_path, monkeypatch):
         name: "constexpr" if name in constants else "i32" if name in integers else "*fp32"
         for name in function.arg_names
     }
-    signature |= {"X": points, "Y": points}
+    signature |= {"X": points, "Y": points, "B": [points, "*u8", "*i64", "*i64"][barred]}
     sixteens = [k for k, name in enumerate(function.arg_names) if signature[name][0] == "*" or name == "d"]
     attrs = {(k,): [["tt.divisibility", 16]] for k in sixteens}
     source = ASTSource(function, signature, constexprs=constants, attrs=attrs)
@@ -85,3 +88,54 @@ def test_forced_where_it_cannot_be_is_an_error():
         InfoNCELoss(0.1, backend="triton")(torch.eye(3), torch.eye(3))
     with pytest.raises(ValueError, match=r"backend = 'cuda': must be one of auto, eager, triton"):
         InfoNCELoss(0.1, backend="cuda")
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is remembered of earlier tries, or for later ones."""
+    from iotsolve.kernels import backends
+
+    for remembered in (backends._trusted, backends._warn_once):
+        remembered.cache_clear()
+    yield backends
+    for remembered in (backends._trusted, backends._warn_once):
+        remembered.cache_clear()
+
+
+def on(device, dtype=torch.float32):
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+def test_auto_takes_what_it_can_trust_and_warns_once(fresh, monkeypatch):
+    kernels, gpu = ModuleType("kernels"), on("cuda")
+    monkeypatch.setattr(fresh, "_module", lambda: kernels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fresh.chosen("auto", on("cpu"), lambda *_: True) is None
+        assert fresh.chosen("auto", on("cuda", torch.float64), lambda *_: True) is None
+        assert fresh.chosen("eager", gpu, lambda *_: True) is None
+        assert fresh.chosen("auto", on("cuda"), lambda *_: True) is kernels
+        assert fresh.chosen("triton", on("cuda"), lambda *_: False) is kernels
+
+    def broken(*_):
+        raise OSError("no driver")
+
+    for wrong, words in ((lambda *_: False, "disagreed with torch"), (broken, "no driver")):
+        with pytest.warns(RuntimeWarning, match=words):
+            assert fresh.chosen("auto", gpu, wrong) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert fresh.chosen("auto", gpu, wrong) is None
+
+
+def test_without_triton_auto_warns_and_force_raises(fresh, monkeypatch):
+    def missing():
+        raise ImportError("no module named triton")
+
+    monkeypatch.setattr(fresh, "_module", missing)
+    with pytest.warns(RuntimeWarning, match="Triton cannot be imported"):
+        assert fresh.chosen("auto", on("cuda"), lambda *_: True) is None
+    with pytest.raises(ValueError, match="Triton cannot be imported"):
+        fresh.chosen("triton", on("cuda"), lambda *_: True)
+    with pytest.raises(ValueError, match="float64 asks for more"):
+        fresh.chosen("triton", on("cuda", torch.float64), lambda *_: True)

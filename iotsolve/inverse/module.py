@@ -22,9 +22,9 @@ from iotsolve.gradient import Implicit
 from iotsolve.inverse.data import Coupling, Table
 from iotsolve.inverse.fit import log_likelihood, predicted
 from iotsolve.inverse.market import check_totals
-from iotsolve.inverse.progress import bar
 from iotsolve.marginals import FIXED, Marginal
 from iotsolve.problem import Potentials, Problem
+from iotsolve.progress import bar
 from iotsolve.solution import Solution
 from iotsolve.solve import solve
 

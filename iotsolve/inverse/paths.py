@@ -12,7 +12,7 @@ from iotsolve.inverse.data import Coupling
 from iotsolve.inverse.estimator import InverseOT
 from iotsolve.inverse.fit import Fit
 from iotsolve.inverse.market import Market
-from iotsolve.inverse.progress import bar
+from iotsolve.progress import bar
 
 __all__ = ["Path", "largest_strength", "path"]
 

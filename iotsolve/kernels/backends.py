@@ -29,9 +29,8 @@ def chosen(backend: str, x: Tensor, agrees: Callable[[ModuleType, torch.device],
     """The module of Triton kernels, or None for eager torch.
 
     Args:
-        backend: "auto" takes Triton for float32 on a GPU, if it is installed and, tried once on a small case, agrees
-        with eager; a
-            warning says once why not. "triton" takes it or raises. "eager" does not.
+        backend: "auto" takes Triton for float32 on a GPU, if it is installed and, tried once on a small case, agrees with
+            eager; a warning says once why not. "triton" takes it or raises. "eager" does not.
         x: what is to be read.
         agrees: tries the kernels on a device.
 

@@ -73,7 +73,9 @@ _ONCE = (
 def _agrees(kernels: ModuleType, device: torch.device) -> bool:
     """Whether kernels give what the code below gives, on a small case without a friendly size."""
     draw = torch.Generator().manual_seed(0)
-    x, y, u, v, *upstream = (torch.randn(shape, generator=draw).to(device) for shape in ((70, 33), (150, 33), 70, 150, 70, 150))
+    x, y, u, v, *upstream = (
+        torch.randn(shape, generator=draw).to(device) for shape in ((70, 33), (150, 33), 70, 150, 70, 150)
+    )
     given = x / 4, y / 4, u, v, torch.arange(70, device=device)[:, None]
     sums = _log_sums(*given)
     expected = *sums, *_pull(*given, sums, tuple(upstream), (True,) * 4)
@@ -92,7 +94,8 @@ def _log_sums(
         return _tame_log_sums(x, y, u, v, barred)
     of_rows = None if v is None else x.new_empty(len(x))
     top = None if u is None else x.new_full((len(y),), -math.inf)
-    total = None if u is None else x.new_zeros(len(y))
+    # a sum over very many rows would lose digits in float32, always the same way: blocks are summed in it, and added in float64
+    total = None if u is None else x.new_zeros(len(y), dtype=torch.float64)
     for part, block, spare in _blocks(x, y, barred, spare=u is not None and v is not None):
         if u is not None:
             exponent = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
@@ -104,7 +107,7 @@ def _log_sums(
             exponent = block.add_(v)
             highest = _finite(exponent.amax(1))
             of_rows[part] = exponent.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
-    return of_rows, None if u is None else total.log() + _finite(top)
+    return of_rows, None if u is None else total.log().to(x.dtype) + _finite(top)
 
 
 def _pull(
@@ -176,8 +179,7 @@ def _tame_log_sums(
     x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     rows = None if v is None else x.new_empty(len(x))
-    # a sum over very many rows would lose digits in float32, always the same way: blocks are summed in it, and added in float64
-    columns = None if u is None else x.new_zeros(len(y), dtype=torch.float64)
+    columns = None if u is None else x.new_zeros(len(y), dtype=torch.float64)  # as above
     by_rows, by_columns = (None if w is None else w.exp() for w in (v, u))
     for part, block, _ in _blocks(x, y, barred, spare=False):
         block.exp_()

@@ -31,8 +31,13 @@ class _Tiles:
     stages: int
 
 
-# the one table: by whether inputs are in half precision
-_SUMS = {True: _Tiles(128, 128, 64, 0, 8, 3), False: _Tiles(64, 64, 32, 0, 4, 2)}
+# the one table: by whether inputs are in half precision, and arcs barred, which takes registers
+_SUMS = {
+    (True, False): _Tiles(128, 128, 64, 0, 8, 3),
+    (True, True): _Tiles(128, 64, 64, 0, 8, 3),
+    (False, False): _Tiles(64, 64, 32, 0, 4, 2),
+    (False, True): _Tiles(32, 32, 32, 0, 4, 2),
+}
 _PULL = {True: _Tiles(64, 64, 64, 128, 8, 2), False: _Tiles(32, 32, 32, 64, 4, 2)}
 
 _FREE, _MASKED, _LISTED_OWN, _LISTED_OTHERS = range(4)  # what is barred, and whose list it is
@@ -144,7 +149,7 @@ def log_sums(
 def _row_sums(x: Tensor, y: Tensor, v: Tensor, barred: Tensor | None, turned: bool) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     (n, d), m = x.shape, len(y)
-    tiles = _SUMS[x.dtype != torch.float32]
+    tiles = _SUMS[x.dtype != torch.float32, barred is not None]
     out = torch.empty(n, dtype=torch.float32, device=x.device)
     which, table, k, strides = _of_barred(barred, x, turned)
     _sums_kernel[(triton.cdiv(n, tiles.rows),)](
