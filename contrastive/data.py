@@ -238,13 +238,13 @@ def from_arrays(
         >>> tuple(data.train.shape), tuple(data.test_partners.shape)
         ((8, 4), (2, 3))
     """
-    x = _inputs(x, name)
-    partners = None if partners is None else _inputs(partners, name)
+    count = len(np.atleast_1d(x))
     for what, other in (("partners", partners), ("labels", labels), ("ids", ids)):
-        if other is not None and len(other) != len(x):
+        if other is not None and len(np.atleast_1d(other)) != count:
             raise ValueError(
-                f"{name!r} has {len(x)} inputs and {len(other)} {what}: row i of both must be of one thing."
+                f"{name!r} has {count} inputs and {len(np.atleast_1d(other))} {what}: row i of both must be of one thing."
             )
+    x, partners = _inputs(x, name), None if partners is None else _inputs(partners, name)
     (classes, *label), (_, *id_) = (_coded(what, y, name) for what, y in (("labels", labels), ("ids", ids)))
     codes = [*label, *id_]
     groups = np.arange(len(x)) if ids is None else codes[1].numpy()
