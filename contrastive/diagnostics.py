@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +40,7 @@ class Diagnostics:
 
     def __init__(self, criterion: IOTLoss, batch: Batch, epsilon: Any, *, t: float = 2.0) -> None:
         points = batch.points
-        detached = Points(points.x.detach(), points.y.detach(), points.metric, points.barred, points.backend)
+        detached = replace(points, x=points.x.detach(), y=points.y.detach())
         self._criterion, self._batch, self.t = criterion, batch.of(detached), t
         self._epsilon = epsilon.detach() if isinstance(epsilon, Tensor) else epsilon
 

@@ -264,7 +264,7 @@ class IOTLoss(nn.Module):
 
         Returns:
             A scalar, or one number per anchor with ``reduction="none"``; float32 for half-precision inputs and in the inputs'
-            dtype otherwise.
+            dtype otherwise. Of half-precision inputs Triton's kernels multiply 11 bits, and sum in float32.
         """
         with torch.autocast(device_type=views[0].device.type, enabled=False):
             epsilon, batches = self._read(
@@ -288,11 +288,13 @@ class IOTLoss(nn.Module):
         """The temperature and the batches, from what ``forward`` was given."""
         _check_views(views)
         ranks = meet(self.gather_distributed, self.process_group, *views)
+        precise = any(z.dtype in (torch.float32, torch.float64) for z in views)
         wide = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
         views = tuple(ranks.scaled(normalised(z.to(wide))) for z in views)
         epsilon = self.temperature if logit_scale is None else _inverse(logit_scale)
         epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
-        return epsilon, list(self._batches(views, choice, queue, ranks))
+        batches = self._batches(views, choice, queue, ranks)
+        return epsilon, [batch.of(replace(batch.points, precise=precise)) for batch in batches]
 
     def _batches(
         self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks

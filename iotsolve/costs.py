@@ -224,6 +224,8 @@ class Points:
             columns it must not use, integer of shape ``(n, k)``.
         backend: who makes soft-minima of a cost that is a scalar product at heart: ``"auto"`` is Triton for float32 on a GPU,
             if it is installed and agrees with torch on a small case tried once, ``"eager"`` torch, ``"triton"`` that or an error.
+        precise: False lets Triton take 11 bits of the points' numbers, for a third of the work: all there are in numbers that
+            came in half precision. Torch takes them as they are.
 
     Raises:
         ValueError: by :class:`Problem`, on points that are not finite or do not fit each other, on an unknown metric, on a
@@ -247,6 +249,7 @@ class Points:
     metric: str | Callable[[Tensor], Tensor] = "sqeuclidean"
     barred: Any = None
     backend: str = "auto"
+    precise: bool = True
 
     @property
     def shape(self) -> torch.Size:
@@ -266,7 +269,18 @@ class Points:
         return self.metric in _BILINEAR and self.x[..., 0, 0].numel() == 1
 
     def bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``x, y, p, q`` of shapes ``(n, d), (m, d), (n,), (m,)`` with ``-C_ij / epsilon = x_i . y_j + p_i + q_j``."""
+        """``x, y, p, q`` of shapes ``(n, d), (m, d), (n,), (m,)`` with ``-C_ij / epsilon = x_i . y_j + p_i + q_j``.
+
+        The last one is remembered: a solver asks for it at every step.
+        """
+        if isinstance(epsilon, Tensor) or self.x.requires_grad or self.y.requires_grad:
+            return self._bilinear_form(epsilon)
+        key = epsilon, self.x._version, self.y._version
+        if self.__dict__.get("_form", (None,))[0] != key:
+            self.__dict__["_form"] = key, self._bilinear_form(epsilon)
+        return self.__dict__["_form"][1]
+
+    def _bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = self.x.flatten(0, -2), self.y.flatten(0, -2)
         if self.metric == "sqeuclidean":
             x, y = self._centred(x, y)
@@ -401,7 +415,7 @@ class Points:
         """:meth:`softmin` over columns at ``log_columns`` and over rows at ``log_rows``, in one pass over a bilinear cost."""
         x, y, p, q = self.bilinear_form(epsilon)
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
-        s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend)
+        s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend, precise=self.precise)
         return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:

@@ -1,12 +1,15 @@
-"""The Triton kernels in the interpreter, against eager float64. Run by test_triton.py in a process of its own, with
-TRITON_INTERPRET=1."""
+"""The Triton kernels against eager float64: in the interpreter, run by test_triton.py in a process of its own with
+TRITON_INTERPRET=1; or without that on a GPU."""
 
 import math
+import os
 
 import pytest
 import torch
 
 from iotsolve.kernels import bilinear, streamed
+
+torch.set_default_device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 SIZES = [(1, 1, 1), (5, 130, 3), (70, 33, 17), (64, 64, 32), (129, 200, 65), (40, 50, 140)]
 # relative to the largest entry: forward, gradient; those of half precision are for the numbers as they were rounded
@@ -19,7 +22,7 @@ KEPT = {
 
 
 def case(n, m, d, dtype, barred=None, *, spread=1.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x, y = (torch.randn(size, d, generator=g, dtype=torch.float64) / math.sqrt(d) * spread for size in (n, m))
     u, v = torch.randn(n, generator=g, dtype=torch.float64), torch.randn(m, generator=g, dtype=torch.float64)
     if n > 2 and m > 2:
@@ -56,7 +59,7 @@ def test_sums_and_derivatives(size, dtype, barred):
     forward, backward = ERRORS[dtype]
     for ours, theirs in zip(found, expected, strict=True):
         assert_near(ours, theirs, forward)
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator(torch.get_default_device()).manual_seed(1)
     upstream = [torch.randn(len(s), generator=g) for s in expected]
     exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], (True,) * 4)
     ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, (True,) * 4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -29,6 +30,7 @@ def log_sums(
     barred: Tensor | None = None,
     *,
     backend: str = "auto",
+    precise: bool = True,
 ) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " m"] | None]:
     """``log sum_j exp(v_j + x_i . y_j)`` for every row, and ``log sum_i exp(u_i + x_i . y_j)`` for every column.
 
@@ -39,19 +41,32 @@ def log_sums(
         v: shape ``(m,)``; None if the rows' sums are not wanted.
         barred: entries left out: boolean of shape ``(n, m)``, or the columns each row leaves out, integer of shape ``(n, k)``.
         backend: see :func:`iotsolve.kernels.backends.chosen`.
+        precise: False lets Triton's kernels take 11 bits of the points' numbers, all there are in half precision.
 
     Returns:
         The rows' sums, shape ``(n,)``, and the columns', shape ``(m,)``; ``-inf`` where everything is left out. Differentiable
         once in ``x, y, u, v``; what autograd keeps for it is these and the sums.
     """
-    return _LogSums.apply(x, y, u, v, barred, backend)
+    return _LogSums.apply(x, y, u, v, barred, backend, precise)
 
 
 class _LogSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None, backend: str):
-        ctx.kernels = backends.chosen(backend, x, _agrees)
-        sums = (_log_sums if ctx.kernels is None else ctx.kernels.log_sums)(x, y, u, v, barred)
+    def forward(
+        ctx,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor | None,
+        v: Tensor | None,
+        barred: Tensor | None,
+        backend: str,
+        precise: bool,
+    ):
+        kernels = backends.chosen(backend, x, _agrees)
+        log_sums, ctx.pull = _log_sums, _pull
+        if kernels is not None:
+            log_sums, ctx.pull = partial(kernels.log_sums, precise=precise), partial(kernels.pull, precise=precise)
+        sums = log_sums(x, y, u, v, barred)
         ctx.save_for_backward(x, y, u, v, barred, *sums)
         return sums
 
@@ -59,9 +74,8 @@ class _LogSums(torch.autograd.Function):
     def backward(ctx, *upstream: Tensor | None):
         x, y, u, v, barred, *sums = ctx.saved_tensors
         with torch.no_grad():
-            pull = _pull if ctx.kernels is None else ctx.kernels.pull
-            found = pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4])
-        return *final(_ONCE, found, x, y, u, v, *upstream), None, None
+            found = ctx.pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4])
+        return *final(_ONCE, found, x, y, u, v, *upstream), None, None, None
 
 
 _ONCE = (

@@ -1,12 +1,15 @@
-"""Triton kernels for the passes of :mod:`iotsolve.kernels.bilinear`: two of them, for every loss and every marginal.
+"""Triton kernels for the passes of :mod:`iotsolve.kernels.bilinear`: one family, for every loss and every marginal.
 
-A program keeps a tile of rows and reads all columns, so that no number is written by two programs: no atomics, and the
-same bits at every run. What is asked of columns is asked with the roles exchanged. The matrix exists in registers only.
+The matrix of exponents exists in registers only, and no number is written by two programs: no atomics, and the same bits at
+every run. There are three passes: the sums of rows (asked with the roles exchanged, of columns), the sums of both at once
+where exponentials stay in range, and the derivative.
 
-Products are in the inputs' precision and summed in float32: full float32 for float32, never a silent tf32. In the
-gradient of half-precision inputs the weights are rounded to 11 bits, no more than the inputs are.
+Products are made by tensor cores from numbers in float16 that a power of two has brought into its range, and summed in
+float32. One such number holds bfloat16 and float16 as they are; two hold 22 of float32's 24 bits, at three products for one.
+Nothing is ever rounded to tf32.
 """
 
+# ruff: noqa: SIM102, SIM108 - a branch on a constant is compiled or is not, and must stand alone
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,149 +18,445 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["log_sums", "pull"]
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Rows and columns of a tile, features read at once, features of a gradient kept at once, and what the compiler is told."""
+    """Rows and columns of a tile, features of a gradient kept at once, and what the compiler is told."""
 
     rows: int
     columns: int
-    depth: int
     width: int
     warps: int
     stages: int
 
 
-# the one table: by whether inputs are in half precision, and arcs barred, which takes registers
-_SUMS = {
-    (True, False): _Tiles(128, 128, 64, 0, 8, 3),
-    (True, True): _Tiles(128, 64, 64, 0, 8, 3),
-    (False, False): _Tiles(64, 64, 32, 0, 4, 2),
-    (False, True): _Tiles(32, 32, 32, 0, 4, 2),
+# the one table: by pass, and by whether the rows' features fit beside the columns' (see _depth), where they are read once
+_TABLE = {
+    ("sums", True): _Tiles(128, 128, 0, 8, 3),
+    ("sums", False): _Tiles(128, 128, 0, 8, 4),
+    ("both", True): _Tiles(128, 64, 0, 8, 3),
+    ("both", False): _Tiles(128, 64, 0, 8, 4),
+    ("pull", True): _Tiles(128, 64, 256, 8, 3),
+    ("pull", False): _Tiles(128, 64, 128, 8, 3),
 }
-_PULL = {True: _Tiles(64, 64, 64, 128, 8, 2), False: _Tiles(32, 32, 32, 64, 4, 2)}
+_WHOLE = 256  # features, of all products, that are read at once
+_PART = 64  # of more features, those that are
+_PADDED = 128  # rows come in multiples of this
+_PROGRAMS = 264  # two for each multiprocessor of the chips of today
+_STRIPES = 32  # of columns, for each of which a sum of every row is kept
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_NOTHING = tl.constexpr(-1e30)  # the exponent of an empty sum: finite, so that differences are
+_LEAST = tl.constexpr(2.0**-90)  # a sum of exponentials that is less has lost some of them
+_RANGE = 60.0  # logarithm that two factors of an exponential may have together
 
 _FREE, _MASKED, _LISTED_OWN, _LISTED_OTHERS = range(4)  # what is barred, and whose list it is
 
 
+# -- numbers in half precision -------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def _exponents(
-    X, Y, B, i, j, n, m, d, k, stride_i, stride_j,
-    BARRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+def _halve_kernel(
+    X, LARGEST, OUT, UNIT, n, d,
+    D: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``x_i . y_j``, ``-inf`` where barred and outside."""
-    tile = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, d, DEPTH):
-        c = start + tl.arange(0, DEPTH)
-        x = tl.load(X + i[:, None] * d + c[None, :], mask=(i[:, None] < n) & (c[None, :] < d), other=0.0)
-        y = tl.load(Y + j[:, None] * d + c[None, :], mask=(j[:, None] < m) & (c[None, :] < d), other=0.0)
-        if UPCAST:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        tile = tl.dot(x, tl.trans(y), tile, input_precision="ieee")
-    inside = (i[:, None] < n) & (j[None, :] < m)
+    """``x`` times a power of two as float16, its second halves beside it, and what undoes the power."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * 16 + tl.arange(0, 16)
+    exponent = ((tl.load(LARGEST).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    power = tl.minimum(tl.maximum(13 - exponent, -100), 100)
+    scale = ((127 + power) << 23).to(tl.float32, bitcast=True)
+    x = tl.load(X + i[:, None].to(tl.int64) * d + c[None, :], mask=(i[:, None] < n) & (c[None, :] < d), other=0.0)
+    x = x.to(tl.float32) * scale
+    high = x.to(tl.float16)
+    into = OUT + i[:, None].to(tl.int64) * D + c[None, :]
+    tl.store(into, high)
+    if TERMS == 3:  # (h, h, l) against (h, l, h): every product but that of the two rests
+        low = (x - high.to(tl.float32)).to(tl.float16)
+        tl.store(into + WIDTH, high if FIRST else low)
+        tl.store(into + 2 * WIDTH, low if FIRST else high)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(UNIT, ((127 - power) << 23).to(tl.float32, bitcast=True))
+
+
+@dataclass(frozen=True)
+class _Halved:
+    """A cloud in half precision: ``terms`` times ``width`` features, padded, times a power of two that ``unit`` undoes."""
+
+    numbers: Tensor
+    unit: Tensor
+    width: int
+    terms: int
+    first: bool
+
+    @property
+    def features(self) -> int:
+        return self.numbers.shape[1]
+
+    @property
+    def depth(self) -> int:
+        """How many features are read at once."""
+        return self.features if self.features <= _WHOLE else _PART
+
+    @property
+    def low(self) -> int:
+        """Where the second halves begin."""
+        return self.width * (2 if self.first else 1)
+
+
+_REMEMBERED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back with the same points
+
+
+def _halved(x: Tensor, precise: bool, first: bool) -> _Halved:
+    key = (x._version, precise, first)
+    known = _REMEMBERED.get(x)
+    if known is None or known[0][0] != x._version:
+        known = []
+    for other, found in known:
+        if other == key:
+            return found
+    found = _made(x, 3 if precise else 1, first)
+    _REMEMBERED[x] = [*known, (key, found)]
+    return found
+
+
+def _made(x: Tensor, terms: int, first: bool) -> _Halved:
+    given = x.detach().contiguous()
+    n, d = given.shape
+    width = triton.cdiv(d, 16) * 16
+    if triton.next_power_of_2(terms * width) <= _WHOLE:
+        features = triton.next_power_of_2(terms * width)
+        width = features if terms == 1 else width
+    else:
+        width = triton.cdiv(d, _PART) * _PART
+        features = terms * width
+    rows = triton.cdiv(n, _PADDED) * _PADDED
+    out = torch.empty(rows, features, dtype=torch.float16, device=x.device)
+    if features > terms * width:
+        out[:, terms * width :] = 0.0
+    unit = torch.empty((), dtype=torch.float32, device=x.device)
+    largest = torch.linalg.vector_norm(given, torch.inf, dtype=torch.float32)
+    _halve_kernel[(rows // 64, width // 16)](
+        given, largest, out, unit, n, d, D=features, WIDTH=width, TERMS=terms, FIRST=first, ROWS=64
+    )
+    return _Halved(out, unit, width, terms, first)
+
+
+# -- passes --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _at(X, start, count: tl.constexpr, D: tl.constexpr, c):
+    """Where the features ``c`` of some rows are."""
+    return X + tl.cast(start, tl.int64) * D + (tl.arange(0, count)[:, None] * D + c[None, :])
+
+
+@triton.jit
+def _rest(tile, X, Y, first, start, D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of products whose features are read in parts."""
+    for begin in range(0, D, DEPTH):
+        c = begin + tl.arange(0, DEPTH)
+        x = tl.load(_at(X, first, ROWS, D, c))
+        y = tl.load(_at(Y, start, COLUMNS, D, c))
+        tile = tl.dot(x, tl.trans(y), tile)
+    return tile
+
+
+@triton.jit
+def _less_barred(
+    tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The tile, ``-inf`` where barred."""
     if BARRED == 1:
-        barred = tl.load(B + i[:, None] * stride_i + j[None, :] * stride_j, mask=inside, other=0)
-        inside = inside & (barred == 0)
-    if BARRED == 2:
-        for place in range(0, k):
-            c = tl.load(B + i * k + place, mask=i < n, other=-1)
-            inside = inside & (j[None, :] != c[:, None])
-    if BARRED == 3:
-        for place in range(0, k):
-            c = tl.load(B + j * k + place, mask=j < m, other=-1)
-            inside = inside & (i[:, None] != c[None, :])
-    return tl.where(inside, tile, float("-inf"))
+        inside = (i[:, None] < n) & (j[None, :] < m)
+        where = i[:, None].to(tl.int64) * stride_i + j[None, :].to(tl.int64) * stride_j
+        barred = tl.load(B + where, mask=inside, other=0)
+        tile = tl.where(barred == 0, tile, float("-inf"))
+    if BARRED >= 2:
+        if (start <= high) & (start + COLUMNS > low):  # few tiles have any
+            for place in range(0, k):
+                if BARRED == 2:
+                    c = tl.load(B + i.to(tl.int64) * k + place, mask=i < n, other=-1)
+                    tile = tl.where(j[None, :] == c[:, None], float("-inf"), tile)
+                else:
+                    c = tl.load(B + j.to(tl.int64) * k + place, mask=j < m, other=-1)
+                    tile = tl.where(i[:, None] == c[None, :], float("-inf"), tile)
+    return tile
 
 
 @triton.jit
 def _sums_kernel(
-    X, Y, V, B, OUT, n, m, d, k, stride_i, stride_j,
-    BARRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+    X, Y, V, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j,
+    D: tl.constexpr, DEPTH: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``log sum_j exp(v_j + x_i . y_j)``."""
-    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    """``log sum_j exp(v_j + x_i . y_j)``; where there is doubt of what is there already, if DOUBTED."""
+    if DOUBTED:
+        if tl.load(DOUBT) == 0:
+            return
+    first = tl.program_id(0) * ROWS
+    i = first + tl.arange(0, ROWS)
+    x = tl.load(_at(X, first, ROWS, D, tl.arange(0, DEPTH)))
+    scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    low, high = 0, 0
+    if BARRED >= 2:
+        low, high = tl.load(ENDS + 2 * tl.program_id(0)), tl.load(ENDS + 2 * tl.program_id(0) + 1)
+    top = tl.full((ROWS,), _NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    lost = tl.zeros((ROWS,), tl.float32)  # by rounding (Kahan)
     for start in range(0, m, COLUMNS):
-        j = (start + tl.arange(0, COLUMNS)).to(tl.int64)
-        tile = _exponents(X, Y, B, i, j, n, m, d, k, stride_i, stride_j, BARRED, ROWS, COLUMNS, DEPTH, UPCAST)
-        tile += tl.load(V + j, mask=j < m, other=float("-inf"))[None, :]
+        j = start + tl.arange(0, COLUMNS)
+        v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+        tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if DEPTH == D:
+            tile = tl.dot(x, tl.trans(tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, D)))))
+        else:
+            tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+        tile = tile * scale + v[None, :]
+        tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
         higher = tl.maximum(top, tl.max(tile, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - level) + tl.sum(tl.exp(tile - level[:, None]), 1)
+        shrunk = tl.exp2(top - higher)
+        more = tl.sum(tl.exp2(tile - higher[:, None]), 1) - lost * shrunk
+        old = total * shrunk
+        total = old + more
+        lost = (total - old) - more
         top = higher
-    level = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(OUT + i, tl.log(total) + level, mask=i < n)
+    out = tl.where(total > 0, (tl.log2(total) + top) * _LN2, float("-inf"))
+    out = tl.where(total == total, out, total)  # NaN stays
+    tl.store(OUT + i, out, mask=i < n)
+
+
+@triton.jit
+def _both_kernel(
+    X, Y, U, V, UNIT_X, UNIT_Y, B, ENDS, OF_ROWS, OF_COLUMNS, n, m, k, stride_i, stride_j, high_n, high_m,
+    per_row, per_column,
+    D: tl.constexpr, DEPTH: tl.constexpr, BARRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``sum_j e^v_j E_ij`` and ``sum_i e^u_i E_ij`` of ``E = exp(x_i . y_j)``, in parts: for the columns of a program, and for
+    its rows. A tile of columns stays while rows pass, and its sums are made once.
+    """
+    scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    begin, end = tl.program_id(1) * per_row, tl.minimum(tl.program_id(1) * per_row + per_row, high_n)
+    left, right = tl.program_id(0) * per_column, tl.minimum(tl.program_id(0) * per_column + per_column, high_m)
+    for start in range(left, right, COLUMNS):
+        j = start + tl.arange(0, COLUMNS)
+        ev = tl.exp2(tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E)
+        y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(begin, end, ROWS):
+            i = first + tl.arange(0, ROWS)
+            eu = tl.exp2(tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E)
+            tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if DEPTH == D:
+                tile = tl.dot(tl.load(_at(X, first, ROWS, D, tl.arange(0, D))), tl.trans(y))
+            else:
+                tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+            tile = tile * scale
+            if BARRED > 0:
+                low, high = 0, 0
+                if BARRED >= 2:
+                    low, high = tl.load(ENDS + 2 * (first // ROWS)), tl.load(ENDS + 2 * (first // ROWS) + 1)
+                tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
+            tile = tl.exp2(tile)
+            sums += tile * eu[:, None]
+            into = OF_ROWS + tl.program_id(0).to(tl.int64) * high_n + i
+            before = tl.load(into, mask=tl.zeros((ROWS,), tl.int32) + start > left, other=0.0)
+            tl.store(into, before + tl.sum(tile * ev[None, :], 1))
+        tl.store(OF_COLUMNS + tl.program_id(1).to(tl.int64) * high_m + j, tl.sum(sums, 0))
+        tl.debug_barrier()  # what was stored is read by other threads of the program
+
+
+@triton.jit
+def _finish_kernel(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
+    """``log`` of sums in parts, and whether one is too small or too large to be believed."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float64)
+    for part in range(0, count):
+        total += tl.load(PARTS + tl.cast(part, tl.int64) * stride + i, mask=i < n, other=1.0).to(tl.float64)
+    total = total.to(tl.float32)
+    fine = (total > _LEAST) & (total < float("inf"))
+    if tl.min(tl.where(fine | (i >= n), 1, 0)) == 0:
+        tl.store(DOUBT, 1)  # by whoever finds one: all store the same
+    tl.store(OUT + i, tl.log(total), mask=i < n)
 
 
 @triton.jit
 def _pull_kernel(
-    X, Y, U, V, R, C, GR, GC, B, GX, GU, n, m, d, k, stride_i, stride_j,
-    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BARRED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+    X, Y, U, V, R, C, GR, GC, UNIT_X, UNIT_Y, SIZE, WIDEST, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, low_half,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
+    D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``sum_j W_ij y_j`` and ``sum_j`` of the columns' part of W, the sum of ``exp(v_j + x_i . y_j - r_i) gr_i`` and
     ``exp(u_i + x_i . y_j - c_j) gc_j``: some features of the first for each program of a row of them.
+
+    One exponential serves both parts where their ratio, a matrix of rank one, stays in range.
     """
-    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first = tl.program_id(0) * ROWS
+    i = first + tl.arange(0, ROWS)
     own = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    x = tl.load(_at(X, first, ROWS, D, tl.arange(0, DEPTH)))
+    scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    size = tl.load(SIZE)
+    norm = tl.where(size > 0, 4096.0 / size, 0.0)
+    low, high = 0, 0
+    if BARRED >= 2:
+        low, high = tl.load(ENDS + 2 * tl.program_id(0)), tl.load(ENDS + 2 * tl.program_id(0) + 1)
     gradient = tl.zeros((ROWS, WIDTH), tl.float32)
     spread = tl.zeros((ROWS,), tl.float32)
-    rows, up_rows, u = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     if OF_ROWS:
         rows = tl.load(R + i, mask=i < n, other=0.0)
-        rows = tl.where(rows == float("-inf"), 0.0, rows)
-        up_rows = tl.load(GR + i, mask=i < n, other=0.0)
+        rows = tl.where(rows == float("-inf"), 0.0, rows) * _LOG2E
+        up_rows = tl.load(GR + i, mask=i < n, other=0.0) * norm
     if OF_COLUMNS:
-        u = tl.load(U + i, mask=i < n, other=float("-inf"))
+        u = tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E
+    together = False
+    if OF_ROWS and OF_COLUMNS:
+        widest = tl.load(WIDEST) * _LOG2E
+        ratio = u + rows + widest
+        together = tl.max(ratio) < 86.0
+        ratio = tl.exp2(tl.minimum(ratio, 86.0))
     for start in range(0, m, COLUMNS):
-        j = (start + tl.arange(0, COLUMNS)).to(tl.int64)
-        tile = _exponents(X, Y, B, i, j, n, m, d, k, stride_i, stride_j, BARRED, ROWS, COLUMNS, DEPTH, UPCAST)
-        weights = tl.zeros((ROWS, COLUMNS), tl.float32)
+        j = start + tl.arange(0, COLUMNS)
+        tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+        y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
+        if DEPTH == D:
+            tile = tl.dot(x, tl.trans(y))
+        else:
+            tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+        tile = tile * scale
+        tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
         if OF_ROWS:
-            v = tl.load(V + j, mask=j < m, other=float("-inf"))
-            weights += tl.exp(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+            v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
         if OF_COLUMNS:
             columns = tl.load(C + j, mask=j < m, other=0.0)
-            columns = tl.where(columns == float("-inf"), 0.0, columns)
-            up_columns = tl.load(GC + j, mask=j < m, other=0.0)
-            part = tl.exp(tile + u[:, None] - columns[None, :]) * up_columns[None, :]
-            spread += tl.sum(part, 1)
-            weights += part
-        y = tl.load(Y + j[:, None] * d + own[None, :], mask=(j[:, None] < m) & (own[None, :] < d), other=0.0).to(
-            tl.float32
-        )
-        gradient = tl.dot(weights, y, gradient, input_precision="tf32" if HALF else "ieee")
-    tl.store(GX + i[:, None] * d + own[None, :], gradient, mask=(i[:, None] < n) & (own[None, :] < d))
-    if OF_COLUMNS and tl.program_id(1) == 0:
-        tl.store(GU + i, spread, mask=i < n)
+            columns = tl.where(columns == float("-inf"), 0.0, columns) * _LOG2E
+            up_columns = tl.load(GC + j, mask=j < m, other=0.0) * norm
+        if OF_ROWS and OF_COLUMNS:
+            if together:
+                weights = tl.exp2(tile + v[None, :] - rows[:, None])
+                up = tl.where(v == float("-inf"), 0.0, up_columns * tl.exp2(-columns - v - widest))
+                part = ratio[:, None] * up[None, :]
+                if SPREAD:
+                    spread += tl.sum(weights * part, 1)
+                weights = weights * (part + up_rows[:, None])
+            else:
+                part = tl.exp2(tile + u[:, None] - columns[None, :]) * up_columns[None, :]
+                if SPREAD:
+                    spread += tl.sum(part, 1)
+                weights = part + tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+        elif OF_ROWS:
+            weights = tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+        else:
+            weights = tl.exp2(tile + u[:, None] - columns[None, :]) * up_columns[None, :]
+            if SPREAD:
+                spread += tl.sum(weights, 1)
+        if not OWN:
+            y = tl.load(_at(Y, start, COLUMNS, D, own))
+        half = weights.to(tl.float16)
+        gradient = tl.dot(half, y, gradient)
+        if TERMS == 3:
+            gradient = tl.dot((weights - half.to(tl.float32)).to(tl.float16), y, gradient)
+            gradient = tl.dot(half, tl.load(_at(Y, start, COLUMNS, D, low_half + own)), gradient)
+    back = size / 4096.0
+    into = GX + i[:, None].to(tl.int64) * d + own[None, :]
+    tl.store(into, gradient * (back * tl.load(UNIT_Y)), mask=(i[:, None] < n) & (own[None, :] < d))
+    if SPREAD and tl.program_id(1) == 0:
+        tl.store(GU + i, spread * back, mask=i < n)
+
+
+@triton.jit
+def _scales_kernel(
+    GR, GC, C, V, SIZE, WIDEST, n, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The largest upstream derivative, and the largest ``-c_j - v_j``."""
+    at = tl.arange(0, BLOCK)
+    size = tl.zeros((BLOCK,), tl.float32)
+    widest = tl.full((BLOCK,), _NOTHING, tl.float32)
+    if OF_ROWS:
+        for start in range(0, n, BLOCK):
+            size = tl.maximum(size, tl.abs(tl.load(GR + start + at, mask=start + at < n, other=0.0)))
+    if OF_COLUMNS:
+        for start in range(0, m, BLOCK):
+            inside = start + at < m
+            size = tl.maximum(size, tl.abs(tl.load(GC + start + at, mask=inside, other=0.0)))
+            if OF_ROWS:
+                c = tl.load(C + start + at, mask=inside, other=0.0)
+                v = tl.load(V + start + at, mask=inside, other=0.0)
+                ratio = -tl.where(c == float("-inf"), 0.0, c) - v
+                widest = tl.maximum(widest, tl.where(inside, ratio, _NOTHING))
+    tl.store(SIZE, tl.max(size, 0))
+    tl.store(WIDEST, tl.max(widest, 0))
+
+
+# -- what is asked of them -----------------------------------------------------------------------------------------------
 
 
 def log_sums(
-    x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
+    x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None, *, precise: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`iotsolve.kernels.bilinear.log_sums`, without derivatives."""
-    return (
-        None if v is None else _row_sums(x, y, v, barred, False),
-        None if u is None else _row_sums(y, x, u, barred, True),
-    )
+    """As :func:`iotsolve.kernels.bilinear.log_sums`, without derivatives.
+
+    Args:
+        precise: products of 22 bits of a number, or of 11.
+    """
+    n, m = len(x), len(y)
+    given = _halved(x, precise, True), _halved(y, precise, False)
+    rows = None if v is None else x.new_empty(n, dtype=torch.float32)
+    columns = None if u is None else x.new_empty(m, dtype=torch.float32)
+    doubt = None
+    if rows is not None and columns is not None:
+        doubt = _both_sums(*given, _single(u), _single(v), barred, rows, columns)
+    if rows is not None:
+        _row_sums(*given, _single(v), _Barred.of(barred, n, m, "sums", given[0], False), rows, doubt)
+    if columns is not None:
+        _row_sums(*given[::-1], _single(u), _Barred.of(barred, n, m, "sums", given[0], True), columns, doubt)
+    return None if v is None else rows.to(v.dtype), None if u is None else columns.to(u.dtype)
 
 
-def _row_sums(x: Tensor, y: Tensor, v: Tensor, barred: Tensor | None, turned: bool) -> Tensor:
-    x, y = x.contiguous(), y.contiguous()
-    (n, d), m = x.shape, len(y)
-    tiles = _SUMS[x.dtype != torch.float32, barred is not None]
-    out = torch.empty(n, dtype=torch.float32, device=x.device)
-    which, table, k, strides = _of_barred(barred, x, turned)
+def _row_sums(x: _Halved, y: _Halved, v: Tensor, barred: _Barred, out: Tensor, doubt: Tensor | None) -> None:
+    tiles = _tiles("sums", x)
+    n, m = len(out), len(v)
     _sums_kernel[(triton.cdiv(n, tiles.rows),)](
-        x, y, _single(v), table, out, n, m, d, k, *strides,
-        BARRED=which, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, UPCAST=_upcast(x),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        x.numbers, y.numbers, v, x.unit, y.unit, *barred.tables, out, x.unit if doubt is None else doubt, n, m,
+        *barred.numbers, D=x.features, DEPTH=x.depth, BARRED=barred.kind, DOUBTED=doubt is not None,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return out.to(v.dtype)
+
+
+def _both_sums(
+    x: _Halved, y: _Halved, u: Tensor, v: Tensor, barred: Tensor | None, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Sums of both sides where plain exponentials stay in range; whether they did not is returned."""
+    tiles = _tiles("both", x)
+    n, m = len(u), len(v)
+    high_n, high_m = len(x.numbers), len(y.numbers)
+    per_column, across = _shares(high_m // tiles.columns, _STRIPES)
+    per_row, down = _shares(high_n // tiles.rows, triton.cdiv(_PROGRAMS, across))
+    of_rows, of_columns = (
+        torch.empty(size, dtype=torch.float32, device=u.device) for size in ((across, high_n), (down, high_m))
+    )
+    doubt = torch.zeros((), dtype=torch.int32, device=u.device)
+    found = _Barred.of(barred, n, m, "both", x, False)
+    _both_kernel[(across, down)](
+        x.numbers, y.numbers, u, v, x.unit, y.unit, *found.tables, of_rows, of_columns, n, m, *found.numbers,
+        high_n, high_m, per_row * tiles.rows, per_column * tiles.columns, D=x.features, DEPTH=x.depth, BARRED=found.kind,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    for parts, out in ((of_rows, rows), (of_columns, columns)):
+        _finish_kernel[(triton.cdiv(len(out), 256),)](parts, out, doubt, len(out), parts.shape[1], len(parts), ROWS=256)
+    return doubt
+
+
+def _shares(tiles: int, programs: int) -> tuple[int, int]:
+    """Tiles for each of about so many programs, and how many those are."""
+    each = triton.cdiv(tiles, min(tiles, programs))
+    return each, triton.cdiv(tiles, each)
 
 
 def pull(
@@ -169,58 +468,90 @@ def pull(
     sums: tuple[Tensor | None, Tensor | None],
     upstream: tuple[Tensor | None, Tensor | None],
     needed: tuple[bool, bool, bool, bool],
+    *,
+    precise: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Derivatives of :func:`log_sums` in ``x, y, u, v``, at its results and for upstream derivatives of any sign."""
     (r, c), (gr, gc) = sums, upstream
     rows, columns = v is not None and gr is not None, u is not None and gc is not None
     gx = gy = gu = gv = None
+    one, other = _halved(x, precise, True), _halved(y, precise, False)
     if needed[0] or (needed[2] and columns):
-        gx, gu = _half_pull(x, y, (u, v, r, c, gr, gc), rows, columns, barred, False)
+        gx, gu = _half_pull(one, other, x, y, (u, v, r, c, gr, gc), rows, columns, needed[2], barred, False)
     if needed[1] or (needed[3] and rows):
-        gy, gv = _half_pull(y, x, (v, u, c, r, gc, gr), columns, rows, barred, True)
+        gy, gv = _half_pull(other, one, y, x, (v, u, c, r, gc, gr), columns, rows, needed[3], barred, True)
     gu, gv = gu if columns else None, gv if rows else None
     found = (z if wanted else None for z, wanted in zip((gx, gy, gu, gv), needed, strict=True))
     return tuple(None if z is None else z.to(like.dtype) for z, like in zip(found, (x, y, u, v), strict=True))
 
 
 def _half_pull(
-    x: Tensor,
-    y: Tensor,
-    given: tuple[Tensor | None, ...],
+    x: _Halved,
+    y: _Halved,
+    given_x: Tensor,
+    given_y: Tensor,
+    vectors: tuple[Tensor | None, ...],
     of_rows: bool,
     of_columns: bool,
+    spread: bool,
     barred: Tensor | None,
     turned: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, y = x.contiguous(), y.contiguous()
-    (n, d), m = x.shape, len(y)
-    tiles = _PULL[x.dtype != torch.float32]
-    gx, gu = (torch.zeros(size, dtype=torch.float32, device=x.device) for size in ((n, d), (n,)))
-    which, table, k, strides = _of_barred(barred, x, turned)
-    vectors = [gu if z is None else _single(z) for z in given]
-    _pull_kernel[(triton.cdiv(n, tiles.rows), triton.cdiv(d, tiles.width))](
-        x, y, *vectors, table, gx, gu, n, m, d, k, *strides,
-        OF_ROWS=of_rows, OF_COLUMNS=of_columns, BARRED=which,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, WIDTH=tiles.width, HALF=x.dtype != torch.float32,
-        UPCAST=_upcast(x), num_warps=tiles.warps, num_stages=tiles.stages,
+    tiles = _tiles("pull", x)
+    (n, d), m = given_x.shape, len(given_y)
+    gx, gu = (torch.zeros(size, dtype=torch.float32, device=given_x.device) for size in ((n, d), (n,)))
+    if not (of_rows or of_columns):
+        return gx, gu
+    u, v, r, c, gr, gc = (gu if z is None else _single(z) for z in vectors)
+    size, widest = torch.empty(2, dtype=torch.float32, device=given_x.device)
+    _scales_kernel[(1,)](gr, gc, c, v, size, widest, n, m, OF_ROWS=of_rows, OF_COLUMNS=of_columns, BLOCK=4096)
+    width = min(tiles.width, y.width & -y.width)  # a divisor
+    found = _Barred.of(barred, *((m, n) if turned else (n, m)), "pull", x, turned)
+    _pull_kernel[(triton.cdiv(n, tiles.rows), triton.cdiv(d, width))](
+        x.numbers, y.numbers, u, v, r, c, gr, gc, x.unit, y.unit, size, widest, *found.tables, gx, gu, n, m, d,
+        *found.numbers, y.low, OF_ROWS=of_rows, OF_COLUMNS=of_columns, SPREAD=of_columns and spread, BARRED=found.kind,
+        TERMS=x.terms, D=x.features, DEPTH=x.depth, OWN=x.depth == x.features == width, ROWS=tiles.rows,
+        COLUMNS=tiles.columns, WIDTH=width, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return gx, gu
 
 
-def _of_barred(barred: Tensor | None, x: Tensor, turned: bool) -> tuple[int, Tensor, int, tuple[int, int]]:
-    """Which kind, the table, the length of a list, and a mask's strides along own rows and others."""
-    if barred is None:
-        return _FREE, x, 0, (0, 0)
-    if barred.dtype == torch.bool:
-        strides = barred.stride()
-        return _MASKED, barred.view(torch.uint8), 0, (strides[1], strides[0]) if turned else strides
-    return (_LISTED_OTHERS if turned else _LISTED_OWN), barred.contiguous(), barred.shape[1], (0, 0)
+def _tiles(which: str, x: _Halved) -> _Tiles:
+    return _TABLE[which, x.features <= _WHOLE]
 
 
 def _single(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _upcast(x: Tensor) -> bool:
-    """The interpreter multiplies bfloat16 as if its bits were integers."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+@dataclass(frozen=True)
+class _Barred:
+    """What is barred, as kernels read it: the kind; the table, and the ends of others barred for each tile of own rows; the
+    length of a list, and a mask's strides along own rows and others.
+    """
+
+    kind: int
+    tables: tuple[Tensor, Tensor]
+    numbers: tuple[int, int, int]
+
+    @staticmethod
+    def of(barred: Tensor | None, n: int, m: int, which: str, x: _Halved, turned: bool) -> _Barred:
+        """Of ``n`` rows and ``m`` columns, for a pass over rows or, ``turned``, over columns."""
+        if barred is None:
+            return _Barred(_FREE, (x.unit, x.unit), (0, 0, 0))
+        if barred.dtype == torch.bool:
+            strides = barred.stride()
+            return _Barred(_MASKED, (barred.view(torch.uint8), x.unit), (0, *(strides[::-1] if turned else strides)))
+        barred = barred.contiguous()
+        own = torch.arange(n, device=barred.device)[:, None].expand_as(barred)
+        own, other = (barred, own) if turned else (own, barred)
+        rows = _tiles(which, x).rows
+        tile, other = (own // rows).flatten(), other.flatten()
+        low, high = (
+            torch.full((triton.cdiv(m if turned else n, rows),), start, device=barred.device).scatter_reduce(
+                0, tile, other, how
+            )
+            for start, how in ((2**31 - 1, "amin"), (-1, "amax"))
+        )
+        ends = torch.stack([low, high], 1).int()
+        return _Barred(_LISTED_OTHERS if turned else _LISTED_OWN, (barred, ends), (barred.shape[1], 0, 0))
