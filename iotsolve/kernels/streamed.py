@@ -12,7 +12,8 @@ Nothing is ever rounded to tf32.
 # ruff: noqa: SIM102, SIM108 - a branch on a constant is compiled or is not, and must stand alone
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,34 +26,44 @@ __all__ = ["log_sums", "pull"]
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Rows and columns of a tile, features of a gradient kept at once, and what the compiler is told."""
+    """Rows and columns of a tile, features read at once (0: all, and then a program's own only once), features of a gradient
+    kept at once, and what the compiler is told.
+    """
 
     rows: int
     columns: int
+    depth: int
     width: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-# the one table: by pass, and by whether the rows' features fit beside the columns' (see _depth), where they are read once
+# the one table: of each pass, tiles for so many features (of all products) or fewer
 _TABLE = {
-    ("sums", True): _Tiles(128, 128, 0, 8, 3),
-    ("sums", False): _Tiles(128, 128, 0, 8, 4),
-    ("both", True): _Tiles(128, 64, 0, 8, 3),
-    ("both", False): _Tiles(128, 64, 0, 8, 4),
-    ("pull", True): _Tiles(128, 64, 256, 8, 3),
-    ("pull", False): _Tiles(128, 64, 128, 8, 3),
+    "sums": {128: _Tiles(128, 128, 0, 0, 8, 2), 256: _Tiles(128, 64, 0, 0, 8, 2), 10**9: _Tiles(128, 256, 64, 0, 8, 3)},
+    "both": {128: _Tiles(64, 64, 0, 0, 4, 3), 256: _Tiles(64, 64, 0, 0, 4, 2), 10**9: _Tiles(128, 128, 64, 0, 8, 3)},
+    "pull": {
+        128: _Tiles(64, 128, 0, 128, 4, 2),
+        256: _Tiles(64, 64, 0, 256, 8, 2),
+        512: _Tiles(64, 64, 0, 512, 8, 2),
+        10**9: _Tiles(64, 128, 64, 512, 8, 3),
+    },
 }
-_WHOLE = 256  # features, of all products, that are read at once
-_PART = 64  # of more features, those that are
-_PADDED = 128  # rows come in multiples of this
+_MASKED_TILES = {"sums": (64, 64), "both": (64, 64), "pull": (64, 32)}  # a mask takes registers
+_WHOLE = 256  # features up to which their number is a power of two
+_PART = 64  # of more features, what they are a multiple of
+_PADDED = 256  # rows come in multiples of this, as every tile divides it
 _PROGRAMS = 264  # two for each multiprocessor of the chips of today
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(-1e30)  # the exponent of an empty sum: finite, so that differences are
 _LEAST = tl.constexpr(2.0**-90)  # a sum of exponentials that is less has lost some of them
-_RANGE = 60.0  # logarithm that two factors of an exponential may have together
 
 _FREE, _MASKED, _LISTED_OWN, _LISTED_OTHERS = range(4)  # what is barred, and whose list it is
 
@@ -97,11 +108,6 @@ class _Halved:
     @property
     def features(self) -> int:
         return self.numbers.shape[1]
-
-    @property
-    def depth(self) -> int:
-        """How many features are read at once."""
-        return self.features if self.features <= _WHOLE else _PART
 
     @property
     def low(self) -> int:
@@ -211,7 +217,7 @@ def _sums_kernel(
     lost = tl.zeros((ROWS,), tl.float32)  # by rounding (Kahan)
     for start in range(0, m, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+        v = tl.load(V + j)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
         if DEPTH == D:
             tile = tl.dot(x, tl.trans(tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, D)))))
@@ -245,12 +251,12 @@ def _both_kernel(
     left, right = tl.program_id(0) * per_column, tl.minimum(tl.program_id(0) * per_column + per_column, high_m)
     for start in range(left, right, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        ev = tl.exp2(tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E)
+        ev = tl.load(V + j)
         y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(begin, end, ROWS):
             i = first + tl.arange(0, ROWS)
-            eu = tl.exp2(tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E)
+            eu = tl.load(U + i)
             tile = tl.zeros((ROWS, COLUMNS), tl.float32)
             if DEPTH == D:
                 tile = tl.dot(tl.load(_at(X, first, ROWS, D, tl.arange(0, D))), tl.trans(y))
@@ -287,7 +293,7 @@ def _finish_kernel(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _pull_kernel(
-    X, Y, U, V, R, C, GR, GC, UNIT_X, UNIT_Y, SIZE, WIDEST, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, low_half,
+    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, low_half,
     OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
     D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
@@ -302,7 +308,7 @@ def _pull_kernel(
     own = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     x = tl.load(_at(X, first, ROWS, D, tl.arange(0, DEPTH)))
     scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
-    size = tl.load(SIZE)
+    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
     norm = tl.where(size > 0, 4096.0 / size, 0.0)
     low, high = 0, 0
     if BARRED >= 2:
@@ -310,17 +316,12 @@ def _pull_kernel(
     gradient = tl.zeros((ROWS, WIDTH), tl.float32)
     spread = tl.zeros((ROWS,), tl.float32)
     if OF_ROWS:
-        rows = tl.load(R + i, mask=i < n, other=0.0)
-        rows = tl.where(rows == float("-inf"), 0.0, rows) * _LOG2E
+        rows = _held(tl.load(R + i, mask=i < n, other=0.0)) * _LOG2E
         up_rows = tl.load(GR + i, mask=i < n, other=0.0) * norm
     if OF_COLUMNS:
         u = tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E
-    together = False
     if OF_ROWS and OF_COLUMNS:
-        widest = tl.load(WIDEST) * _LOG2E
-        ratio = u + rows + widest
-        together = tl.max(ratio) < 86.0
-        ratio = tl.exp2(tl.minimum(ratio, 86.0))
+        ratio = tl.exp2(tl.where(together, u + rows + widest, float("-inf")))
     for start in range(0, m, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -332,28 +333,25 @@ def _pull_kernel(
         tile = tile * scale
         tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
         if OF_ROWS:
-            v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+            v = tl.load(V + j)
         if OF_COLUMNS:
-            columns = tl.load(C + j, mask=j < m, other=0.0)
-            columns = tl.where(columns == float("-inf"), 0.0, columns) * _LOG2E
-            up_columns = tl.load(GC + j, mask=j < m, other=0.0) * norm
+            up = tl.load(UP + j)
         if OF_ROWS and OF_COLUMNS:
             if together:
                 weights = tl.exp2(tile + v[None, :] - rows[:, None])
-                up = tl.where(v == float("-inf"), 0.0, up_columns * tl.exp2(-columns - v - widest))
                 part = ratio[:, None] * up[None, :]
                 if SPREAD:
                     spread += tl.sum(weights * part, 1)
                 weights = weights * (part + up_rows[:, None])
             else:
-                part = tl.exp2(tile + u[:, None] - columns[None, :]) * up_columns[None, :]
+                part = tl.exp2(tile + tl.load(C + j)[None, :] + u[:, None]) * up[None, :]
                 if SPREAD:
                     spread += tl.sum(part, 1)
                 weights = part + tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
         elif OF_ROWS:
             weights = tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
         else:
-            weights = tl.exp2(tile + u[:, None] - columns[None, :]) * up_columns[None, :]
+            weights = tl.exp2(tile + tl.load(C + j)[None, :] + u[:, None]) * up[None, :]
             if SPREAD:
                 spread += tl.sum(weights, 1)
         if not OWN:
@@ -371,27 +369,56 @@ def _pull_kernel(
 
 
 @triton.jit
+def _held(x):
+    """0 for the logarithm of nothing: what is divided by it is nothing too."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
 def _scales_kernel(
-    GR, GC, C, V, SIZE, WIDEST, n, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The largest upstream derivative, and the largest ``-c_j - v_j``."""
+    U, V, R, C, GR, GC, SCALES, n, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The largest upstream derivative, the largest ``-c_j - v_j``, and whether one exponential can serve both parts."""
     at = tl.arange(0, BLOCK)
     size = tl.zeros((BLOCK,), tl.float32)
-    widest = tl.full((BLOCK,), _NOTHING, tl.float32)
+    widest, tallest = tl.full((BLOCK,), _NOTHING, tl.float32), tl.full((BLOCK,), _NOTHING, tl.float32)
     if OF_ROWS:
         for start in range(0, n, BLOCK):
-            size = tl.maximum(size, tl.abs(tl.load(GR + start + at, mask=start + at < n, other=0.0)))
+            inside = start + at < n
+            size = tl.maximum(size, tl.abs(tl.load(GR + start + at, mask=inside, other=0.0)))
+            if OF_COLUMNS:
+                tall = tl.load(U + start + at, mask=inside, other=_NOTHING)
+                tallest = tl.maximum(tallest, tall + _held(tl.load(R + start + at, mask=inside, other=0.0)))
     if OF_COLUMNS:
         for start in range(0, m, BLOCK):
             inside = start + at < m
             size = tl.maximum(size, tl.abs(tl.load(GC + start + at, mask=inside, other=0.0)))
             if OF_ROWS:
-                c = tl.load(C + start + at, mask=inside, other=0.0)
-                v = tl.load(V + start + at, mask=inside, other=0.0)
-                ratio = -tl.where(c == float("-inf"), 0.0, c) - v
-                widest = tl.maximum(widest, tl.where(inside, ratio, _NOTHING))
-    tl.store(SIZE, tl.max(size, 0))
-    tl.store(WIDEST, tl.max(widest, 0))
+                wide = -tl.load(V + start + at, mask=inside, other=-_NOTHING)
+                widest = tl.maximum(widest, wide - _held(tl.load(C + start + at, mask=inside, other=0.0)))
+    tl.store(SCALES, tl.max(size, 0))
+    wide, tall = tl.max(widest, 0) * _LOG2E, tl.max(tallest, 0) * _LOG2E
+    tl.store(SCALES + 1, wide)
+    tl.store(SCALES + 2, tl.where(wide + tall < 86.0, 1.0, 0.0))
+
+
+@triton.jit
+def _columns_kernel(
+    V, C, GC, SCALES, LOG_V, LESS_C, UP, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What the derivative's loop reads of a column, padded with what adds nothing."""
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
+    if OF_ROWS:
+        v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+        tl.store(LOG_V + j, v)
+    if OF_COLUMNS:
+        c = _held(tl.load(C + j, mask=j < m, other=0.0)) * _LOG2E
+        up = tl.load(GC + j, mask=j < m, other=0.0) * tl.where(size > 0, 4096.0 / size, 0.0)
+        tl.store(LESS_C + j, -c)
+        if OF_ROWS:
+            up = tl.where(together, up * tl.exp2(-c - tl.where(j < m, v, 0.0) - widest), up)
+        tl.store(UP + j, up)
 
 
 # -- what is asked of them -----------------------------------------------------------------------------------------------
@@ -405,27 +432,28 @@ def log_sums(
     Args:
         precise: products of 22 bits of a number, or of 11.
     """
-    n, m = len(x), len(y)
     given = _halved(x, precise, True), _halved(y, precise, False)
-    rows = None if v is None else x.new_empty(n, dtype=torch.float32)
-    columns = None if u is None else x.new_empty(m, dtype=torch.float32)
+    rows = None if v is None else x.new_empty(len(x), dtype=torch.float32)
+    columns = None if u is None else x.new_empty(len(y), dtype=torch.float32)
     doubt = None
     if rows is not None and columns is not None:
         doubt = _both_sums(*given, _single(u), _single(v), barred, rows, columns)
     if rows is not None:
-        _row_sums(*given, _single(v), _Barred.of(barred, n, m, "sums", given[0], False), rows, doubt)
+        _row_sums(*given, _single(v), barred, False, rows, doubt)
     if columns is not None:
-        _row_sums(*given[::-1], _single(u), _Barred.of(barred, n, m, "sums", given[0], True), columns, doubt)
+        _row_sums(*given[::-1], _single(u), barred, True, columns, doubt)
     return None if v is None else rows.to(v.dtype), None if u is None else columns.to(u.dtype)
 
 
-def _row_sums(x: _Halved, y: _Halved, v: Tensor, barred: _Barred, out: Tensor, doubt: Tensor | None) -> None:
-    tiles = _tiles("sums", x)
-    n, m = len(out), len(v)
+def _row_sums(
+    x: _Halved, y: _Halved, v: Tensor, barred: Tensor | None, turned: bool, out: Tensor, doubt: Tensor | None
+) -> None:
+    found, n = _Barred.of(barred, turned), len(out)
+    tiles = _tiles("sums", x, found.kind)
     _sums_kernel[(triton.cdiv(n, tiles.rows),)](
-        x.numbers, y.numbers, v, x.unit, y.unit, *barred.tables, out, x.unit if doubt is None else doubt, n, m,
-        *barred.numbers, D=x.features, DEPTH=x.depth, BARRED=barred.kind, DOUBTED=doubt is not None,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages,
+        x.numbers, y.numbers, _padded(v * _LOG2E.value, y, -math.inf), x.unit, y.unit, *found.tables(n, tiles.rows, x.unit), out,
+        x.unit if doubt is None else doubt, n, len(v), *found.strides, D=x.features, DEPTH=tiles.depth or x.features,
+        BARRED=found.kind, DOUBTED=doubt is not None, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
 
 
@@ -433,8 +461,8 @@ def _both_sums(
     x: _Halved, y: _Halved, u: Tensor, v: Tensor, barred: Tensor | None, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Sums of both sides where plain exponentials stay in range; whether they did not is returned."""
-    tiles = _tiles("both", x)
-    n, m = len(u), len(v)
+    found, n, m = _Barred.of(barred, False), len(u), len(v)
+    tiles = _tiles("both", x, found.kind)
     high_n, high_m = len(x.numbers), len(y.numbers)
     per_column, across = _shares(high_m // tiles.columns, _STRIPES)
     per_row, down = _shares(high_n // tiles.rows, triton.cdiv(_PROGRAMS, across))
@@ -442,11 +470,11 @@ def _both_sums(
         torch.empty(size, dtype=torch.float32, device=u.device) for size in ((across, high_n), (down, high_m))
     )
     doubt = torch.zeros((), dtype=torch.int32, device=u.device)
-    found = _Barred.of(barred, n, m, "both", x, False)
     _both_kernel[(across, down)](
-        x.numbers, y.numbers, u, v, x.unit, y.unit, *found.tables, of_rows, of_columns, n, m, *found.numbers,
-        high_n, high_m, per_row * tiles.rows, per_column * tiles.columns, D=x.features, DEPTH=x.depth, BARRED=found.kind,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages,
+        x.numbers, y.numbers, _padded(u.exp(), x, 0.0), _padded(v.exp(), y, 0.0), x.unit, y.unit,
+        *found.tables(n, tiles.rows, x.unit), of_rows, of_columns, n, m, *found.strides, high_n, high_m,
+        per_row * tiles.rows, per_column * tiles.columns, D=x.features, DEPTH=tiles.depth or x.features,
+        BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     for parts, out in ((of_rows, rows), (of_columns, columns)):
         _finish_kernel[(triton.cdiv(len(out), 256),)](parts, out, doubt, len(out), parts.shape[1], len(parts), ROWS=256)
@@ -457,6 +485,13 @@ def _shares(tiles: int, programs: int) -> tuple[int, int]:
     """Tiles for each of about so many programs, and how many those are."""
     each = triton.cdiv(tiles, min(tiles, programs))
     return each, triton.cdiv(tiles, each)
+
+
+def _padded(x: Tensor, cloud: _Halved, with_what: float) -> Tensor:
+    """One number for each of a cloud's padded rows."""
+    out = x.new_full((len(cloud.numbers),), with_what)
+    out[: len(x)] = x
+    return out
 
 
 def pull(
@@ -475,11 +510,16 @@ def pull(
     (r, c), (gr, gc) = sums, upstream
     rows, columns = v is not None and gr is not None, u is not None and gc is not None
     gx = gy = gu = gv = None
-    one, other = _halved(x, precise, True), _halved(y, precise, False)
+    one, other, shape = _halved(x, precise, True), _halved(y, precise, False), (len(x), len(y), x.shape[1])
     if needed[0] or (needed[2] and columns):
-        gx, gu = _half_pull(one, other, x, y, (u, v, r, c, gr, gc), rows, columns, needed[2], barred, False)
+        gx, gu = _half_pull(
+            one, other, shape, (u, v, r, c, gr, gc), (rows, columns), needed[2], _Barred.of(barred, False)
+        )
     if needed[1] or (needed[3] and rows):
-        gy, gv = _half_pull(other, one, y, x, (v, u, c, r, gc, gr), columns, rows, needed[3], barred, True)
+        shape = (shape[1], shape[0], shape[2])
+        gy, gv = _half_pull(
+            other, one, shape, (v, u, c, r, gc, gr), (columns, rows), needed[3], _Barred.of(barred, True)
+        )
     gu, gv = gu if columns else None, gv if rows else None
     found = (z if wanted else None for z, wanted in zip((gx, gy, gu, gv), needed, strict=True))
     return tuple(None if z is None else z.to(like.dtype) for z, like in zip(found, (x, y, u, v), strict=True))
@@ -488,36 +528,41 @@ def pull(
 def _half_pull(
     x: _Halved,
     y: _Halved,
-    given_x: Tensor,
-    given_y: Tensor,
+    shape: tuple[int, int, int],
     vectors: tuple[Tensor | None, ...],
-    of_rows: bool,
-    of_columns: bool,
+    parts: tuple[bool, bool],
     spread: bool,
-    barred: Tensor | None,
-    turned: bool,
+    barred: _Barred,
 ) -> tuple[Tensor, Tensor]:
-    tiles = _tiles("pull", x)
-    (n, d), m = given_x.shape, len(given_y)
-    gx, gu = (torch.zeros(size, dtype=torch.float32, device=given_x.device) for size in ((n, d), (n,)))
-    if not (of_rows or of_columns):
+    tiles = _tiles("pull", x, barred.kind)
+    n, m, d = shape
+    gx, gu = (torch.zeros(size, dtype=torch.float32, device=x.unit.device) for size in ((n, d), (n,)))
+    if not any(parts):
         return gx, gu
+    which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1]}
     u, v, r, c, gr, gc = (gu if z is None else _single(z) for z in vectors)
-    size, widest = torch.empty(2, dtype=torch.float32, device=given_x.device)
-    _scales_kernel[(1,)](gr, gc, c, v, size, widest, n, m, OF_ROWS=of_rows, OF_COLUMNS=of_columns, BLOCK=4096)
-    width = min(tiles.width, y.width & -y.width)  # a divisor
-    found = _Barred.of(barred, *((m, n) if turned else (n, m)), "pull", x, turned)
+    scales = torch.empty(3, dtype=torch.float32, device=gx.device)
+    log_v, less_c, up = torch.empty(3, len(y.numbers), dtype=torch.float32, device=gx.device)
+    _scales_kernel[(1,)](u, v, r, c, gr, gc, scales, n, m, **which, BLOCK=4096)
+    _columns_kernel[(len(y.numbers) // _PADDED,)](v, c, gc, scales, log_v, less_c, up, m, **which, BLOCK=_PADDED)
+    depth, width = tiles.depth or x.features, min(tiles.width, y.width & -y.width)  # a divisor
     _pull_kernel[(triton.cdiv(n, tiles.rows), triton.cdiv(d, width))](
-        x.numbers, y.numbers, u, v, r, c, gr, gc, x.unit, y.unit, size, widest, *found.tables, gx, gu, n, m, d,
-        *found.numbers, y.low, OF_ROWS=of_rows, OF_COLUMNS=of_columns, SPREAD=of_columns and spread, BARRED=found.kind,
-        TERMS=x.terms, D=x.features, DEPTH=x.depth, OWN=x.depth == x.features == width, ROWS=tiles.rows,
-        COLUMNS=tiles.columns, WIDTH=width, num_warps=tiles.warps, num_stages=tiles.stages,
+        x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *barred.tables(n, tiles.rows, x.unit), gx, gu,
+        n, m, d, *barred.strides, y.low, **which, SPREAD=parts[1] and spread, BARRED=barred.kind, TERMS=x.terms,
+        D=x.features, DEPTH=depth, OWN=depth == x.features == width, ROWS=tiles.rows, COLUMNS=tiles.columns, WIDTH=width,
+        **tiles.options,
     )  # fmt: skip
     return gx, gu
 
 
-def _tiles(which: str, x: _Halved) -> _Tiles:
-    return _TABLE[which, x.features <= _WHOLE]
+def _tiles(which: str, x: _Halved, kind: int) -> _Tiles:
+    found = next(tiles for most, tiles in _TABLE[which].items() if x.features <= most)
+    if found.depth == 0 and x.features & (x.features - 1):  # not a power of two
+        found = _TABLE[which][10**9]
+    if kind == _MASKED:
+        rows, columns = _MASKED_TILES[which]
+        found = replace(found, rows=min(rows, found.rows), columns=min(columns, found.columns))
+    return found
 
 
 def _single(x: Tensor) -> Tensor:
@@ -526,32 +571,37 @@ def _single(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Barred:
-    """What is barred, as kernels read it: the kind; the table, and the ends of others barred for each tile of own rows; the
-    length of a list, and a mask's strides along own rows and others.
+    """What is barred, as kernels read it.
+
+    Attributes:
+        kind: nothing, a mask, or lists, of the program's own rows or of the others.
+        table: the mask or the lists.
+        strides: length of a list, and a mask's strides along own rows and others.
     """
 
     kind: int
-    tables: tuple[Tensor, Tensor]
-    numbers: tuple[int, int, int]
+    table: Tensor | None
+    strides: tuple[int, int, int]
 
     @staticmethod
-    def of(barred: Tensor | None, n: int, m: int, which: str, x: _Halved, turned: bool) -> _Barred:
-        """Of ``n`` rows and ``m`` columns, for a pass over rows or, ``turned``, over columns."""
+    def of(barred: Tensor | None, turned: bool) -> _Barred:
+        """For a pass over rows or, ``turned``, over columns."""
         if barred is None:
-            return _Barred(_FREE, (x.unit, x.unit), (0, 0, 0))
+            return _Barred(_FREE, None, (0, 0, 0))
         if barred.dtype == torch.bool:
             strides = barred.stride()
-            return _Barred(_MASKED, (barred.view(torch.uint8), x.unit), (0, *(strides[::-1] if turned else strides)))
-        barred = barred.contiguous()
-        own = torch.arange(n, device=barred.device)[:, None].expand_as(barred)
-        own, other = (barred, own) if turned else (own, barred)
-        rows = _tiles(which, x).rows
+            return _Barred(_MASKED, barred.view(torch.uint8), (0, *(strides[::-1] if turned else strides)))
+        return _Barred(_LISTED_OTHERS if turned else _LISTED_OWN, barred.contiguous(), (barred.shape[1], 0, 0))
+
+    def tables(self, n: int, rows: int, nothing: Tensor) -> tuple[Tensor, Tensor]:
+        """The table, and for lists first and last of the others that are barred to one of the rows of a tile."""
+        if self.kind in (_FREE, _MASKED):
+            return nothing if self.table is None else self.table, nothing
+        lister = torch.arange(len(self.table), device=self.table.device)[:, None].expand_as(self.table)
+        own, other = (lister, self.table) if self.kind == _LISTED_OWN else (self.table, lister)
         tile, other = (own // rows).flatten(), other.flatten()
-        low, high = (
-            torch.full((triton.cdiv(m if turned else n, rows),), start, device=barred.device).scatter_reduce(
-                0, tile, other, how
-            )
+        ends = (
+            torch.full((triton.cdiv(n, rows),), start, device=own.device).scatter_reduce(0, tile, other, how)
             for start, how in ((2**31 - 1, "amin"), (-1, "amax"))
         )
-        ends = torch.stack([low, high], 1).int()
-        return _Barred(_LISTED_OTHERS if turned else _LISTED_OWN, (barred, ends), (barred.shape[1], 0, 0))
+        return self.table, torch.stack(list(ends), 1).int()
