@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.costs import Dense, Points
+from iotsolve.kernels.replay import Replayed
 from iotsolve.marginals import Scalar, number
 from iotsolve.problem import Potentials, Problem
 
@@ -126,13 +128,20 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     status, steps = [Status.MAX_STEPS] * size, [method.max_steps] * size
     best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
     highest = torch.full_like(final.lam, -torch.inf)
-    dear = math.prod(problem.shape[-2:]) >= _DEAR
+    on_device = problem.cost.device.type == "cuda"
+    dear = math.prod(problem.shape[-2:]) >= (_DEAR_ON_DEVICE if on_device else _DEAR)
+    replayed = None
 
     for k in count(1 if start is None else 0):  # a start that is good enough takes no step
         annealing, late, own = k <= len(ladder), k - len(ladder), k - wait
         if k:
-            fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
-            state = fresh.where(own > 0, state) if annealing else fresh
+            if replayed is None and on_device and not dear and late >= _WORTH_RECORDING and late % 8 == 1:
+                replayed = _recorded(problem, method, state)
+            if replayed is not None:
+                state = replayed(state)
+            else:
+                fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
+                state = fresh.where(own > 0, state) if annealing else fresh
         spent = own >= method.max_steps
         if (annealing and k) or not (dear or _due(late) or spent.any()):
             continue
@@ -156,7 +165,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             left = (~done).nonzero().flatten()
             if not len(left):
                 return Outcome(final, status, steps)
-            problem, state = problem.select(left), state.select(left)
+            problem, state, replayed = problem.select(left), state.select(left), None
             active, wait, best, highest, patience = (x[left] for x in (active, wait, best, highest, patience))
         if k and (late & (late - 1) == 0 or late % 64 == 0):
             state = method.settle(problem, state)
@@ -183,6 +192,15 @@ def _largest(x: Tensor) -> float:
 
 _PATIENCE = 30  # checks without progress
 _DEAR = 2**24  # entries from which on a step takes so long that every one is followed by a check
+_DEAR_ON_DEVICE = 2**33
+_WORTH_RECORDING = 9  # the first step of very many: the eighth has been looked at, and more is to be done
+
+
+def _recorded(problem: Problem, method: Method, state: Any) -> Replayed | None:
+    """The method's step as one launch; None where other ranks have a part in it."""
+    if not isinstance(problem.cost, Dense | Points):
+        return None
+    return Replayed(lambda given: method.step(problem, given, problem.epsilon), state)
 
 
 def _due(k: int) -> bool:
