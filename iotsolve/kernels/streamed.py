@@ -12,8 +12,8 @@ Nothing is ever rounded to tf32.
 # ruff: noqa: SIM102, SIM108 - a branch on a constant is compiled or is not, and must stand alone
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -36,29 +36,44 @@ class _Tiles:
     width: int
     warps: int
     stages: int
-    registers: int | None = None
+    resident: int = 1
+    """Programs that a multiprocessor has room for."""
 
     @property
-    def options(self) -> dict[str, int | None]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 # the one table: of each pass, tiles for so many features (of all products) or fewer
 _TABLE = {
-    "sums": {128: _Tiles(128, 128, 0, 0, 8, 2), 256: _Tiles(128, 64, 0, 0, 8, 2), 10**9: _Tiles(128, 256, 64, 0, 8, 3)},
-    "both": {128: _Tiles(64, 64, 0, 0, 4, 3), 256: _Tiles(64, 64, 0, 0, 4, 2), 10**9: _Tiles(128, 128, 64, 0, 8, 3)},
+    "sums": {
+        128: _Tiles(128, 128, 0, 0, 8, 2, 2),
+        256: _Tiles(128, 64, 0, 0, 8, 1, 2),
+        10**9: _Tiles(128, 256, 64, 0, 8, 3),
+    },
+    "both": {
+        128: _Tiles(64, 64, 0, 0, 4, 3, 3),
+        256: _Tiles(64, 64, 0, 0, 4, 2, 2),
+        10**9: _Tiles(128, 128, 64, 0, 8, 3),
+    },
     "pull": {
-        128: _Tiles(64, 128, 0, 128, 4, 2),
-        256: _Tiles(64, 64, 0, 256, 8, 2),
+        128: _Tiles(64, 64, 0, 128, 4, 3, 2),
+        256: _Tiles(64, 64, 0, 256, 4, 2),
         512: _Tiles(64, 64, 0, 512, 8, 2),
         10**9: _Tiles(64, 128, 64, 512, 8, 3),
     },
+    "pull of three": {256: _Tiles(64, 64, 0, 128, 4, 2), 10**9: _Tiles(128, 64, 64, 128, 8, 3)},
 }
-_MASKED_TILES = {"sums": (64, 64), "both": (64, 64), "pull": (64, 32)}  # a mask takes registers
+_MASKED_TILES = {
+    "sums": (64, 64),
+    "both": (64, 64),
+    "pull": (64, 32),
+    "pull of three": (64, 32),
+}  # a mask takes registers
 _WHOLE = 256  # features up to which their number is a power of two
 _PART = 64  # of more features, what they are a multiple of
 _PADDED = 256  # rows come in multiples of this, as every tile divides it
-_PROGRAMS = 264  # two for each multiprocessor of the chips of today
+_MOST = 8  # programs that share a row
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -197,11 +212,11 @@ def _less_barred(
 
 @triton.jit
 def _sums_kernel(
-    X, Y, V, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j,
+    X, Y, V, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j, share,
     D: tl.constexpr, DEPTH: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``log sum_j exp(v_j + x_i . y_j)``; where there is doubt of what is there already, if DOUBTED."""
+    """``log sum_j exp(v_j + x_i . y_j)``, of a share of the columns; if DOUBTED, only where there is doubt of what is known."""
     if DOUBTED:
         if tl.load(DOUBT) == 0:
             return
@@ -215,7 +230,8 @@ def _sums_kernel(
     top = tl.full((ROWS,), _NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     lost = tl.zeros((ROWS,), tl.float32)  # by rounding (Kahan)
-    for start in range(0, m, COLUMNS):
+    begin = tl.program_id(1) * share
+    for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         v = tl.load(V + j)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -234,7 +250,25 @@ def _sums_kernel(
         top = higher
     out = tl.where(total > 0, (tl.log2(total) + top) * _LN2, float("-inf"))
     out = tl.where(total == total, out, total)  # NaN stays
-    tl.store(OUT + i, out, mask=i < n)
+    tl.store(OUT + tl.program_id(1).to(tl.int64) * n + i, out, mask=i < n)
+
+
+@triton.jit
+def _merge_kernel(PARTS, OUT, DOUBT, n, count, DOUBTED: tl.constexpr, ROWS: tl.constexpr):
+    """The logarithm of a sum of which shares are known by theirs."""
+    if DOUBTED:
+        if tl.load(DOUBT) == 0:
+            return
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    top = tl.full((ROWS,), _NOTHING, tl.float32)
+    for part in range(0, count):
+        top = tl.maximum(top, tl.load(PARTS + tl.cast(part, tl.int64) * n + i, mask=i < n, other=0.0))
+    total = tl.zeros((ROWS,), tl.float32)
+    for part in range(0, count):
+        total += tl.exp(tl.load(PARTS + tl.cast(part, tl.int64) * n + i, mask=i < n, other=0.0) - top)
+    tl.store(
+        OUT + i, tl.where(total > 0, tl.log(total) + top, tl.where(total == total, float("-inf"), total)), mask=i < n
+    )
 
 
 @triton.jit
@@ -251,12 +285,12 @@ def _both_kernel(
     left, right = tl.program_id(0) * per_column, tl.minimum(tl.program_id(0) * per_column + per_column, high_m)
     for start in range(left, right, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        ev = tl.load(V + j)
+        ev = tl.exp(tl.load(V + j, mask=j < m, other=float("-inf")))
         y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(begin, end, ROWS):
             i = first + tl.arange(0, ROWS)
-            eu = tl.load(U + i)
+            eu = tl.exp(tl.load(U + i, mask=i < n, other=float("-inf")))
             tile = tl.zeros((ROWS, COLUMNS), tl.float32)
             if DEPTH == D:
                 tile = tl.dot(tl.load(_at(X, first, ROWS, D, tl.arange(0, D))), tl.trans(y))
@@ -293,13 +327,13 @@ def _finish_kernel(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _pull_kernel(
-    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, low_half,
+    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, low_half, share,
     OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
     D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``sum_j W_ij y_j`` and ``sum_j`` of the columns' part of W, the sum of ``exp(v_j + x_i . y_j - r_i) gr_i`` and
-    ``exp(u_i + x_i . y_j - c_j) gc_j``: some features of the first for each program of a row of them.
+    ``exp(u_i + x_i . y_j - c_j) gc_j``: some features of the first, and a share of the columns, for each program.
 
     One exponential serves both parts where their ratio, a matrix of rank one, stays in range.
     """
@@ -322,7 +356,8 @@ def _pull_kernel(
         u = tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E
     if OF_ROWS and OF_COLUMNS:
         ratio = tl.exp2(tl.where(together, u + rows + widest, float("-inf")))
-    for start in range(0, m, COLUMNS):
+    begin = tl.program_id(2) * share
+    for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
         y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
@@ -362,10 +397,11 @@ def _pull_kernel(
             gradient = tl.dot((weights - half.to(tl.float32)).to(tl.float16), y, gradient)
             gradient = tl.dot(half, tl.load(_at(Y, start, COLUMNS, D, low_half + own)), gradient)
     back = size / 4096.0
-    into = GX + i[:, None].to(tl.int64) * d + own[None, :]
+    place = tl.program_id(2).to(tl.int64) * n + i
+    into = GX + place[:, None] * d + own[None, :]
     tl.store(into, gradient * (back * tl.load(UNIT_Y)), mask=(i[:, None] < n) & (own[None, :] < d))
     if SPREAD and tl.program_id(1) == 0:
-        tl.store(GU + i, spread * back, mask=i < n)
+        tl.store(GU + place, spread * back, mask=i < n)
 
 
 @triton.jit
@@ -406,13 +442,13 @@ def _scales_kernel(
 def _columns_kernel(
     V, C, GC, SCALES, LOG_V, LESS_C, UP, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What the derivative's loop reads of a column, padded with what adds nothing."""
+    """What a loop over columns reads of each, in units of log 2, padded with what adds nothing."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
     if OF_ROWS:
         v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
         tl.store(LOG_V + j, v)
     if OF_COLUMNS:
+        size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
         c = _held(tl.load(C + j, mask=j < m, other=0.0)) * _LOG2E
         up = tl.load(GC + j, mask=j < m, other=0.0) * tl.where(size > 0, 4096.0 / size, 0.0)
         tl.store(LESS_C + j, -c)
@@ -448,13 +484,23 @@ def log_sums(
 def _row_sums(
     x: _Halved, y: _Halved, v: Tensor, barred: Tensor | None, turned: bool, out: Tensor, doubt: Tensor | None
 ) -> None:
-    found, n = _Barred.of(barred, turned), len(out)
+    found, n, m = _Barred.of(barred, turned), len(out), len(v)
     tiles = _tiles("sums", x, found.kind)
-    _sums_kernel[(triton.cdiv(n, tiles.rows),)](
-        x.numbers, y.numbers, _padded(v * _LOG2E.value, y, -math.inf), x.unit, y.unit, *found.tables(n, tiles.rows, x.unit), out,
-        x.unit if doubt is None else doubt, n, len(v), *found.strides, D=x.features, DEPTH=tiles.depth or x.features,
-        BARRED=found.kind, DOUBTED=doubt is not None, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
+    log_v = v.new_empty(len(y.numbers))
+    _columns_kernel[(len(y.numbers) // _PADDED,)](
+        v, v, v, v, log_v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, BLOCK=_PADDED
+    )
+    down = triton.cdiv(n, tiles.rows)
+    share, shares = _shared(m, tiles, down, v.device)
+    parts = out if shares == 1 else out.new_empty(shares, n)
+    doubted, doubt = doubt is not None, x.unit if doubt is None else doubt
+    _sums_kernel[(down, shares)](
+        x.numbers, y.numbers, log_v, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
+        *found.strides, share, D=x.features, DEPTH=tiles.depth or x.features, BARRED=found.kind, DOUBTED=doubted,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
+    if shares > 1:
+        _merge_kernel[(triton.cdiv(n, 256),)](parts, out, doubt, n, shares, DOUBTED=doubted, ROWS=256)
 
 
 def _both_sums(
@@ -465,33 +511,38 @@ def _both_sums(
     tiles = _tiles("both", x, found.kind)
     high_n, high_m = len(x.numbers), len(y.numbers)
     per_column, across = _shares(high_m // tiles.columns, _STRIPES)
-    per_row, down = _shares(high_n // tiles.rows, triton.cdiv(_PROGRAMS, across))
+    per_row, down = _shares(high_n // tiles.rows, max(1, tiles.resident * _processors(u.device) // across))
     of_rows, of_columns = (
         torch.empty(size, dtype=torch.float32, device=u.device) for size in ((across, high_n), (down, high_m))
     )
     doubt = torch.zeros((), dtype=torch.int32, device=u.device)
     _both_kernel[(across, down)](
-        x.numbers, y.numbers, _padded(u.exp(), x, 0.0), _padded(v.exp(), y, 0.0), x.unit, y.unit,
-        *found.tables(n, tiles.rows, x.unit), of_rows, of_columns, n, m, *found.strides, high_n, high_m,
-        per_row * tiles.rows, per_column * tiles.columns, D=x.features, DEPTH=tiles.depth or x.features,
-        BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
+        x.numbers, y.numbers, u, v, x.unit, y.unit, *found.tables(high_n, tiles.rows, x.unit), of_rows, of_columns, n, m,
+        *found.strides, high_n, high_m, per_row * tiles.rows, per_column * tiles.columns, D=x.features,
+        DEPTH=tiles.depth or x.features, BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     for parts, out in ((of_rows, rows), (of_columns, columns)):
         _finish_kernel[(triton.cdiv(len(out), 256),)](parts, out, doubt, len(out), parts.shape[1], len(parts), ROWS=256)
     return doubt
 
 
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _shared(columns: int, tiles: _Tiles, programs: int, device: torch.device) -> tuple[int, int]:
+    """The columns of a program, and how many share a row, where there are few rows for a whole device."""
+    each, shares = _shares(
+        triton.cdiv(columns, tiles.columns), max(1, min(_MOST, tiles.resident * _processors(device) // programs))
+    )
+    return each * tiles.columns, shares
+
+
 def _shares(tiles: int, programs: int) -> tuple[int, int]:
     """Tiles for each of about so many programs, and how many those are."""
     each = triton.cdiv(tiles, min(tiles, programs))
     return each, triton.cdiv(tiles, each)
-
-
-def _padded(x: Tensor, cloud: _Halved, with_what: float) -> Tensor:
-    """One number for each of a cloud's padded rows."""
-    out = x.new_full((len(cloud.numbers),), with_what)
-    out[: len(x)] = x
-    return out
 
 
 def pull(
@@ -534,25 +585,27 @@ def _half_pull(
     spread: bool,
     barred: _Barred,
 ) -> tuple[Tensor, Tensor]:
-    tiles = _tiles("pull", x, barred.kind)
     n, m, d = shape
-    gx, gu = (torch.zeros(size, dtype=torch.float32, device=x.unit.device) for size in ((n, d), (n,)))
     if not any(parts):
-        return gx, gu
+        return x.unit.new_zeros(n, d), x.unit.new_zeros(n)
+    tiles = _tiles("pull" if x.terms == 1 else "pull of three", x, barred.kind)
+    depth, width = tiles.depth or x.features, min(tiles.width, y.width & -y.width)  # a divisor
+    grid = triton.cdiv(n, tiles.rows), triton.cdiv(d, width)
+    share, shares = _shared(m, tiles, grid[0] * grid[1], x.unit.device)
+    gx, gu = x.unit.new_empty(shares, n, d), x.unit.new_empty(shares, n)
     which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1]}
     u, v, r, c, gr, gc = (gu if z is None else _single(z) for z in vectors)
     scales = torch.empty(3, dtype=torch.float32, device=gx.device)
     log_v, less_c, up = torch.empty(3, len(y.numbers), dtype=torch.float32, device=gx.device)
     _scales_kernel[(1,)](u, v, r, c, gr, gc, scales, n, m, **which, BLOCK=4096)
     _columns_kernel[(len(y.numbers) // _PADDED,)](v, c, gc, scales, log_v, less_c, up, m, **which, BLOCK=_PADDED)
-    depth, width = tiles.depth or x.features, min(tiles.width, y.width & -y.width)  # a divisor
-    _pull_kernel[(triton.cdiv(n, tiles.rows), triton.cdiv(d, width))](
-        x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *barred.tables(n, tiles.rows, x.unit), gx, gu,
-        n, m, d, *barred.strides, y.low, **which, SPREAD=parts[1] and spread, BARRED=barred.kind, TERMS=x.terms,
-        D=x.features, DEPTH=depth, OWN=depth == x.features == width, ROWS=tiles.rows, COLUMNS=tiles.columns, WIDTH=width,
-        **tiles.options,
+    _pull_kernel[(*grid, shares)](
+        x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales,
+        *barred.tables(len(x.numbers), tiles.rows, x.unit), gx, gu, n, m, d, *barred.strides, y.low, share, **which,
+        SPREAD=parts[1] and spread, BARRED=barred.kind, TERMS=x.terms, D=x.features, DEPTH=depth,
+        OWN=depth == x.features == width, ROWS=tiles.rows, COLUMNS=tiles.columns, WIDTH=width, **tiles.options,
     )  # fmt: skip
-    return gx, gu
+    return gx[0] if shares == 1 else gx.sum(0), gu[0] if shares == 1 else gu.sum(0)
 
 
 def _tiles(which: str, x: _Halved, kind: int) -> _Tiles:
