@@ -67,8 +67,7 @@ class Diagnostics:
     def alignment(self) -> Tensor:
         """Mean squared distance of positives on the sphere, in [0, 4] (Wang and Isola, ICML 2020)."""
         target, points = self._batch.matches.target, self._batch.points
-        similar = (points.x * torch.sparse.mm(target, points.y)).sum()
-        return 2.0 - 2.0 * similar / target.values().sum()
+        return 2.0 - 2.0 * target.similar(points.x, points.y, 0).sum() / target.values.sum()
 
     @cached_property
     def uniformity(self) -> Tensor:
@@ -172,7 +171,7 @@ class Diagnostics:
 
     def _positive(self, part: slice) -> Tensor:
         """The positives of some anchors, as a mask."""
-        i, j = self._batch.matches.target.indices()
+        i, j = self._batch.matches.target.index
         mine = (i >= part.start) & (i < part.stop)
         mask = torch.zeros(part.stop - part.start, len(self._batch.points.y), dtype=torch.bool, device=i.device)
         mask[i[mine] - part.start, j[mine]] = True

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contrastive.queue import FeatureQueue
-from contrastive.targets import Choice, Matches, matches, normalised, paired, sparse
+from contrastive.targets import Choice, Entries, Matches, matches, normalised, paired
 from iotsolve.accelerated import Accelerated
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks, Sharded, meet
@@ -94,7 +94,7 @@ class Side:
     """One half of the loss: the batch's rows as anchors, or its columns; with the weights of both.
 
     Attributes:
-        target: sparse plan of total ``mass``, over this rank's rows.
+        target: plan of total ``mass``, over this rank's rows.
         anchors: marginal object of the anchors.
         others: marginal object of the candidates.
         a: weights of all rows.
@@ -103,7 +103,7 @@ class Side:
     """
 
     batch: Batch
-    target: Tensor
+    target: Entries
     anchors: Marginal
     others: Marginal
     mass: float | None
@@ -134,8 +134,8 @@ class Side:
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Of the target over all ranks: this rank's anchors', and all candidates'."""
-        rows = torch.sparse.sum(self.target, 1).to_dense()
-        columns = self.batch.ranks.sum(torch.sparse.sum(self.target, 0).to_dense())
+        rows = self.target.sums(self.target.values, 0)
+        columns = self.batch.ranks.sum(self.target.sums(self.target.values, 1))
         return (rows, columns) if self.by_rows else (self.batch.own(columns), self.batch.ranks.gather(rows))
 
 
@@ -382,7 +382,7 @@ class IOTLoss(nn.Module):
                 anchors = batch.points.x.new_full((n if by_rows else m,), 1.0 / (n if by_rows else m))
                 total = 1.0
             else:
-                own = torch.sparse.sum(target, 1 if by_rows else 0).to_dense()
+                own = target.sums(target.values, 0 if by_rows else 1)
                 anchors = ranks.gather(own) if by_rows else ranks.sum(own)
                 total = anchors.sum()
                 total = torch.where(total > 0, total, 1.0)  # without a positive anywhere there is nothing to share
@@ -391,7 +391,7 @@ class IOTLoss(nn.Module):
             else:
                 others = batch.points.x.new_full((m if by_rows else n,), 1.0) * (total / (m if by_rows else n))
             a, b = (anchors, others) if by_rows else (others, anchors)
-            scaled = target if mass == 1.0 else target * mass
+            scaled = target if mass == 1.0 else target.times(mass)
             yield Side(batch, scaled, self.rows, self.columns, self.mass, a, b, by_rows)
 
     # -- the loss --------------------------------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ class IOTLoss(nn.Module):
         """The inner problem, live in the views and the temperature, and the sparse target plan."""
         epsilon, batches = self.read(*views, **given)
         side = next(self._sides(batches[0]))
-        return side.problem(epsilon), side.target
+        return side.problem(epsilon), side.target.sparse()
 
     def coupling(self, *views: Tensor, **given: Any) -> Float[Tensor, "n m"]:
         """The plan the inner problem gives this batch, detached: what the loss compares with the positive pairs."""
@@ -587,23 +587,20 @@ def _moved(weights: Tensor, potential: Tensor, s: Tensor, epsilon: Any) -> Tenso
 
 def similar(side: Side) -> Tensor:
     """``sum_j Q_ij cos_ij`` for every anchor of this rank, Q the target."""
-    target, points = side.target, side.batch.points
+    points = side.batch.points
     if side.by_rows:
-        return (points.x * torch.sparse.mm(target, points.y)).sum(1)
-    found = (points.y * torch.sparse.mm(target.t(), points.x)).sum(1)
-    return side.batch.own(side.batch.ranks.sum(found))
+        return side.target.similar(points.x, points.y, 0)
+    return side.batch.own(side.batch.ranks.sum(side.target.similar(points.x, points.y, 1)))
 
 
 def log_ratio(side: Side, other: Tensor, epsilon: Any) -> Tensor:
     """``sum_j Q_ij log(Q_ij / (b_j exp(g_j / eps)))`` for every anchor of this rank, Q the target, g and b the candidates'."""
-    target = side.target
-    values = target.values()
-    entropy = sparse(target.indices(), values * values.log(), target.shape)
+    target, values = side.target, side.target.values
     beyond = torch.where(side.other_weights > 0, side.other_weights, 1.0).log() + other / epsilon
     if side.by_rows:
-        return torch.sparse.sum(entropy, 1).to_dense() - torch.sparse.mm(target, beyond[:, None])[:, 0]
+        return target.sums(values * (values.log() - beyond.index_select(0, target.index[1])), 0)
     beyond = side.batch.own(beyond)
-    found = torch.sparse.sum(entropy, 0).to_dense() - torch.sparse.mm(target.t(), beyond[:, None])[:, 0]
+    found = target.sums(values * (values.log() - beyond.index_select(0, target.index[0])), 1)
     return side.batch.own(side.batch.ranks.sum(found))
 
 
@@ -655,10 +652,10 @@ def _census(points: Points, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tens
     else:
         i = torch.arange(n, device=points.device).repeat_interleave(barred.shape[1])
         j = barred.sort(1).values.flatten()
-    left_out = sparse(torch.stack([i, j]), rows[i] * columns[j], (n, m))
-    of_rows = rows * columns.sum() - torch.sparse.sum(left_out, 1).to_dense()
-    of_columns = columns * rows.sum() - torch.sparse.sum(left_out, 0).to_dense()
-    similar = (rows @ points.x) @ (columns @ points.y) - (points.x * torch.sparse.mm(left_out, points.y)).sum()
+    left_out = Entries(torch.stack([i, j]), rows[i] * columns[j], (n, m))
+    of_rows = rows * columns.sum() - left_out.sums(left_out.values, 0)
+    of_columns = columns * rows.sum() - left_out.sums(left_out.values, 1)
+    similar = (rows @ points.x) @ (columns @ points.y) - left_out.similar(points.x, points.y, 0).sum()
     return of_rows, of_columns, of_rows.sum() - similar
 
 
@@ -733,7 +730,7 @@ class NTXentLoss(IOTLoss):
         n, m = batch.points.shape
         barred = torch.zeros(n, m, dtype=torch.bool, device=x.device)
         barred[:, : m - self.memory_bank.size] = True
-        barred[tuple(batch.matches.target.indices())] = False
+        barred[tuple(batch.matches.target.index)] = False
         return batch.of(replace(batch.points, barred=barred))
 
 
@@ -766,10 +763,8 @@ class SupConLoss(IOTLoss):
 def target_entropy(side: Side) -> Tensor:
     """What a cross-entropy has over a divergence: of every anchor ``-sum_j w_ij log(w_ij / r_i)``, a constant."""
     target, ranks = side.target, side.batch.ranks
-    values = target.values()
-    logs = sparse(target.indices(), values * values.log(), target.shape)
     r, _ = side.marginals()
-    known = torch.sparse.sum(logs, 1 if side.by_rows else 0).to_dense()
+    known = target.sums(target.values * target.values.log(), 0 if side.by_rows else 1)
     return torch.special.xlogy(r, r) - (known if side.by_rows else side.batch.own(ranks.sum(known)))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contrastive.losses import Batch, Found, IOTLoss, Side, log_ratio, similar, target_entropy
-from contrastive.targets import Matches, normalised
+from contrastive.targets import Entries, Matches, normalised
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks
 from iotsolve.exact import Exact
@@ -191,8 +191,7 @@ class MatchingGapLoss(IOTLoss):
         """Anchor by anchor the cost of the pairs less that of the assignment's arcs."""
         with torch.no_grad():
             problem = side.problem(0.0, Dense(side.batch.points.dense())).detach()
-            plan = run(problem.flat(), Exact()).plan[0]
-            plan = plan.coalesce() if plan.is_sparse else plan.to_sparse().coalesce()
+            plan = Entries.of(run(problem.flat(), Exact()).plan[0])
         return similar(replace(side, target=plan)) - similar(side)
 
 
@@ -233,7 +232,7 @@ class SwAVLoss(IOTLoss):
             epsilon = epsilon.to(dtype) if isinstance(epsilon, Tensor) else epsilon
             for z, other in ((x, y), (y, x)):
                 plan = balanced_assignment(other, c, epsilon=self.epsilon, tolerance=self.solver.tolerance)
-                found = Matches(plan.to_sparse().coalesce(), None, None, False)
+                found = Matches(Entries.of(plan), None, None, False)
                 batches.append(Batch(Points(z, c, "sphere", backend=self.backend), found, None, Alone(), 1, False))
             losses = [self._loss(batch, epsilon) for batch in batches]
             if self.watch is not None:
@@ -302,8 +301,8 @@ def _over_negatives(side: Side, epsilon: Any) -> Tensor:
 def _powers(side: Side, q: float, epsilon: Any) -> Tensor:
     """``sum_j Q_ij exp(q cos_ij / epsilon)`` for every anchor of this rank, Q the target."""
     target, points = side.target, side.batch.points
-    i, j = target.indices()
-    powers = target.values() * (q * (points.x[i] * points.y[j]).sum(1) / epsilon).exp()
+    i, j = target.index
+    powers = target.values * (q * (points.x[i] * points.y[j]).sum(1) / epsilon).exp()
     if side.by_rows:
-        return powers.new_zeros(target.shape[0]).index_add(0, i, powers)
-    return side.batch.own(side.batch.ranks.sum(powers.new_zeros(target.shape[1]).index_add(0, j, powers)))
+        return target.sums(powers, 0)
+    return side.batch.own(side.batch.ranks.sum(target.sums(powers, 1)))

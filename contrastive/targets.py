@@ -11,7 +11,7 @@ from torch import Tensor
 from iotsolve.costs import Points
 from iotsolve.distributed import Alone, Ranks
 
-__all__ = ["Choice", "Matches", "matches", "normalised", "paired", "sparse"]
+__all__ = ["Choice", "Entries", "Matches", "matches", "normalised", "paired"]
 
 
 def normalised(z: Tensor) -> Tensor:
@@ -55,18 +55,63 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """A plan of few entries, in order and each once.
+
+    Attributes:
+        index: rows and columns of the entries, shape ``(2, k)``.
+        values: shape ``(k,)``, positive.
+        shape: of the plan.
+    """
+
+    index: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, plan: Tensor) -> Entries:
+        """The positive entries of a matrix, dense or sparse."""
+        plan = (plan if plan.is_sparse else plan.to_sparse()).coalesce()
+        kept = plan.values() > 0
+        return cls(plan.indices()[:, kept], plan.values()[kept], tuple(plan.shape))
+
+    def times(self, factor: float) -> Entries:
+        return replace(self, values=self.values * factor)
+
+    def sums(self, entries: Tensor, axis: int) -> Tensor:
+        """Of a number for each entry, the sums over rows (axis 0: one for every row) or over columns."""
+        return entries.new_zeros(self.shape[axis]).index_add(0, self.index[axis], entries)
+
+    def similar(self, x: Tensor, y: Tensor, axis: int) -> Tensor:
+        """``sum_j Q_ij x_i . y_j`` for every row (axis 0), or over i for every column."""
+        if len(self.values) <= _FEW * max(self.shape):
+            i, j = self.index
+            return self.sums(self.values * (x.index_select(0, i) * y.index_select(0, j)).sum(1), axis)
+        if axis == 0:
+            return (x * torch.sparse.mm(self.sparse(), y)).sum(1)
+        return (y * torch.sparse.mm(self.sparse().t(), x)).sum(1)
+
+    def sparse(self) -> Tensor:
+        """The plan as a sparse tensor of torch."""
+        return torch.sparse_coo_tensor(self.index, self.values, self.shape, check_invariants=False, is_coalesced=True)
+
+
+_FEW = 4  # entries for each anchor, whose points are gathered
+
+
+@dataclass(frozen=True)
 class Matches:
     """The target of one batch of anchors (rows) and candidates (columns).
 
     Attributes:
-        target: sparse, shape ``(n, m)``, total 1 over all ranks where every anchor has a positive: row sums ``1 / N``, or 0.
+        target: shape ``(n, m)``, total 1 over all ranks where every anchor has a positive: row sums ``1 / N``, or 0.
         backward: the same for the candidates as anchors: column sums ``1 / M``, or 0; None if nobody asks.
         barred: the arcs that are forbidden, as of :class:`iotsolve.Points`; None if all are allowed.
         inside: whether target and backward have row and column sums that are known to be uniform.
     """
 
-    target: Tensor
-    backward: Tensor | None
+    target: Entries
+    backward: Entries | None
     barred: Tensor | None
     inside: bool
     partners: Tensor | None = None
@@ -79,7 +124,7 @@ class Matches:
         mask = torch.zeros(points.shape, dtype=torch.bool, device=points.device)
         if points.barred is not None:
             mask = points.barred.clone() if points.barred.dtype == torch.bool else mask.scatter(1, points.barred, True)
-        mask[tuple(self.target.indices())] = True
+        mask[tuple(self.target.index)] = True
         return mask
 
 
@@ -127,11 +172,11 @@ def matches(
         positive = positive.scatter(1, own, False)
     each = positive.sum(1, dtype=like.dtype)
     index = positive.nonzero().T
-    target = sparse(index, 1.0 / (total * each[index[0]]), (n, m))
+    target = Entries(index, 1.0 / (total * each[index[0]]), (n, m))
     backward = None
     if mirrored:
         each = ranks.sum(positive.sum(0, dtype=like.dtype))
-        backward = sparse(index, 1.0 / (batch * each[index[1]]), (n, m))
+        backward = Entries(index, 1.0 / (batch * each[index[1]]), (n, m))
     return Matches(target, backward, _barred(choice, target, own, (n, m)), False)
 
 
@@ -141,24 +186,18 @@ def paired(partners: Tensor, total: int, m: int, *, stacked_from: int | None, mi
     partners = partners.sort(1).values
     i = torch.arange(n, device=like.device)[:, None].expand(n, k)
     index = torch.stack([i.flatten(), partners.flatten()])
-    target = sparse(index, like.new_full((n * k,), 1.0 / (total * k)), (n, m))
+    target = Entries(index, like.new_full((n * k,), 1.0 / (total * k)), (n, m))
     barred = None if stacked_from is None else torch.arange(n, device=like.device)[:, None] + stacked_from
     return Matches(target, target if mirrored else None, barred, True, partners)
 
 
-def sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A sparse matrix of entries that are in order and occur once."""
-    return torch.sparse_coo_tensor(index, values, shape, check_invariants=False, is_coalesced=True)
-
-
-def _barred(choice: Choice, target: Tensor, own: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+def _barred(choice: Choice, target: Entries, own: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     if choice.negative_mask is None:
         return own
     barred = ~_mask("negative_mask", choice.negative_mask, shape)
     if own is not None:
         barred = barred.scatter(1, own, True)
-    i, j = target.indices()
-    return barred.index_put((i, j), torch.zeros((), dtype=torch.bool, device=barred.device))
+    return barred.index_put(tuple(target.index), torch.zeros((), dtype=torch.bool, device=barred.device))
 
 
 def _mask(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -171,7 +210,7 @@ def _mask(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
     return mask
 
 
-def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Entries:
     if not isinstance(target, Tensor) or tuple(target.shape) != shape:
         given = tuple(target.shape) if isinstance(target, Tensor) else repr(target)
         raise ValueError(
@@ -189,5 +228,4 @@ def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
             f"target has total {float(values.sum()):g} and smallest entry {float(values.min()) if len(values) else 0:g}: it is a "
             "plan, non-negative with total 1. Is every row of it normalised? Then divide by the number of rows."
         )
-    kept = values > 0
-    return sparse(plan.indices()[:, kept], values[kept], shape)
+    return Entries.of(plan)
