@@ -498,6 +498,9 @@ def in_double(problem: Problem) -> Problem:
 
 def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:
     """``log(a exp(f / epsilon))``, ``-inf`` at empty and unreachable bins."""
+    if not torch.is_grad_enabled():  # half as many launches, for what has no derivative to be kept finite
+        found = weights.log() + potential / epsilon
+        return torch.where(found < math.inf, found, -math.inf)
     reached = (weights > 0) & potential.isfinite()
     return torch.where(reached, weights.log() + torch.where(reached, potential, 0.0) / epsilon, -math.inf)
 

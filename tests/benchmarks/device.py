@@ -1,0 +1,419 @@
+"""Time the kernels and what is built on them on a GPU, beside their peers, with errors against float64.
+
+``python -m tests.benchmarks.device --out runs/device`` on a machine with a GPU; ``--page runs/device/results.json`` anywhere
+writes the tables into ``docs/gpu.md``. Peers that are not installed are left out; one that fails says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+DEVICE = "cuda"
+TAU = 0.07
+SIZES = [(8192, 128), (8192, 512), (32768, 128), (32768, 512), (131072, 128), (131072, 512)]
+AIMS = {  # ms on an H100, set before anything was written: sums of both sides, InfoNCE, and 5, 10, 50 iterations of Sinkhorn
+    (8192, 128): (0.05, 0.21, {5: 0.66, 10: 1.1, 50: 5.0}),
+    (8192, 512): (0.14, 0.58, {5: 1.9, 10: 3.3, 50: 14}),
+    (32768, 128): (0.71, 3.4, {5: 9.8, 10: 17, 50: 73}),
+    (32768, 512): (2.2, 9.2, {5: 30, 10: 51, 50: 223}),
+    (131072, 128): (11, 55, {5: 156, 10: 267, 50: 1158}),
+    (131072, 512): (34, 147, {5: 480, 10: 822, 50: 3563}),
+}
+HALF = torch.float16
+
+
+@dataclass
+class Timed:
+    """What somebody needed for a piece of work."""
+
+    group: str
+    n: int
+    d: int
+    who: str
+    ms: float | None = None
+    mib: float | None = None
+    error: float | None = None
+    same_bits: bool | None = None
+    note: str = ""
+
+
+def clouds(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pairs on the unit sphere, alike and not equal."""
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    x, noise = (functional.normalize(torch.randn(n, d, generator=draw, device=DEVICE), dim=1) for _ in range(2))
+    return x.to(dtype), functional.normalize(x + noise, dim=1).to(dtype)
+
+
+def clock(work: Callable[[], Any], *, most: float = 1.0) -> tuple[float, float]:
+    """Median milliseconds, and the peak of the device's memory above what was held, in MiB."""
+    work()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated() - held
+    times = []
+    for _ in range(max(3, min(20, int(most / once)))):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        work()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last))
+    return median(times), peak / 2**20
+
+
+def replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as one launch, which leaves out what a CPU needs to ask for it."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def exact_infonce(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """InfoNCE both ways of directions, and its derivatives in them, in float64, by blocks and plain torch."""
+    x, y = (functional.normalize(z.double(), dim=1) for z in (x, y))
+    n = len(x)
+    parts = list(torch.arange(n, device=x.device).split(max(1, 2**28 // n)))
+    rows, columns = x.new_empty(n), x.new_full((n,), -math.inf)
+    for part in parts:
+        block = x[part] @ y.mT / TAU
+        rows[part] = block.logsumexp(1)
+        columns = torch.logaddexp(columns, block.logsumexp(0))
+    loss = (rows.mean() + columns.mean()) / 2 - (x * y).sum(1).mean() / TAU
+    gx, gy = -y / n, -x / n
+    for part in parts:
+        block = x[part] @ y.mT / TAU
+        weights = ((block - rows[part, None]).exp_() + (block - columns).exp_()) / (2 * n)
+        gx[part] += weights @ y
+        gy += weights.mT @ x[part]
+    return loss, gx / TAU, gy / TAU
+
+
+# -- who ----------------------------------------------------------------------------------------------------------------
+
+
+def dense_infonce(x: Tensor, y: Tensor) -> Tensor:
+    x, y = functional.normalize(x, dim=1), functional.normalize(y, dim=1)
+    logits = (x @ y.mT).float() / TAU
+    labels = torch.arange(len(x), device=x.device)
+    return (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.mT, labels)) / 2
+
+
+def memeff_infonce() -> Callable[[Tensor, Tensor], Tensor]:
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(temperature=TAU, stable=False)
+
+
+def keops_infonce(x: Tensor, y: Tensor) -> Tensor:
+    from pykeops.torch import LazyTensor
+
+    x, y = functional.normalize(x, dim=1), functional.normalize(y, dim=1)
+    s = (LazyTensor(x[:, None, :]) * LazyTensor(y[None, :, :])).sum(-1) / TAU
+    return (s.logsumexp(1).mean() + s.logsumexp(0).mean()) / 2 - (x * y).sum(1).mean() / TAU
+
+
+def our_infonce(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    from contrastive import ClipLoss
+
+    return ClipLoss(TAU, **options)
+
+
+def infonce(n: int, d: int, peers: bool) -> Iterator[Timed]:
+    """Forward and backward, from vectors in their precision to their derivatives, the normalisation included."""
+    group = "InfoNCE both ways, with derivatives"
+    who: dict[str, tuple[torch.dtype, Callable[[], Callable[[Tensor, Tensor], Tensor]]]] = {
+        "iotsolve, fp16": (HALF, our_infonce),
+        "iotsolve, fp32": (torch.float32, our_infonce),
+    }
+    if peers:
+        who["memeff, fp16"] = HALF, memeff_infonce
+        who["memeff, fp32"] = torch.float32, memeff_infonce
+        if n <= 32768:
+            who["dense torch, fp16"] = HALF, lambda: dense_infonce
+            who["dense torch, fp32"] = torch.float32, lambda: dense_infonce
+        if n <= 32768 and d <= 128:
+            who["KeOps, fp32"] = torch.float32, lambda: keops_infonce
+    exact = {dtype: exact_infonce(*clouds(n, d, dtype)) for dtype in (HALF, torch.float32)}
+    for name, (dtype, make) in who.items():
+        found = Timed(group, n, d, name)
+        try:
+            x, y = (z.requires_grad_() for z in clouds(n, d, dtype))
+            loss = make()
+
+            def work(x: Tensor = x, y: Tensor = y, loss: Callable = loss) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(loss(x, y), (x, y))
+
+            first, second = work(), work()
+            tangents = [_tangent(g, z) for g, z in zip(exact[dtype][1:], (x, y), strict=True)]
+            found.error = max(relative(_tangent(g, z), t) for g, z, t in zip(first, (x, y), tangents, strict=True))
+            found.same_bits = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            found.ms, found.mib = clock(work)
+        except Exception as error:
+            found.note = f"{type(error).__name__}: {str(error)[:80]}"
+        yield found
+
+
+def _tangent(g: Tensor, z: Tensor) -> Tensor:
+    """The part of a derivative that a direction can follow."""
+    g, z = g.double(), z.detach().double()
+    z = z / z.norm(dim=1, keepdim=True)
+    return g - (g * z).sum(1, keepdim=True) * z
+
+
+def passes(n: int, d: int) -> Iterator[Timed]:
+    """The kernels alone, from float16 unit vectors; those of the smallest as one launch."""
+    from iotsolve.kernels import streamed
+
+    whole = replayed if n <= 8192 else (lambda work: work)
+    for terms in (1, 3):
+        precise, name = terms == 3, "iotsolve's kernels, fp32" if terms == 3 else "iotsolve's kernels, fp16"
+        x, y = (z.float() for z in clouds(n, d, torch.float32 if precise else HALF))
+        x = x / TAU
+        even = x.new_full((n,), -math.log(n))
+        up = x.new_full((n,), 1 / n)
+        sums = functools.partial(streamed.log_sums, x, y, even, even, None, precise=precise)
+        found = sums()
+        pull = functools.partial(
+            streamed.pull, x, y, even, even, None, found, (up, up), (True, True, False, False), precise=precise
+        )
+        ms, mib = clock(whole(sums))
+        yield Timed("sums of rows and of columns", n, d, name, ms, mib, same_bits=_alike(sums(), sums()))
+        ms, mib = clock(whole(lambda sums=sums, pull=pull: (sums(), pull())))
+        yield Timed("the same, and derivatives", n, d, name, ms, mib, same_bits=_alike(pull(), pull()))
+        if precise:
+            continue
+        for count in (5, 10, 50):
+            work = functools.partial(_sinkhorn, x, y, even, up, count)
+            ms, mib = clock(whole(work), most=0.5)
+            yield Timed(f"Sinkhorn, {count} iterations, with derivatives", n, d, name, ms, mib)
+
+
+def _sinkhorn(x: Tensor, y: Tensor, even: Tensor, up: Tensor, count: int) -> None:
+    from iotsolve.kernels import streamed
+
+    f, g = even, even
+    for _ in range(count):
+        f = even - streamed.log_sums(x, y, None, g, None, precise=False)[0]
+        g = even - streamed.log_sums(x, y, f, None, None, precise=False)[1]
+    s, _ = streamed.log_sums(x, y, None, g, None, precise=False)
+    streamed.pull(x, y, None, g, None, (s, None), (up, None), (True, True, False, False), precise=False)
+
+
+def _alike(once: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> bool:
+    return all(a is b or torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def transport(n: int, d: int) -> Iterator[Timed]:
+    """Balanced squared Euclidean transport, its value and derivative, at as many iterations as take ours to 1e-4."""
+    from iotsolve import Points, Problem, Sinkhorn, solve
+
+    draw = torch.Generator(DEVICE).manual_seed(1)
+    x, y = (torch.rand(n, d, generator=draw, device=DEVICE) * s for s in (1.0, 0.9))
+    epsilon = 0.1 * d / 6
+    group = "entropic transport, with the derivative"
+    fine = solve(Problem(Points(x.double(), y.double()), epsilon=epsilon), Sinkhorn(tolerance=1e-9, annealing=None))
+    exact = _gradient(x, y, fine.f, fine.g, epsilon)
+
+    def ours() -> Tensor:
+        z = x.clone().requires_grad_()
+        problem = Problem(Points(z, y), epsilon=epsilon)
+        return torch.autograd.grad(solve(problem, Sinkhorn(tolerance=1e-4, annealing=None)).value, z)[0]
+
+    steps = solve(Problem(Points(x, y), epsilon=epsilon), Sinkhorn(tolerance=1e-4, annealing=None)).steps
+
+    def flash(**options: Any) -> Callable[[], Tensor]:
+        from flash_sinkhorn import SamplesLoss
+
+        loss = SamplesLoss(
+            "sinkhorn", backend="alternating", eps=epsilon, n_iters=steps, use_epsilon_scaling=False, **options
+        )
+
+        def work() -> Tensor:
+            z = x.clone().requires_grad_()
+            return torch.autograd.grad(loss(z, y), z)[0]
+
+        return work
+
+    def dense() -> Tensor:
+        cost = torch.cdist(x, y).square() / epsilon
+        level = math.log(n)
+        f = g = x.new_zeros(n)
+        for _ in range(steps):
+            f = level - torch.logsumexp(g - cost, 1)
+            g = level - torch.logsumexp(f[:, None] - cost, 0)
+        plan = (f[:, None] + g - cost).exp() / n**2
+        return 2 * (plan.sum(1, keepdim=True) * x - plan @ y)
+
+    who: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "iotsolve, fp32": lambda: ours,
+        "flash-sinkhorn, tf32": lambda: flash(allow_tf32=True),
+        "flash-sinkhorn, fp32": lambda: flash(allow_tf32=False),
+    }
+    if n <= 32768:
+        who["dense torch, fp32"] = lambda: dense
+    for name, make in who.items():
+        found = Timed(group, n, d, name, note=f"{steps} iterations")
+        try:
+            work = make()
+            first, second = work(), work()
+            found.error, found.same_bits = relative(first, exact), torch.equal(first, second)
+            found.ms, found.mib = clock(work)
+        except Exception as error:
+            found.note = f"{type(error).__name__}: {str(error)[:80]}"
+        yield found
+
+
+def _gradient(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
+    """Of the value in x, by float64 potentials, in blocks and plain torch."""
+    x, y = x.double(), y.double()
+    found = torch.empty_like(x)
+    for part in torch.arange(len(x), device=x.device).split(max(1, 2**27 // len(y))):
+        plan = ((f[part, None] + g - torch.cdist(x[part], y).square()) / epsilon).exp() / (len(x) * len(y))
+        found[part] = 2 * (plan.sum(1, keepdim=True) * x[part] - plan @ y)
+    return found
+
+
+def large() -> Iterator[Timed]:
+    """What takes two cores minutes: 100,000 points, to the default tolerance, certified."""
+    from iotsolve import FIXED, KL, Points, Problem, solve
+
+    n, d = 100_000, 64
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    x, y = (torch.randn(n, d, generator=draw, device=DEVICE) for _ in range(2))
+    epsilon = 0.01 * float(Points(x, y).range())
+    for name, side in (("balanced", FIXED), ("KL, rho ten times epsilon", KL(10 * epsilon))):
+        held = []
+
+        def work(side: Any = side, held: list = held) -> None:
+            solution = solve(Problem(Points(x, y), epsilon=epsilon, rows=side, columns=side))
+            held[:] = [solution]
+
+        ms, mib = clock(work, most=0.1)
+        begin = time.perf_counter()
+        certificate = held[0].certificate
+        holds = bool(certificate.holds)
+        torch.cuda.synchronize()
+        note = f"{held[0].status.name} in {held[0].steps} sweeps; certificate {time.perf_counter() - begin:.2f} s, holds: {holds}"
+        gap = float(certificate.relative_gap)
+        yield Timed("100,000 points in 64 dimensions", n, d, name, ms, mib, gap, note=note)
+
+
+def run(out: Path, *, seconds: float) -> dict[str, Any]:
+    """Everything, the small sizes first, as far as the time goes."""
+    import triton
+
+    out.mkdir(parents=True, exist_ok=True)
+    known = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    rows: list[Timed] = []
+    begin = time.perf_counter()
+    work: list[Callable[[], Iterator[Timed]]] = []
+    for n, d in SIZES:
+        work.append(functools.partial(passes, n, d))
+        work.append(functools.partial(infonce, n, d, True))
+    work[4:4] = [functools.partial(transport, 8192, 64), functools.partial(transport, 32768, 64), large]
+    for each in work:
+        if time.perf_counter() - begin > seconds:
+            break
+        try:
+            for row in each():
+                rows.append(row)
+                print(row, f"{time.perf_counter() - begin:.0f} s", flush=True)
+        except Exception as error:
+            print(each, f"{type(error).__name__}: {str(error)[:300]}", flush=True)
+        (out / "results.json").write_text(json.dumps({"about": known, "rows": [asdict(row) for row in rows]}, indent=1))
+        torch.cuda.empty_cache()
+    return json.loads((out / "results.json").read_text())
+
+
+# -- the page -------------------------------------------------------------------------------------------------------------
+
+
+def tables(results: dict[str, Any]) -> str:
+    known, rows = results["about"], results["rows"]
+    text = [f"{known['device']}, torch {known['torch']}, Triton {known['triton']}.", ""]
+    text += ["### Kernels alone, and what was aimed at", "", *_kernels(rows)]
+    for group in dict.fromkeys(row["group"] for row in rows if "kernels" not in row["who"]):
+        own = [row for row in rows if row["group"] == group]
+        text += ["", f"### {group[0].upper()}{group[1:]}", ""]
+        text += ["| n | d | who | ms | memory, MiB | error | same bits twice | |", "|---|---|---|---|---|---|---|---|"]
+        for row in own:
+            ms, mib = ("" if row[key] is None else f"{row[key]:,.{places}f}" for key, places in (("ms", 2), ("mib", 0)))
+            error = "" if row["error"] is None else f"{row['error']:.0e}"
+            bits = {None: "", True: "yes", False: "no"}[row["same_bits"]]
+            text.append(
+                f"| {row['n']:,} | {row['d']} | {row['who']} | {ms} | {mib} | {error} | {bits} | {row['note']} |"
+            )
+    return "\n".join(text)
+
+
+def _kernels(rows: list[dict[str, Any]]) -> Iterator[str]:
+    found = {(row["group"], row["n"], row["d"], row["who"]): row["ms"] for row in rows}
+    yield (
+        "Milliseconds, with the aim behind. float32 is two float16 numbers for each and three products for one; the aims are "
+        "for one.\n"
+    )
+    yield "| n | d | sums, fp16 | fp32 | with derivatives, fp16 | fp32 | Sinkhorn, 5 | 10 | 50 iterations, fp16 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for n, d in dict.fromkeys((row["n"], row["d"]) for row in rows if "kernels" in row["who"]):
+        one, two, many = AIMS[n, d]
+
+        def cell(group: str, aim: float | None, who: str = "fp16", n: int = n, d: int = d) -> str:
+            ms = found.get((group, n, d, f"iotsolve's kernels, {who}"))
+            return "" if ms is None else f"{ms:.3g}" + (f" / {aim:g}" if aim else "")
+
+        cells = [cell("sums of rows and of columns", one), cell("sums of rows and of columns", None, "fp32")]
+        cells += [cell("the same, and derivatives", two), cell("the same, and derivatives", None, "fp32")]
+        cells += [cell(f"Sinkhorn, {count} iterations, with derivatives", many[count]) for count in (5, 10, 50)]
+        yield f"| {n:,} | {d} | " + " | ".join(cells) + " |"
+
+
+def write_page(results: Path, page: Path) -> None:
+    from tests.benchmarks.page import BEGIN, END
+
+    text = page.read_text()
+    head, _, rest = text.partition(BEGIN)
+    _, _, foot = rest.partition(END)
+    page.write_text(head + BEGIN + "\n\n" + tables(json.loads(results.read_text())) + "\n\n" + END + foot)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/device"))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so long")
+    parser.add_argument("--page", type=Path, help="results.json to be written into docs/gpu.md, instead of a run")
+    given = parser.parse_args()
+    if given.page is not None:
+        write_page(given.page, Path("docs/gpu.md"))
+        return
+    warnings.simplefilter("ignore")
+    run(given.out, seconds=given.seconds)
+
+
+if __name__ == "__main__":
+    main()
