@@ -18,7 +18,8 @@ def normalised(z: Tensor) -> Tensor:
     """``z`` on the unit sphere, in float32 at least; a zero vector stays zero, with derivative 0."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return torch.where(length == 0, 0.0, z / torch.where(length == 0, 1.0, length))
+    nothing = length == 0
+    return (z / length.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class Entries:
         index: rows and columns of the entries, shape ``(2, k)``.
         values: shape ``(k,)``, positive.
         shape: of the plan.
+        is_diagonal: whether every row has one entry, in the column of its number.
     """
 
     index: Tensor
     values: Tensor
     shape: tuple[int, int]
+    is_diagonal: bool = False
 
     @classmethod
     def of(cls, plan: Tensor) -> Entries:
@@ -180,13 +183,22 @@ def matches(
     return Matches(target, backward, _barred(choice, target, own, (n, m)), False)
 
 
-def paired(partners: Tensor, total: int, m: int, *, stacked_from: int | None, mirrored: bool, like: Tensor) -> Matches:
-    """The target in which row ``i`` has the positives ``partners[i]``, shape ``(n, k)``."""
+def paired(
+    partners: Tensor,
+    total: int,
+    m: int,
+    *,
+    stacked_from: int | None,
+    mirrored: bool,
+    diagonal: bool,
+    like: Tensor,
+) -> Matches:
+    """The target in which row ``i`` has the positives ``partners[i]``, shape ``(n, k)``; ``diagonal``: the column ``i``."""
     n, k = partners.shape
-    partners = partners.sort(1).values
+    partners = partners if k == 1 else partners.sort(1).values
     i = torch.arange(n, device=like.device)[:, None].expand(n, k)
     index = torch.stack([i.flatten(), partners.flatten()])
-    target = Entries(index, like.new_full((n * k,), 1.0 / (total * k)), (n, m))
+    target = Entries(index, like.new_full((n * k,), 1.0 / (total * k)), (n, m), diagonal)
     barred = None if stacked_from is None else torch.arange(n, device=like.device)[:, None] + stacked_from
     return Matches(target, target if mirrored else None, barred, True, partners)
 

@@ -288,7 +288,8 @@ class Points:
         if self.metric == "cosine":
             x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
         level = -_PRODUCTS.get(self.metric, 1.0) / epsilon
-        return x / epsilon, y, level + x.new_zeros(len(x)), y.new_zeros(len(y))
+        p = x.new_full((len(x),), level) if isinstance(level, float) else level.expand(len(x))
+        return x / epsilon, y, p, y.new_zeros(len(y))
 
     @staticmethod
     def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -414,6 +415,12 @@ class Points:
     ) -> tuple[Tensor | None, Tensor | None]:
         """:meth:`softmin` over columns at ``log_columns`` and over rows at ``log_rows``, in one pass over a bilinear cost."""
         x, y, p, q = self.bilinear_form(epsilon)
+        if self.metric != "sqeuclidean":  # then p is one number, and q is 0
+            found = bilinear.log_sums(
+                x, y, log_rows, log_columns, self.barred, backend=self.backend, precise=self.precise
+            )
+            level = _PRODUCTS.get(self.metric, 1.0)
+            return tuple(None if s is None else level - epsilon * s for s in found)
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
         s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend, precise=self.precise)
         return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)

@@ -47,35 +47,51 @@ def ptxas(code, folder):
     return done.stderr
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["fp16", "fp32"])
-@pytest.mark.parametrize("kernel", ["sums", "pull"])
-@pytest.mark.parametrize("barred", [0, 1, 2, 3], ids=["free", "mask", "own-list", "others-list"])
-def test_compiled_for_sm_90_without_spills(kernel, half, barred, tmp_path, monkeypatch):
+CASES = [  # pass, features of all products, terms, what is barred
+    *(("sums", features, 1, 0) for features in (16, 128, 256, 512)),
+    *(("both", features, 1, 0) for features in (128, 256, 512)),
+    *(("pull", features, 1, 0) for features in (128, 256, 512, 1024)),
+    *(("pull", features, 3, 0) for features in (256, 384, 1536)),
+    *((kernel, 128, 1, barred) for kernel in ("sums", "both", "pull") for barred in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from iotsolve.kernels import streamed
 
-    function = {"sums": streamed._sums_kernel, "pull": streamed._pull_kernel}[kernel]
-    tiles = streamed._PULL[half] if kernel == "pull" else streamed._SUMS[half, barred > 0]
-    constants = {"BARRED": barred, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "UPCAST": False}
+    kernel, features, terms, barred = case
+    function = {"sums": streamed._sums_kernel, "both": streamed._both_kernel, "pull": streamed._pull_kernel}[kernel]
+    cloud = SimpleNamespace(features=features)
+    tiles = streamed._tiles("pull of three" if terms == 3 else kernel, cloud, barred)
+    depth = tiles.depth or features
+    constants = {"D": features, "DEPTH": depth, "BARRED": barred, "ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    if kernel == "sums":
+        constants["DOUBTED"] = False
     if kernel == "pull":
-        constants |= {"OF_ROWS": True, "OF_COLUMNS": True, "WIDTH": tiles.width, "HALF": half}
-    points = "*fp16" if half else "*fp32"
-    integers = ("n", "m", "d", "k", "stride_i", "stride_j")
+        each = features // terms if terms == 1 or features > 256 else 64
+        width = min(tiles.width, each & -each)
+        constants |= {"OF_ROWS": True, "OF_COLUMNS": True, "SPREAD": False, "TERMS": terms, "WIDTH": width}
+        constants["OWN"] = depth == features == width
+    types = {"X": "*fp16", "Y": "*fp16", "ENDS": "*i32", "DOUBT": "*i32", "B": ["*fp16", "*u8", "*i64", "*i64"][barred]}
+    integers = ("n", "m", "d", "k", "stride_i", "stride_j", "share", "high_n", "high_m", "per_row", "per_column")
+    integers += ("high_half", "low_half")
     signature = {
-        name: "constexpr" if name in constants else "i32" if name in integers else "*fp32"
+        name: "constexpr" if name in constants else "i32" if name in integers else types.get(name, "*fp32")
         for name in function.arg_names
     }
-    signature |= {"X": points, "Y": points, "B": [points, "*u8", "*i64", "*i64"][barred]}
-    sixteens = [k for k, name in enumerate(function.arg_names) if signature[name][0] == "*" or name == "d"]
-    attrs = {(k,): [["tt.divisibility", 16]] for k in sixteens}
-    source = ASTSource(function, signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    even = ("d", "share", "high_n", "high_m", "per_row", "per_column", "high_half", "low_half")
+    sixteens = [k for k, name in enumerate(function.arg_names) if signature[name][0] == "*" or name in even]
+    source = ASTSource(
+        function, signature, constexprs=constants, attrs={(k,): [["tt.divisibility", 16]] for k in sixteens}
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=tiles.options)
     code = made.asm["ptx"]
-    assert ("wgmma" in code) == half  # full float32 products have no tensor core
+    assert "wgmma" in code
     said = ptxas(code, tmp_path)
     assert re.search(r"0 bytes spill stores, 0 bytes spill loads", said), said
     assert made.metadata.shared <= 227 * 1024

@@ -88,7 +88,7 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
     """Whether kernels give what the code below gives, on a small case without a friendly size."""
     draw = torch.Generator().manual_seed(0)
     x, y, u, v, *upstream = (
-        torch.randn(shape, generator=draw).to(device) for shape in ((70, 33), (150, 33), 70, 150, 70, 150)
+        torch.randn(shape, generator=draw, device="cpu").to(device) for shape in ((70, 33), (150, 33), 70, 150, 70, 150)
     )
     given = x / 4, y / 4, u, v, torch.arange(70, device=device)[:, None]
     sums = _log_sums(*given)

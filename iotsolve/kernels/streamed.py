@@ -60,12 +60,12 @@ _TABLE = {
         128: _Tiles(64, 64, 0, 128, 4, 4, 2),
         256: _Tiles(64, 64, 0, 256, 4, 2),
         512: _Tiles(64, 64, 0, 512, 8, 2),
-        10**9: _Tiles(64, 128, 64, 512, 8, 3),
+        10**9: _Tiles(64, 64, 64, 512, 8, 3),
     },
     "pull of three": {
         256: _Tiles(128, 64, 0, 64, 8, 2),
-        1024: _Tiles(64, 128, 64, 128, 4, 3),
-        10**9: _Tiles(128, 64, 64, 256, 8, 3),
+        1024: _Tiles(64, 64, 64, 128, 4, 3, 2),
+        10**9: _Tiles(128, 32, 64, 256, 8, 3),
     },
 }
 _MASKED_TILES = {
@@ -105,11 +105,13 @@ def _halve_kernel(
     x = x.to(tl.float32) * scale
     high = x.to(tl.float16)
     into = OUT + i[:, None].to(tl.int64) * D + c[None, :]
-    tl.store(into, high)
-    if TERMS == 3:  # (h, h, l) against (h, l, h): every product but that of the two rests
+    if TERMS == 3:  # (l, h, h) against (h, l, h): every product but that of the two rests, the largest last
         low = (x - high.to(tl.float32)).to(tl.float16)
+        tl.store(into, low if FIRST else high)
         tl.store(into + WIDTH, high if FIRST else low)
-        tl.store(into + 2 * WIDTH, low if FIRST else high)
+        tl.store(into + 2 * WIDTH, high)
+    else:
+        tl.store(into, high)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(UNIT, ((127 - power) << 23).to(tl.float32, bitcast=True))
 
@@ -129,9 +131,11 @@ class _Halved:
         return self.numbers.shape[1]
 
     @property
-    def low(self) -> int:
-        """Where the second halves begin."""
-        return self.width * (2 if self.first else 1)
+    def halves(self) -> tuple[int, int]:
+        """Where the first halves begin, and the second."""
+        if self.terms == 1:
+            return 0, 0
+        return (self.width, 0) if self.first else (0, self.width)
 
 
 _REMEMBERED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back with the same points
@@ -237,7 +241,10 @@ def _sums_kernel(
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        v = tl.load(V + j)
+        if DOUBTED:  # seldom, and V is as it came
+            v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+        else:
+            v = tl.load(V + j)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
         if DEPTH == D:
             tile = tl.dot(x, tl.trans(tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, D)))))
@@ -258,11 +265,8 @@ def _sums_kernel(
 
 
 @triton.jit
-def _merge_kernel(PARTS, OUT, DOUBT, n, count, DOUBTED: tl.constexpr, ROWS: tl.constexpr):
+def _merge_kernel(PARTS, OUT, n, count, ROWS: tl.constexpr):
     """The logarithm of a sum of which shares are known by theirs."""
-    if DOUBTED:
-        if tl.load(DOUBT) == 0:
-            return
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     top = tl.full((ROWS,), _NOTHING, tl.float32)
     for part in range(0, count):
@@ -316,8 +320,18 @@ def _both_kernel(
 
 
 @triton.jit
-def _finish_kernel(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
-    """``log`` of sums in parts, and whether one is too small or too large to be believed."""
+def _finish_kernel(
+    OF_ROWS, OF_COLUMNS, OUT_ROWS, OUT_COLUMNS, DOUBT, n, m, high_n, high_m, across, down, ROWS: tl.constexpr
+):  # fmt: skip
+    """``log`` of sums in parts, of rows and of columns, and whether one is too small or too large to be believed."""
+    if tl.program_id(1) == 0:
+        _finished(OF_ROWS, OUT_ROWS, DOUBT, n, high_n, across, ROWS)
+    else:
+        _finished(OF_COLUMNS, OUT_COLUMNS, DOUBT, m, high_m, down, ROWS)
+
+
+@triton.jit
+def _finished(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float64)
     for part in range(0, count):
@@ -331,7 +345,7 @@ def _finish_kernel(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _pull_kernel(
-    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, low_half, share,
+    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, high_half, low_half, share,
     OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
     D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
@@ -394,7 +408,7 @@ def _pull_kernel(
             if SPREAD:
                 spread += tl.sum(weights, 1)
         if not OWN:
-            y = tl.load(_at(Y, start, COLUMNS, D, own))
+            y = tl.load(_at(Y, start, COLUMNS, D, high_half + own))
         half = weights.to(tl.float16)
         gradient = tl.dot(half, y, gradient)
         if TERMS == 3:
@@ -490,21 +504,22 @@ def _row_sums(
 ) -> None:
     found, n, m = _Barred.of(barred, turned), len(out), len(v)
     tiles = _tiles("sums", x, found.kind)
-    log_v = v.new_empty(len(y.numbers))
-    _columns_kernel[(len(y.numbers) // _PADDED,)](
-        v, v, v, v, log_v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, BLOCK=_PADDED
-    )
-    down = triton.cdiv(n, tiles.rows)
-    share, shares = _shared(m, tiles, down, v.device)
+    down, doubted = triton.cdiv(n, tiles.rows), doubt is not None
+    share, shares = (len(y.numbers), 1) if doubted else _shared(m, tiles, down, v.device)
     parts = out if shares == 1 else out.new_empty(shares, n)
-    doubted, doubt = doubt is not None, x.unit if doubt is None else doubt
+    if not doubted:
+        doubt, log_v = x.unit, v.new_empty(len(y.numbers))
+        _columns_kernel[(len(y.numbers) // _PADDED,)](
+            v, v, v, v, log_v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, BLOCK=_PADDED
+        )
+        v = log_v
     _sums_kernel[(down, shares)](
-        x.numbers, y.numbers, log_v, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
+        x.numbers, y.numbers, v, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
         *found.strides, share, D=x.features, DEPTH=tiles.depth or x.features, BARRED=found.kind, DOUBTED=doubted,
         ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     if shares > 1:
-        _merge_kernel[(triton.cdiv(n, 256),)](parts, out, doubt, n, shares, DOUBTED=doubted, ROWS=256)
+        _merge_kernel[(triton.cdiv(n, 256),)](parts, out, n, shares, ROWS=256)
 
 
 def _both_sums(
@@ -525,8 +540,9 @@ def _both_sums(
         *found.strides, high_n, high_m, per_row * tiles.rows, per_column * tiles.columns, D=x.features,
         DEPTH=tiles.depth or x.features, BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
-    for parts, out in ((of_rows, rows), (of_columns, columns)):
-        _finish_kernel[(triton.cdiv(len(out), 256),)](parts, out, doubt, len(out), parts.shape[1], len(parts), ROWS=256)
+    _finish_kernel[(triton.cdiv(max(n, m), 256), 2)](
+        of_rows, of_columns, rows, columns, doubt, n, m, high_n, high_m, across, down, ROWS=256
+    )
     return doubt
 
 
@@ -605,7 +621,7 @@ def _half_pull(
     _columns_kernel[(len(y.numbers) // _PADDED,)](v, c, gc, scales, log_v, less_c, up, m, **which, BLOCK=_PADDED)
     _pull_kernel[(*grid, shares)](
         x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales,
-        *barred.tables(len(x.numbers), tiles.rows, x.unit), gx, gu, n, m, d, *barred.strides, y.low, share, **which,
+        *barred.tables(len(x.numbers), tiles.rows, x.unit), gx, gu, n, m, d, *barred.strides, *y.halves, share, **which,
         SPREAD=parts[1] and spread, BARRED=barred.kind, TERMS=x.terms, D=x.features, DEPTH=depth,
         OWN=depth == x.features == width, ROWS=tiles.rows, COLUMNS=tiles.columns, WIDTH=width, **tiles.options,
     )  # fmt: skip
