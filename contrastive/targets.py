@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,24 @@ __all__ = ["Choice", "Entries", "Matches", "matches", "normalised", "paired"]
 
 def normalised(z: Tensor) -> Tensor:
     """``z`` on the unit sphere, in float32 at least; a zero vector stays zero, with derivative 0."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    nothing = length == 0
-    return (z / length.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    return _Direction.apply(z.to(torch.promote_types(z.dtype, torch.float32)))
+
+
+class _Direction(torch.autograd.Function):
+    """The derivative in closed form, which asks a device a third as often as autograd would."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        length = length.masked_fill(length == 0, math.inf)
+        x = z / length
+        ctx.save_for_backward(x, length)
+        return x
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        x, length = ctx.saved_tensors
+        return torch.addcmul(g, x, (x * g).sum(1, keepdim=True), value=-1.0) / length
 
 
 @dataclass(frozen=True)
