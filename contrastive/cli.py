@@ -126,17 +126,20 @@ def report(
 @app.command()
 def experiment(
     out: Annotated[Path, typer.Option(help="Directory of the experiment; what is finished in it is not done again.")],
+    study: Annotated[
+        str, typer.Option(help="small: all members, 14 x 14 pixels; crops: some, whole images.")
+    ] = "small",
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds and few images, to see it work.")] = False,
     page: Annotated[Path | None, typer.Option(help="Write the page, with its picture beside it.")] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Compare the members of the family on Fashion-MNIST, as the documentation's page about it does."""
     with _one_sentence():
-        from contrastive import experiment as study
+        from contrastive.experiment import run, write_page
 
-        results = study.run(out, quick=quick, workers=workers)
+        results = run(out, study, quick=quick, workers=workers)
         if page is not None:
-            study.write_page(results, page)
+            write_page(results, page, study)
         typer.echo(f"{out}: {len(results)} runs" + (f", {page}" if page else ""))
 
 

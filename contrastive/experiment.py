@@ -29,19 +29,10 @@ from contrastive.config import TrainConfig
 from contrastive.data import Dataset, load
 from iotsolve.progress import bar
 
-__all__ = ["MEMBERS", "REGIMES", "run", "write_page"]
+__all__ = ["STUDIES", "Study", "run", "write_page"]
 
-BASE = TrainConfig(
-    data="fashion-mnist",
-    train_size=4000,
-    epochs=5,
-    batch_size=256,
-    learning_rate=3e-3,
-    dim=64,
-    threads=1,
-    log_every=1000,
-)
-MEMBERS: dict[str, dict[str, Any]] = {
+SEEDS = (0, 1, 2, 3, 4)
+_MEMBERS: dict[str, dict[str, Any]] = {
     "infonce": {},
     "ntxent": {},
     "clip": {},
@@ -49,16 +40,51 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "sinkhorn": {},
     "unbalanced": {"loss_options": {"rho": 0.1}},
 }
-UNIFORMITIES = (0.0, 0.2)
-TEMPERATURES = (0.1, 0.2, 0.5)
-SEEDS = (0, 1, 2, 3, 4)
-REGIMES: dict[str, dict[str, Any]] = {
-    "clean": {},
-    "half of the pairs broken": {"broken": 0.5},
-    "long tail 100:1": {"imbalance": 100.0},
-    "embedding of 8": {"dim": 8},
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared where.
+
+    Attributes:
+        base: Settings that all runs share.
+        side: Pixels of a side of the images.
+        arms: Members of the family, each with a weight of the uniformity penalty; others are compared with InfoNCE without it.
+        temperatures: Those each arm is trained at.
+        regimes: What each changes in the settings.
+    """
+
+    base: TrainConfig
+    side: int
+    arms: tuple[tuple[str, float], ...]
+    temperatures: tuple[float, ...]
+    regimes: dict[str, dict[str, Any]]
+
+
+_BASE = TrainConfig(data="fashion-mnist", train_size=4000, learning_rate=3e-3, dim=64, threads=1, log_every=1000)
+STUDIES = {
+    # all members at a size that a CPU trains in seconds
+    "small": Study(
+        dataclasses.replace(_BASE, epochs=5, batch_size=256),
+        14,
+        tuple(itertools.product(_MEMBERS, (0.0, 0.2))),
+        (0.1, 0.2, 0.5),
+        {
+            "clean": {},
+            "half of the pairs broken": {"broken": 0.5},
+            "long tail 100:1": {"imbalance": 100.0},
+            "embedding of 8": {"dim": 8},
+        },
+    ),
+    # whole images and crops, under which training helps
+    "crops": Study(
+        dataclasses.replace(_BASE, epochs=10, batch_size=128, augmentation="photo"),
+        28,
+        (*itertools.product(("infonce", "sinkhorn"), (0.0, 0.2)), ("global", 0.0), ("unbalanced", 0.0)),
+        (0.1, 0.2),
+        {"clean": {}, "70 % of the pairs broken": {"broken": 0.7}, "long tail 100:1": {"imbalance": 100.0}},
+    ),
 }
-_SIDE = 14  # images are halved: a member is then a matter of seconds on a CPU
 _HELD = 2000  # images each for validation and test
 _LABELS, _DRAWS = 100, 3
 
@@ -84,70 +110,74 @@ class Result:
 
 
 @cache
-def data() -> tuple[Dataset, Dataset]:
-    """What is trained on, with validation images as its test part, and the same with test images there; 14 x 14 pixels."""
+def data(side: int) -> tuple[Dataset, Dataset]:
+    """What is trained on, with validation images as its test part, and the same with test images there."""
     from torch.nn.functional import avg_pool2d
 
-    whole = load("fashion-mnist")
-    images, labels, size = avg_pool2d(whole.train, 2), whole.train_labels, BASE.train_size
-    held = slice(size, size + _HELD)
+    whole, size = load("fashion-mnist"), _BASE.train_size
+    images, test = (x[:most] for x, most in ((whole.train, size + _HELD), (whole.test, _HELD)))
+    if side < images.shape[-1]:
+        images, test = (avg_pool2d(x, images.shape[-1] // side) for x in (images, test))
+    held, labels = slice(size, size + _HELD), whole.train_labels
     parts = images[:size], labels[:size]
     return (
         Dataset(*parts, images[held], labels[held], whole.name),
-        Dataset(*parts, avg_pool2d(whole.test[:_HELD], 2), whole.test_labels[:_HELD], whole.name),
+        Dataset(*parts, test, whole.test_labels[:_HELD], whole.name),
     )
 
 
-def design(*, quick: bool = False) -> Iterator[dict[str, Any]]:
+def design(study: Study, *, quick: bool = False) -> Iterator[dict[str, Any]]:
     """Where every run stands, the seeds outermost: what is stopped early is a whole design with fewer seeds."""
-    seeds, regimes = (SEEDS[:2], list(REGIMES)[:1]) if quick else (SEEDS, list(REGIMES))
-    members = list(MEMBERS)[:1] + list(MEMBERS)[4:5] if quick else list(MEMBERS)
-    temperatures = TEMPERATURES[1:2] if quick else TEMPERATURES
-    for seed, regime, member, uniformity, temperature in itertools.product(
-        seeds, regimes, members, UNIFORMITIES, temperatures
-    ):
+    seeds, regimes, arms, temperatures = SEEDS, list(study.regimes), study.arms, study.temperatures
+    if quick:
+        seeds, regimes, temperatures = SEEDS[:2], regimes[:1], temperatures[:1]
+        arms = tuple(arm for arm in arms if arm[0] in ("infonce", "sinkhorn"))
+    for seed, regime, (member, uniformity), temperature in itertools.product(seeds, regimes, arms, temperatures):
         yield dict(regime=regime, member=member, uniformity=uniformity, temperature=temperature, seed=seed)
 
 
-def run(out: str | Path, *, quick: bool = False, workers: int = 2) -> list[Result]:
+def run(out: str | Path, name: str = "small", *, quick: bool = False, workers: int = 2) -> list[Result]:
     """Train and score every run of the design that is not in `out` yet, and return all.
 
     Args:
         out: Directory; one JSON file for each run in it. A design that was stopped goes on where it was.
+        name: Of the study, one of `STUDIES`.
         quick: Two seeds, two members, one regime, one temperature.
         workers: Processes, each with one thread.
 
     Raises:
-        ValueError: Fashion-MNIST is not there.
+        ValueError: Fashion-MNIST is not there, or no such study.
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    out = Path(out)
+    if name not in STUDIES:
+        raise ValueError(f"study {name!r} is not one of {', '.join(STUDIES)}.")
+    study, out = STUDIES[name], Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    data()  # what is missing is said here, once
-    places = list(design(quick=quick))
-    left = [place for place in places if not _file(out, place).exists()]
+    data(study.side)  # what is missing is said here, once
+    places = list(design(study, quick=quick))
+    left = [place for place in places if not _file(out, study, place).exists()]
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(places), completed=len(places) - len(left))
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(_one, place, out) for place in left]):
+            for done in as_completed([pool.submit(_one, study, place, out) for place in left]):
                 done.result()
                 progress.advance(task)
-    return [Result(**json.loads(_file(out, place).read_text())) for place in places]
+    return [Result(**json.loads(_file(out, study, place).read_text())) for place in places]
 
 
-def baselines() -> dict[str, list[float]]:
+def baselines(study: Study) -> dict[str, list[float]]:
     """The primary metric of what training has to beat: raw pixels, and untrained encoders by seed."""
     from threadpoolctl import threadpool_limits
     from torch import nn
 
     from contrastive import evaluate, trainer
 
-    validation, test = data()
+    validation, test = data(study.side)
     with threadpool_limits(1), bar("baselines", len(SEEDS) + 1) as advance:
-        models = (trainer.initial_model(dataclasses.replace(BASE, seed=seed), validation) for seed in SEEDS)
+        models = (trainer.initial_model(dataclasses.replace(study.base, seed=seed), validation) for seed in SEEDS)
         untrained = []
         for model in models:
             untrained.append(_scores(evaluate.sides(model, "features")[0], validation, test)[0][1])
@@ -168,36 +198,36 @@ def _scores(encoder: Any, validation: Dataset, test: Dataset) -> tuple[np.ndarra
     return scores.mean(0), evaluate.knn(bank, labels, *parts[1], k=5)
 
 
-def _file(out: Path, place: dict[str, Any]) -> Path:
-    told = json.dumps([place, dataclasses.asdict(_config(place))], sort_keys=True)
+def _file(out: Path, study: Study, place: dict[str, Any]) -> Path:
+    told = json.dumps([place, study.side, dataclasses.asdict(_config(study, place))], sort_keys=True)
     return out / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
 
 
-def _config(place: dict[str, Any]) -> TrainConfig:
+def _config(study: Study, place: dict[str, Any]) -> TrainConfig:
     given = {key: place[key] for key in ("uniformity", "temperature", "seed")}
     return dataclasses.replace(
-        BASE, loss=place["member"], **MEMBERS[place["member"]], **REGIMES[place["regime"]], **given
+        study.base, loss=place["member"], **_MEMBERS[place["member"]], **study.regimes[place["regime"]], **given
     )
 
 
-def _one(place: dict[str, Any], out: Path) -> None:
+def _one(study: Study, place: dict[str, Any], out: Path) -> None:
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):  # or every process would keep all cores busy waiting for each other
-        _trained_and_scored(place, out)
+        _trained_and_scored(study, place, out)
 
 
-def _trained_and_scored(place: dict[str, Any], out: Path) -> None:
+def _trained_and_scored(study: Study, place: dict[str, Any], out: Path) -> None:
     import torch
 
     from contrastive import evaluate, trainer
 
     torch.set_num_threads(1)
-    file = _file(out, place)
+    file = _file(out, study, place)
     folder = file.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    validation, test = data()
-    trained = trainer.train(_config(place), folder, data=validation, progress=False)
+    validation, test = data(study.side)
+    trained = trainer.train(_config(study, place), folder, data=validation, progress=False)
     (validated, tested), knn5 = _scores(evaluate.sides(trained.model, "features")[0], validation, test)
     result = Result(
         **place,
@@ -258,27 +288,28 @@ def rows(results: list[Result], regime: str) -> list[Row]:
     return found
 
 
-def write_page(results: list[Result], page: str | Path) -> None:
-    """Put tables and a picture between the page's markers; a page without markers is made.
+def write_page(results: list[Result], page: str | Path, name: str = "small") -> None:
+    """Put tables and a picture between the page's markers of a study; a page without markers is made.
 
     Args:
         results: What :func:`run` returned.
-        page: A Markdown file; the picture goes to `_static/experiment.png` beside it.
+        page: A Markdown file; the picture goes into `_static` beside it.
+        name: Of the study.
     """
     page = Path(page)
-    begin, end = "<!-- experiment: begin -->", "<!-- experiment: end -->"
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = page.read_text() if page.exists() else f"# The experiment\n\n{begin}\n{end}\n"
     if begin not in text or end not in text:
         raise ValueError(f"{page} has no lines '{begin}' and '{end}': put them where the tables should go.")
-    picture = page.parent / "_static" / "experiment.png"
+    picture = page.parent / "_static" / f"experiment-{name}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     _draw(results, picture)
     head, _, rest = text.partition(begin)
     _, _, foot = rest.partition(end)
-    page.write_text(head + begin + "\n\n" + "\n".join(_tables(results)) + "\n\n" + end + foot)
+    page.write_text(head + begin + "\n\n" + "\n".join(_tables(results, name)) + "\n\n" + end + foot)
 
 
-def _tables(results: list[Result]) -> Iterator[str]:
+def _tables(results: list[Result], name: str) -> Iterator[str]:
     regimes = list(dict.fromkeys(r.regime for r in results))
     seeds = len({r.seed for r in results})
     by_regime = {regime: rows(results, regime) for regime in regimes}
@@ -288,14 +319,14 @@ def _tables(results: list[Result]) -> Iterator[str]:
         "train (median, one CPU thread). "
         f"Of the {intervals} intervals below about {0.05 * intervals:.0f} would miss 0 by chance alone."
     )
-    known = baselines()
+    known = baselines(STUDIES[name])
     yield (
         "What training has to beat, by the same probe on the same test images: "
-        + ", ".join(f"{name} {_percent(np.array(scores))} %" for name, scores in known.items())
+        + ", ".join(f"{who} {_percent(np.array(scores))} %" for who, scores in known.items())
         + "."
     )
     yield ""
-    yield "![Differences to InfoNCE with 95 % intervals, by regime](_static/experiment.png)"
+    yield f"![Differences to InfoNCE with 95 % intervals, by regime](_static/experiment-{name}.png)"
     for regime, found in by_regime.items():
         yield f"\n### {regime[0].upper()}{regime[1:]}\n"
         yield "| member | temperature | probe, 100 labels per class | 5 neighbours | difference to InfoNCE | |"
@@ -313,12 +344,12 @@ def _tables(results: list[Result]) -> Iterator[str]:
     yield "| regime | member | " + " | ".join(f"{t:g}" for t in temperatures) + " |"
     yield "|---|---|" + "---|" * len(temperatures)
     for regime in regimes:
-        for name in dict.fromkeys(r.name for r in results):
+        for arm in dict.fromkeys(r.name for r in results):
             means = [
-                np.mean([r.test for r in results if (r.regime, r.name, r.temperature) == (regime, name, t)])
+                np.mean([r.test for r in results if (r.regime, r.name, r.temperature) == (regime, arm, t)])
                 for t in temperatures
             ]
-            yield f"| {regime} | {name} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |"
+            yield f"| {regime} | {arm} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |"
 
 
 def _percent(values: np.ndarray) -> str:

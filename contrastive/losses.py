@@ -278,10 +278,16 @@ class IOTLoss(nn.Module):
             A scalar, or one number per anchor with ``reduction="none"``; float32 for half-precision inputs and in the inputs'
             dtype otherwise. Of half-precision inputs Triton's kernels multiply 11 bits, and sum in float32.
         """
+        choice = _choice(labels, ids, positive_mask, target, negative_mask)
+        if len(views) < 2 and (self.negatives == "cross" or choice.is_pairs):
+            raise ValueError(
+                f"{len(views) or 'no'} batch of representations: row i of one is positive to row i of another. Pass two views; "
+                "or one with labels=, ids=, a mask or a target, to a loss with negatives='all'."
+            )
         with torch.autocast(device_type=views[0].device.type, enabled=False):
             epsilon, batches = self._read(
                 views,
-                _choice(labels, ids, positive_mask, target, negative_mask),
+                choice,
                 queue=queue,
                 logit_scale=logit_scale,
             )

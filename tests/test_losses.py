@@ -268,6 +268,9 @@ def test_nan_representations_give_nan_and_a_warning():
         ),
         (lambda: InfoNCELoss()(torch.ones(3, 2, 2), torch.ones(3, 2, 2)), r"Flatten feature maps"),
         (lambda: InfoNCELoss()(torch.ones(1, 2), torch.ones(1, 2)), r"N >= 2"),
+        (lambda: InfoNCELoss()(torch.ones(3, 2)), r"1 batch of representations.* Pass two views"),
+        (lambda: NTXentLoss()(torch.ones(4, 2)), r"or one with labels="),
+        (lambda: InfoNCELoss()(), r"no batch of representations"),
     ],
 )
 def test_misuse_is_explained(make_bad, says):

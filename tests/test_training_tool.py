@@ -686,13 +686,14 @@ def test_the_experiment_from_the_first_run_to_its_page(tmp_path, monkeypatch):
     """On digits, with the fewest runs that make an interval; a second call does nothing again."""
     whole = digits()
     small = Dataset(whole.train, whole.train_labels, whole.test[:300], whole.test_labels[:300], "digits")
-    monkeypatch.setattr(experiment, "data", lambda: (small, small))
+    monkeypatch.setattr(experiment, "data", lambda side: (small, small))
     monkeypatch.setattr(experiment, "SEEDS", (0, 1))
     monkeypatch.setattr(experiment, "_LABELS", 20)
-    base = dataclasses.replace(experiment.BASE, data="digits", train_size=1200, epochs=1)
-    monkeypatch.setattr(experiment, "BASE", base)
-    for place in experiment.design(quick=True):
-        experiment._one(place, tmp_path)
+    study = experiment.STUDIES["small"]
+    study = dataclasses.replace(study, base=dataclasses.replace(study.base, data="digits", train_size=1200, epochs=1))
+    monkeypatch.setitem(experiment.STUDIES, "small", study)
+    for place in experiment.design(study, quick=True):
+        experiment._one(study, place, tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 8 and not [path for path in tmp_path.iterdir() if path.is_dir()]
 
     def again(*_):
@@ -703,12 +704,12 @@ def test_the_experiment_from_the_first_run_to_its_page(tmp_path, monkeypatch):
     assert len(results) == 8 and {r.member for r in results} == {"infonce", "sinkhorn"}
     assert all(0.3 < r.test < 1 for r in results)
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- experiment: begin -->\nold\n<!-- experiment: end -->\nafter\n")
+    page.write_text("before\n<!-- small: begin -->\nold\n<!-- small: end -->\nafter\n")
     experiment.write_page(results, page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| infonce") == 4 and "untrained encoder" in text and "| sinkhorn + uniformity |" in text
-    assert (tmp_path / "_static" / "experiment.png").stat().st_size > 10_000
+    assert (tmp_path / "_static" / "experiment-small.png").stat().st_size > 10_000
     page.write_text("without markers")
     with pytest.raises(ValueError, match="has no lines"):
         experiment.write_page(results, page)
