@@ -312,7 +312,7 @@ class IOTLoss(nn.Module):
         epsilon = self.temperature if logit_scale is None else _inverse(logit_scale)
         epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
         batches = self._batches(views, choice, queue, ranks)
-        return epsilon, [batch.of(replace(batch.points, precise=precise)) for batch in batches]
+        return epsilon, [batch.of(replace(batch.points, precise=precise, unit=True)) for batch in batches]
 
     def _batches(
         self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks

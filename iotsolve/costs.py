@@ -226,6 +226,7 @@ class Points:
             if it is installed and agrees with torch on a small case tried once, ``"eager"`` torch, ``"triton"`` that or an error.
         precise: False lets Triton take 11 bits of the points' numbers, for a third of the work: all there are in numbers that
             came in half precision. Torch takes them as they are.
+        unit: all points have length 1, which spares Triton a factor for each; nobody checks.
 
     Raises:
         ValueError: by :class:`Problem`, on points that are not finite or do not fit each other, on an unknown metric, on a
@@ -250,6 +251,7 @@ class Points:
     barred: Any = None
     backend: str = "auto"
     precise: bool = True
+    unit: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -288,6 +290,7 @@ class Points:
         if self.metric == "cosine":
             x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
         level = -_PRODUCTS.get(self.metric, 1.0) / epsilon
+        y = y.view_as(y)  # what is remembered of it is not remembered of the caller's own tensor
         p = x.new_full((len(x),), level) if isinstance(level, float) else level.expand(len(x))
         return x / epsilon, y, p, y.new_zeros(len(y))
 
@@ -416,9 +419,9 @@ class Points:
         """:meth:`softmin` over columns at ``log_columns`` and over rows at ``log_rows``, in one pass over a bilinear cost."""
         x, y, p, q = self.bilinear_form(epsilon)
         if self.metric != "sqeuclidean":  # then p is one number, and q is 0
-            found = bilinear.log_sums(
-                x, y, log_rows, log_columns, self.barred, backend=self.backend, precise=self.precise
-            )
+            even = self.unit or self.metric == "cosine"
+            how = {"backend": self.backend, "precise": self.precise, "even": even}
+            found = bilinear.log_sums(x, y, log_rows, log_columns, self.barred, **how)
             level = _PRODUCTS.get(self.metric, 1.0)
             return tuple(None if s is None else level - epsilon * s for s in found)
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))

@@ -130,9 +130,9 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
     dtype = torch.promote_types(x.dtype, y.dtype)
     barred = None if cost.barred is None else _barred(cost.barred, (*batch, x.shape[-2], y.shape[-2])).to(x.device)
     backend = check_backend(cost.backend)
-    points = Points(x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric, barred, backend, cost.precise).expand(
-        batch
-    )
+    points = Points(
+        x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric, barred, backend, cost.precise, cost.unit
+    ).expand(batch)
     if callable(points.metric):
         _check_function(points)
     elif not float(points.range().detach().max()) < math.inf:

@@ -48,21 +48,22 @@ def assert_near(found, expected, error):
         assert float((found - expected)[finite].abs().max()) <= error * scale
 
 
+@pytest.mark.parametrize("even", [False, True], ids=["", "even"])
 @pytest.mark.parametrize("barred", [None, "mask", "list"])
 @pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sums_and_derivatives(size, dtype, barred):
+def test_sums_and_derivatives(size, dtype, barred, even):
     x, y, u, v, mask = case(*size, dtype, barred)
     wide = x.double(), y.double(), u.double(), v.double()
     expected = bilinear._log_sums(*wide, mask)
-    found = streamed.log_sums(x, y, u, v, mask)
+    found = streamed.log_sums(x, y, u, v, mask, even=even)
     forward, backward = ERRORS[dtype]
     for ours, theirs in zip(found, expected, strict=True):
         assert_near(ours, theirs, forward)
     g = torch.Generator(torch.get_default_device()).manual_seed(1)
     upstream = [torch.randn(len(s), generator=g) for s in expected]
     exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], (True,) * 4)
-    ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, (True,) * 4)
+    ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, (True,) * 4, even=even)
     for one, other in zip(ours, exact, strict=True):
         assert_near(one, other, backward if one.dtype == torch.float32 else KEPT[dtype])
 
@@ -90,6 +91,29 @@ def test_exponents_far_out_of_range():
     for ours, theirs in zip(streamed.log_sums(x, y, u, v, None), expected, strict=True):
         assert theirs[theirs.isfinite()].abs().max() > 300
         assert_near(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_a_point_far_away_spoils_nothing(weight):
+    """Neither one that has no weight, at any distance, nor one that has, at the distance float32 bears."""
+    x, y, u, v, _ = case(40, 50, 6, torch.float32)
+    far = 1e8 if weight == 0 else 3e3
+    x[3], y[4] = -far, far  # nearer to nobody
+    y[5], v[5] = -far, -math.inf
+    u[3] = v[4] = math.log(weight) if weight else -math.inf
+    wide = x.double(), y.double(), u.double(), v.double()
+    expected = bilinear._log_sums(*wide, None)
+    near = [k for k in range(40) if k != 3], [k for k in range(50) if k not in (4, 5)]
+    for ours, theirs, kept in zip(streamed.log_sums(x, y, u, v, None), expected, near, strict=True):
+        assert_near(ours[kept], theirs[kept], 1e-6 if weight == 0 else 1e-3)
+    if weight:
+        return
+    upstream = torch.randn(40), torch.randn(50)
+    upstream[0][3] = upstream[1][4] = upstream[1][5] = 0.0
+    exact = bilinear._pull(*wide, None, expected, [w.double() for w in upstream], (True,) * 4)
+    ours = streamed.pull(x, y, u, v, None, [s.float() for s in expected], upstream, (True,) * 4)
+    for one, other, kept in zip(ours[:2], exact[:2], near, strict=True):
+        assert_near(one[kept], other[kept], 1e-5)
 
 
 def test_the_same_bits_twice():

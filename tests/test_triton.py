@@ -31,7 +31,7 @@ def test_the_kernels_in_the_interpreter():
     place = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=place, capture_output=True, text=True, cwd=HERE.parent, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 59
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 115
 
 
 def ptxas(code, folder):
@@ -47,11 +47,13 @@ def ptxas(code, folder):
     return done.stderr
 
 
-CASES = [  # pass, features of all products, terms, what is barred
+CASES = [  # pass, features of all products, terms (of one, points are about as large as each other), what is barred
     *(("sums", features, 1, 0) for features in (16, 128, 256, 512)),
     *(("both", features, 1, 0) for features in (128, 256, 512)),
     *(("pull", features, 1, 0) for features in (128, 256, 512, 1024)),
     *(("pull", features, 3, 0) for features in (256, 384, 1536)),
+    *(("sums", features, 3, 0) for features in (256, 384)),
+    *(("both", features, 3, 0) for features in (256, 384)),
     *((kernel, 128, 1, barred) for kernel in ("sums", "both", "pull") for barred in (1, 2, 3)),
 ]
 
@@ -66,10 +68,17 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
 
     kernel, features, terms, barred = case
     function = {"sums": streamed._sums_kernel, "both": streamed._both_kernel, "pull": streamed._pull_kernel}[kernel]
-    cloud = SimpleNamespace(features=features)
-    tiles = streamed._tiles("pull of three" if terms == 3 else kernel, cloud, barred)
+    cloud = SimpleNamespace(features=features, even=terms == 1)
+    tiles = streamed._tiles("pull of three" if (kernel, terms) == ("pull", 3) else kernel, cloud, barred)
     depth = tiles.depth or features
-    constants = {"D": features, "DEPTH": depth, "BARRED": barred, "ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    constants = {
+        "D": features,
+        "DEPTH": depth,
+        "EVEN": terms == 1,
+        "BARRED": barred,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+    }
     if kernel == "sums":
         constants["DOUBTED"] = False
     if kernel == "pull":

@@ -64,7 +64,9 @@ class Market:
     def _cost(self, theta: np.ndarray) -> np.ndarray:
         cost = -np.asarray(self.features.apply(theta), dtype=np.float64)
         if not np.isfinite(cost).all():
-            raise ValueError("the score of a cell is not finite at these coefficients: features or coefficients are too large.")
+            raise ValueError(
+                "the score of a cell is not finite at these coefficients: features or coefficients are too large."
+            )
         return cost if self.table.allowed is None else np.where(self.table.allowed, cost, np.inf)
 
     @cached_property

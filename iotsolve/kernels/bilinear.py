@@ -31,6 +31,7 @@ def log_sums(
     *,
     backend: str = "auto",
     precise: bool = True,
+    even: bool = False,
 ) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " m"] | None]:
     """``log sum_j exp(v_j + x_i . y_j)`` for every row, and ``log sum_i exp(u_i + x_i . y_j)`` for every column.
 
@@ -42,12 +43,13 @@ def log_sums(
         barred: entries left out: boolean of shape ``(n, m)``, or the columns each row leaves out, integer of shape ``(n, k)``.
         backend: see :func:`iotsolve.kernels.backends.chosen`.
         precise: False lets Triton's kernels take 11 bits of the points' numbers, all there are in half precision.
+        even: the points are about as large as each other, which spares the kernels a factor for each.
 
     Returns:
         The rows' sums, shape ``(n,)``, and the columns', shape ``(m,)``; ``-inf`` where everything is left out. Differentiable
         once in ``x, y, u, v``; what autograd keeps for it is these and the sums.
     """
-    return _LogSums.apply(x, y, u, v, barred, backend, precise)
+    return _LogSums.apply(x, y, u, v, barred, backend, {"precise": precise, "even": even})
 
 
 class _LogSums(torch.autograd.Function):
@@ -60,12 +62,12 @@ class _LogSums(torch.autograd.Function):
         v: Tensor | None,
         barred: Tensor | None,
         backend: str,
-        precise: bool,
+        how: dict[str, bool],
     ):
         kernels = backends.chosen(backend, x, _agrees)
         log_sums, ctx.pull = _log_sums, _pull
         if kernels is not None:
-            log_sums, ctx.pull = partial(kernels.log_sums, precise=precise), partial(kernels.pull, precise=precise)
+            log_sums, ctx.pull = partial(kernels.log_sums, **how), partial(kernels.pull, **how)
         sums = log_sums(x, y, u, v, barred)
         ctx.save_for_backward(x, y, u, v, barred, *sums)
         return sums

@@ -4,9 +4,9 @@ The matrix of exponents exists in registers only, and no number is written by tw
 every run. There are three passes: the sums of rows (asked with the roles exchanged, of columns), the sums of both at once
 where exponentials stay in range, and the derivative.
 
-Products are made by tensor cores from numbers in float16 that a power of two has brought into its range, and summed in
-float32. One such number holds bfloat16 and float16 as they are; two hold 22 of float32's 24 bits, at three products for one.
-Nothing is ever rounded to tf32.
+Products are made by tensor cores from numbers in float16, of which a power of two for each point has brought the largest into
+its range, and summed in float32. One such number holds bfloat16 and float16 as they are; two hold 22 of float32's 24 bits,
+at three products for one. Nothing is ever rounded to tf32.
 """
 
 # ruff: noqa: SIM102, SIM108 - a branch on a constant is compiled or is not, and must stand alone
@@ -93,16 +93,20 @@ _FREE, _MASKED, _LISTED_OWN, _LISTED_OTHERS = range(4)  # what is barred, and wh
 @triton.jit
 def _halve_kernel(
     X, LARGEST, OUT, UNIT, n, d,
-    D: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
+    EVEN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``x`` times a power of two as float16, its second halves beside it, and what undoes the power."""
+    """``x`` times powers of two as float16, its second halves beside it, and what undoes them: one if EVEN, or of each row."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * 16 + tl.arange(0, 16)
-    exponent = ((tl.load(LARGEST).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    if EVEN:
+        largest = tl.load(LARGEST + tl.zeros((ROWS,), tl.int32))
+    else:
+        largest = tl.load(LARGEST + i, mask=i < n, other=0.0)
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     power = tl.minimum(tl.maximum(13 - exponent, -100), 100)
     scale = ((127 + power) << 23).to(tl.float32, bitcast=True)
     x = tl.load(X + i[:, None].to(tl.int64) * d + c[None, :], mask=(i[:, None] < n) & (c[None, :] < d), other=0.0)
-    x = x.to(tl.float32) * scale
+    x = x.to(tl.float32) * scale[:, None]
     high = x.to(tl.float16)
     into = OUT + i[:, None].to(tl.int64) * D + c[None, :]
     if TERMS == 3:  # (l, h, h) against (h, l, h): every product but that of the two rests, the largest last
@@ -112,19 +116,20 @@ def _halve_kernel(
         tl.store(into + 2 * WIDTH, high)
     else:
         tl.store(into, high)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(UNIT, ((127 - power) << 23).to(tl.float32, bitcast=True))
+    if tl.program_id(1) == 0:
+        tl.store(UNIT + i, ((127 - power) << 23).to(tl.float32, bitcast=True))
 
 
 @dataclass(frozen=True)
 class _Halved:
-    """A cloud in half precision: ``terms`` times ``width`` features, padded, times a power of two that ``unit`` undoes."""
+    """A cloud in half precision: ``terms`` times ``width`` features, padded, times powers of two that ``unit`` undoes."""
 
     numbers: Tensor
     unit: Tensor
     width: int
     terms: int
     first: bool
+    even: bool
 
     @property
     def features(self) -> int:
@@ -141,20 +146,20 @@ class _Halved:
 _REMEMBERED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back with the same points
 
 
-def _halved(x: Tensor, precise: bool, first: bool) -> _Halved:
-    key = (x._version, precise, first)
+def _halved(x: Tensor, precise: bool, first: bool, even: bool) -> _Halved:
+    key = (x._version, precise, first, even)
     known = _REMEMBERED.get(x)
     if known is None or known[0][0] != x._version:
         known = []
     for other, found in known:
         if other == key:
             return found
-    found = _made(x, 3 if precise else 1, first)
+    found = _made(x, 3 if precise else 1, first, even)
     _REMEMBERED[x] = [*known, (key, found)]
     return found
 
 
-def _made(x: Tensor, terms: int, first: bool) -> _Halved:
+def _made(x: Tensor, terms: int, first: bool, even: bool) -> _Halved:
     given = x.detach().contiguous()
     n, d = given.shape
     width = triton.cdiv(d, 16) * 16
@@ -168,12 +173,12 @@ def _made(x: Tensor, terms: int, first: bool) -> _Halved:
     out = torch.empty(rows, features, dtype=torch.float16, device=x.device)
     if features > terms * width:
         out[:, terms * width :] = 0.0
-    unit = torch.empty((), dtype=torch.float32, device=x.device)
-    largest = torch.linalg.vector_norm(given, torch.inf, dtype=torch.float32)
+    unit = torch.empty(rows, dtype=torch.float32, device=x.device)
+    largest = torch.linalg.vector_norm(given, torch.inf, dim=None if even else 1, dtype=torch.float32)
     _halve_kernel[(rows // 64, width // 16)](
-        given, largest, out, unit, n, d, D=features, WIDTH=width, TERMS=terms, FIRST=first, ROWS=64
+        given, largest, out, unit, n, d, EVEN=even, D=features, WIDTH=width, TERMS=terms, FIRST=first, ROWS=64
     )
-    return _Halved(out, unit, width, terms, first)
+    return _Halved(out, unit, width, terms, first, even)
 
 
 # -- passes --------------------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def _less_barred(
 @triton.jit
 def _sums_kernel(
     X, Y, V, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j, share,
-    D: tl.constexpr, DEPTH: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr,
+    D: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``log sum_j exp(v_j + x_i . y_j)``, of a share of the columns; if DOUBTED, only where there is doubt of what is known."""
@@ -231,7 +236,10 @@ def _sums_kernel(
     first = tl.program_id(0) * ROWS
     i = first + tl.arange(0, ROWS)
     x = tl.load(_at(X, first, ROWS, D, tl.arange(0, DEPTH)))
-    scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    if EVEN:
+        scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    else:
+        scale = (tl.load(UNIT_X + i) * _LOG2E)[:, None]
     low, high = 0, 0
     if BARRED >= 2:
         low, high = tl.load(ENDS + 2 * tl.program_id(0)), tl.load(ENDS + 2 * tl.program_id(0) + 1)
@@ -250,6 +258,8 @@ def _sums_kernel(
             tile = tl.dot(x, tl.trans(tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, D)))))
         else:
             tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+        if not EVEN:
+            tile = tile * tl.load(UNIT_Y + j)[None, :]
         tile = tile * scale + v[None, :]
         tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
         higher = tl.maximum(top, tl.max(tile, 1))
@@ -283,18 +293,21 @@ def _merge_kernel(PARTS, OUT, n, count, ROWS: tl.constexpr):
 def _both_kernel(
     X, Y, U, V, UNIT_X, UNIT_Y, B, ENDS, OF_ROWS, OF_COLUMNS, n, m, k, stride_i, stride_j, high_n, high_m,
     per_row, per_column,
-    D: tl.constexpr, DEPTH: tl.constexpr, BARRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``sum_j e^v_j E_ij`` and ``sum_i e^u_i E_ij`` of ``E = exp(x_i . y_j)``, in parts: for the columns of a program, and for
     its rows. A tile of columns stays while rows pass, and its sums are made once.
     """
-    scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    if EVEN:
+        scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
     begin, end = tl.program_id(1) * per_row, tl.minimum(tl.program_id(1) * per_row + per_row, high_n)
     left, right = tl.program_id(0) * per_column, tl.minimum(tl.program_id(0) * per_column + per_column, high_m)
     for start in range(left, right, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         ev = tl.exp(tl.load(V + j, mask=j < m, other=float("-inf")))
         y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
+        if not EVEN:
+            scale = (tl.load(UNIT_Y + j) * _LOG2E)[None, :]
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(begin, end, ROWS):
             i = first + tl.arange(0, ROWS)
@@ -305,6 +318,8 @@ def _both_kernel(
             else:
                 tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
             tile = tile * scale
+            if not EVEN:
+                tile = tile * tl.load(UNIT_X + i)[:, None]
             if BARRED > 0:
                 low, high = 0, 0
                 if BARRED >= 2:
@@ -345,9 +360,10 @@ def _finished(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _pull_kernel(
-    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU, n, m, d, k, stride_i, stride_j, high_half, low_half, share,
+    X, Y, U, V, R, C, GR, UP, SHARE, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU,
+    n, m, d, k, stride_i, stride_j, high_half, low_half, share,
     OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
-    D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr,
+    EVEN: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``sum_j W_ij y_j`` and ``sum_j`` of the columns' part of W, the sum of ``exp(v_j + x_i . y_j - r_i) gr_i`` and
@@ -359,7 +375,10 @@ def _pull_kernel(
     i = first + tl.arange(0, ROWS)
     own = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     x = tl.load(_at(X, first, ROWS, D, tl.arange(0, DEPTH)))
-    scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    if EVEN:
+        scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
+    else:
+        scale = (tl.load(UNIT_X + i) * _LOG2E)[:, None]
     size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
     norm = tl.where(size > 0, 4096.0 / size, 0.0)
     low, high = 0, 0
@@ -383,6 +402,8 @@ def _pull_kernel(
             tile = tl.dot(x, tl.trans(y))
         else:
             tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+        if not EVEN:
+            tile = tile * tl.load(UNIT_Y + j)[None, :]
         tile = tile * scale
         tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
         if OF_ROWS:
@@ -409,6 +430,8 @@ def _pull_kernel(
                 spread += tl.sum(weights, 1)
         if not OWN:
             y = tl.load(_at(Y, start, COLUMNS, D, high_half + own))
+        if not EVEN:
+            weights = weights * tl.load(SHARE + j)[None, :]
         half = weights.to(tl.float16)
         gradient = tl.dot(half, y, gradient)
         if TERMS == 3:
@@ -417,7 +440,7 @@ def _pull_kernel(
     back = size / 4096.0
     place = tl.program_id(2).to(tl.int64) * n + i
     into = GX + place[:, None] * d + own[None, :]
-    tl.store(into, gradient * (back * tl.load(UNIT_Y)), mask=(i[:, None] < n) & (own[None, :] < d))
+    tl.store(into, gradient * (back * tl.load(SCALES + 3)), mask=(i[:, None] < n) & (own[None, :] < d))
     if SPREAD and tl.program_id(1) == 0:
         tl.store(GU + place, spread * back, mask=i < n)
 
@@ -430,9 +453,12 @@ def _held(x):
 
 @triton.jit
 def _scales_kernel(
-    U, V, R, C, GR, GC, SCALES, n, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    U, V, R, C, GR, GC, UNIT, SCALES, n, m,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest upstream derivative, the largest ``-c_j - v_j``, and whether one exponential can serve both parts."""
+    """The largest upstream derivative, the largest ``-c_j - v_j``, whether one exponential can serve both parts, and the largest
+    unit of a column that carries anything.
+    """
     at = tl.arange(0, BLOCK)
     size = tl.zeros((BLOCK,), tl.float32)
     widest, tallest = tl.full((BLOCK,), _NOTHING, tl.float32), tl.full((BLOCK,), _NOTHING, tl.float32)
@@ -454,14 +480,37 @@ def _scales_kernel(
     wide, tall = tl.max(widest, 0) * _LOG2E, tl.max(tallest, 0) * _LOG2E
     tl.store(SCALES + 1, wide)
     tl.store(SCALES + 2, tl.where(wide + tall < 86.0, 1.0, 0.0))
+    if EVEN:
+        tl.store(SCALES + 3, tl.load(UNIT))
+    else:
+        unit = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, m, BLOCK):
+            carries = _carries(V, GC, start + at, m, OF_ROWS, OF_COLUMNS)
+            unit = tl.maximum(unit, tl.where(carries, tl.load(UNIT + start + at, mask=start + at < m, other=0.0), 0.0))
+        tl.store(SCALES + 3, tl.max(unit, 0))
+
+
+@triton.jit
+def _carries(V, GC, j, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr):
+    """Which columns a derivative may have something of."""
+    found = j < 0
+    if OF_ROWS:
+        found = found | (tl.load(V + j, mask=j < m, other=float("-inf")) > float("-inf"))
+    if OF_COLUMNS:
+        found = found | (tl.load(GC + j, mask=j < m, other=0.0) != 0)
+    return found
 
 
 @triton.jit
 def _columns_kernel(
-    V, C, GC, SCALES, LOG_V, LESS_C, UP, m, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    V, C, GC, UNIT, SCALES, LOG_V, LESS_C, UP, SHARE, m,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a loop over columns reads of each, in units of log 2, padded with what adds nothing."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if not EVEN:
+        carries = _carries(V, GC, j, m, OF_ROWS, OF_COLUMNS)
+        tl.store(SHARE + j, tl.where(carries, tl.load(UNIT + j) / tl.load(SCALES + 3), 0.0))
     if OF_ROWS:
         v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
         tl.store(LOG_V + j, v)
@@ -479,14 +528,22 @@ def _columns_kernel(
 
 
 def log_sums(
-    x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None, *, precise: bool = True
+    x: Tensor,
+    y: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    *,
+    precise: bool = True,
+    even: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`iotsolve.kernels.bilinear.log_sums`, without derivatives.
 
     Args:
         precise: products of 22 bits of a number, or of 11.
+        even: the points of a cloud are about as large as each other, and share their power of two.
     """
-    given = _halved(x, precise, True), _halved(y, precise, False)
+    given = _halved(x, precise, True, even), _halved(y, precise, False, even)
     rows = None if v is None else x.new_empty(len(x), dtype=torch.float32)
     columns = None if u is None else x.new_empty(len(y), dtype=torch.float32)
     doubt = None
@@ -510,12 +567,12 @@ def _row_sums(
     if not doubted:
         doubt, log_v = x.unit, v.new_empty(len(y.numbers))
         _columns_kernel[(len(y.numbers) // _PADDED,)](
-            v, v, v, v, log_v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, BLOCK=_PADDED
+            v, v, v, v, v, log_v, v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, EVEN=True, BLOCK=_PADDED
         )
         v = log_v
     _sums_kernel[(down, shares)](
         x.numbers, y.numbers, v, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
-        *found.strides, share, D=x.features, DEPTH=tiles.depth or x.features, BARRED=found.kind, DOUBTED=doubted,
+        *found.strides, share, D=x.features, DEPTH=tiles.depth or x.features, EVEN=x.even, BARRED=found.kind, DOUBTED=doubted,
         ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     if shares > 1:
@@ -538,7 +595,8 @@ def _both_sums(
     _both_kernel[(across, down)](
         x.numbers, y.numbers, u, v, x.unit, y.unit, *found.tables(high_n, tiles.rows, x.unit), of_rows, of_columns, n, m,
         *found.strides, high_n, high_m, per_row * tiles.rows, per_column * tiles.columns, D=x.features,
-        DEPTH=tiles.depth or x.features, BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
+        DEPTH=tiles.depth or x.features, EVEN=x.even, BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns,
+        **tiles.options,
     )  # fmt: skip
     _finish_kernel[(triton.cdiv(max(n, m), 256), 2)](
         of_rows, of_columns, rows, columns, doubt, n, m, high_n, high_m, across, down, ROWS=256
@@ -576,12 +634,14 @@ def pull(
     needed: tuple[bool, bool, bool, bool],
     *,
     precise: bool = True,
+    even: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Derivatives of :func:`log_sums` in ``x, y, u, v``, at its results and for upstream derivatives of any sign."""
     (r, c), (gr, gc) = sums, upstream
     rows, columns = v is not None and gr is not None, u is not None and gc is not None
     gx = gy = gu = gv = None
-    one, other, shape = _halved(x, precise, True), _halved(y, precise, False), (len(x), len(y), x.shape[1])
+    one, other = _halved(x, precise, True, even), _halved(y, precise, False, even)
+    shape = (len(x), len(y), x.shape[1])
     if needed[0] or (needed[2] and columns):
         gx, gu = _half_pull(
             one, other, shape, (u, v, r, c, gr, gc), (rows, columns), needed[2], _Barred.of(barred, False)
@@ -608,19 +668,21 @@ def _half_pull(
     n, m, d = shape
     if not any(parts):
         return x.unit.new_zeros(n, d), x.unit.new_zeros(n)
+    which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1], "EVEN": x.even}
     tiles = _tiles("pull" if x.terms == 1 else "pull of three", x, barred.kind)
     depth, width = tiles.depth or x.features, min(tiles.width, y.width & -y.width)  # a divisor
     grid = triton.cdiv(n, tiles.rows), triton.cdiv(d, width)
     share, shares = _shared(m, tiles, grid[0] * grid[1], x.unit.device)
     gx, gu = x.unit.new_empty(shares, n, d), x.unit.new_empty(shares, n)
-    which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1]}
     u, v, r, c, gr, gc = (gu if z is None else _single(z) for z in vectors)
-    scales = torch.empty(3, dtype=torch.float32, device=gx.device)
-    log_v, less_c, up = torch.empty(3, len(y.numbers), dtype=torch.float32, device=gx.device)
-    _scales_kernel[(1,)](u, v, r, c, gr, gc, scales, n, m, **which, BLOCK=4096)
-    _columns_kernel[(len(y.numbers) // _PADDED,)](v, c, gc, scales, log_v, less_c, up, m, **which, BLOCK=_PADDED)
+    scales = torch.empty(4, dtype=torch.float32, device=gx.device)
+    log_v, less_c, up, each = torch.empty(4, len(y.numbers), dtype=torch.float32, device=gx.device)
+    _scales_kernel[(1,)](u, v, r, c, gr, gc, y.unit, scales, n, m, **which, BLOCK=4096)
+    _columns_kernel[(len(y.numbers) // _PADDED,)](
+        v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=_PADDED
+    )
     _pull_kernel[(*grid, shares)](
-        x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales,
+        x.numbers, y.numbers, u, log_v, r, less_c, gr, up, each, x.unit, y.unit, scales,
         *barred.tables(len(x.numbers), tiles.rows, x.unit), gx, gu, n, m, d, *barred.strides, *y.halves, share, **which,
         SPREAD=parts[1] and spread, BARRED=barred.kind, TERMS=x.terms, D=x.features, DEPTH=depth,
         OWN=depth == x.features == width, ROWS=tiles.rows, COLUMNS=tiles.columns, WIDTH=width, **tiles.options,
@@ -632,6 +694,8 @@ def _tiles(which: str, x: _Halved, kind: int) -> _Tiles:
     found = next(tiles for most, tiles in _TABLE[which].items() if x.features <= most)
     if found.depth == 0 and x.features & (x.features - 1):  # not a power of two
         found = _TABLE[which][10**9]
+    if which == "both" and not x.even:  # a factor for each point takes registers
+        found = replace(found, columns=min(64, found.columns))
     if kind == _MASKED:
         rows, columns = _MASKED_TILES[which]
         found = replace(found, rows=min(rows, found.rows), columns=min(columns, found.columns))
