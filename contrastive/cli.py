@@ -4,6 +4,7 @@ What a command needs is imported in it: `--help` is immediate.
 """
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -216,7 +217,11 @@ def _one_sentence() -> Iterator[None]:
         _fail(str(error), code=1)
     except ModuleNotFoundError as error:
         _fail(f"{error}: most likely the training extra is missing; pip install 'iotsolve[train]'.", code=2)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        full = error.errno == errno.ENOSPC and str(error).startswith("[Errno")
+        where = f" for {error.filename}" if error.filename else ""
+        _fail(f"no space left on the disk{where}: make room and run it again." if full else str(error), code=2)
+    except ValueError as error:
         _fail(str(error), code=2)
 
 

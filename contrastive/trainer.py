@@ -21,6 +21,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # of Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 import torch
 from torch import nn
 
@@ -101,8 +106,8 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: `out` holds a run already and `resume` is off, or holds none and it is on; the configuration is
-            not the one the run was started with; a batch is larger than the data; loss and `criterion` disagree.
+        ValueError: `out` holds a run already and `resume` is off, or holds none and it is on; another process trains it; the
+            configuration is not the one the run was started with; a batch is larger than the data; loss and `criterion` disagree.
         FloatingPointError: The loss became NaN or infinite.
         KeyboardInterrupt: Training was interrupted; the message says how to resume.
         OSError: The disk is full; the last checkpoint is whole.
@@ -115,9 +120,28 @@ def train(
     model = initial_model(config, data)
     from contrastive.fitting import fit  # Lightning takes seconds to import: only training pays
 
-    with _threads(config.threads):
+    with _threads(config.threads), _alone(out):
         fit(config, batches, model, criterion, out, progress=progress)
     return load_run(out, data=data)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from training the run in `out`, until this one is done or dead; its own ranks are one."""
+    if fcntl is None or int(os.environ.get("RANK", "0")):
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    directory = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(
+            f"the run in {out} is being trained by another process: wait for it, or stop it first."
+        ) from error
+    finally:
+        os.close(directory)
 
 
 def data_of(config: TrainConfig) -> Dataset:

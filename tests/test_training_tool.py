@@ -107,6 +107,37 @@ def test_checkpoints_between_epochs_are_whole_runs_to_go_on_from(tmp_path, monke
     assert_same(state(train(config, tmp_path / "cut", resume=True)), state(whole))
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    config, data = dataclasses.replace(SHORT, loss="custom", epochs=1), digits()
+    refused = []
+
+    class Nosy(nn.Module):
+        def forward(self, z0, z1):
+            if not refused:
+                with pytest.raises(ValueError, match="is being trained by another process") as error:
+                    train(config, tmp_path / "run", criterion=Nosy(), data=data, resume=True, progress=False)
+                refused.append(error)
+            return -(z0 * z1).sum() / len(z0)
+
+    train(config, tmp_path / "run", data=data, criterion=Nosy(), progress=False)
+    assert refused
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_is_met(tmp_path, monkeypatch):
+    import errno
+
+    import contrastive.evaluate
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "z.npz"))
+
+    train(SHORT, tmp_path / "run", progress=False)
+    monkeypatch.setattr(contrastive.evaluate, "save_embeddings", full)
+    assert_one_sentence(
+        command("embed", tmp_path / "run", "--out", tmp_path / "z.npz"), r"no space left .*z\.npz.*make room"
+    )
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     sync, calls = os.fsync, []
 
