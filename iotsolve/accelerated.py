@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Dense
+from iotsolve.kernels.backends import usable
 from iotsolve.marginals import number
 from iotsolve.plans import plan_of
 from iotsolve.problem import Potentials, Problem, in_double
@@ -24,7 +25,7 @@ from iotsolve.sinkhorn import answered
 from iotsolve.solver import Outcome, Status, judge, sobered
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
-__all__ = ["Accelerated"]
+__all__ = ["Accelerated", "relaxed_together"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,48 @@ class Accelerated:
         return sobered(problem, Outcome(p, status, steps.tolist()), tolerance)
 
 
+def relaxed_together(problem: Problem, tolerance: float | None) -> tuple[Potentials, list[int]] | None:
+    """Potentials of small problems on a GPU, which one launch has relaxed as far as it pays, and the sweeps of each.
+
+    None if these are no such problems. Nobody has judged the potentials.
+    """
+    n, m = problem.shape[-2:]
+    lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
+    held = 2 ** math.ceil(math.log2(n)) * 2 ** math.ceil(math.log2(m))
+    fits = (
+        isinstance(problem.cost, Dense)
+        and held <= _SMALL.get(problem.dtype, 0)
+        and problem.mass is None
+        and None not in lines
+    )
+    if not fits or not usable(problem.cost.matrix, _agree):
+        return None
+    from iotsolve.kernels import batched
+
+    eps = number(problem.epsilon)
+    soft = [None if side.softness is None else eps * number(side.softness) for side in (problem.rows, problem.columns)]
+    translates = None not in soft and any(soft)
+    aim = (default_tolerance(problem.dtype) if tolerance is None else tolerance) / 4
+    given = problem.cost.matrix, problem.a, problem.b, torch.zeros_like(problem.a), torch.zeros_like(problem.b)
+    f, g, steps = batched.relaxed(*given, eps, *lines, tuple(soft) if translates else None, aim, _TOGETHER)
+    return answered(problem, Potentials(f, g, torch.zeros_like(f[:, 0]))), steps.tolist()
+
+
+def _agree(_: Any, device: torch.device) -> bool:
+    """Whether the kernel solves a problem whose solution is known."""
+    from iotsolve.kernels import batched
+
+    cost = torch.tensor([[[0.0, 1.0, 2.0], [1.0, 0.0, 1.0]]], dtype=torch.float64, device=device)
+    a, b = (torch.tensor([x], dtype=torch.float64, device=device) for x in ([0.5, 0.5], [0.25, 0.5, 0.25]))
+    line = (1.0, -math.inf, 0.0, 0.0, math.inf)
+    zeros = torch.zeros_like(a), torch.zeros_like(b)
+    f, g, _ = batched.relaxed(cost, a, b, *zeros, 0.5, line, line, None, 1e-12, 500)
+    plan = a[..., None] * b[:, None] * ((f[..., None] + g[:, None] - cost) / 0.5).exp()
+    return bool((plan.sum(2) - a).abs().max() < 1e-9) and bool((plan.sum(1) - b).abs().max() < 1e-9)
+
+
+_SMALL = {torch.float32: 2**14, torch.float64: 2**12}  # entries of a problem that a program holds
+_TOGETHER = 1000  # sweeps of the slowest, which all others wait for
 _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
 _TINY = 2**14  # entries of a kernel that the nearest cache holds
 _CACHED = 2**19  # entries of a kernel in float64

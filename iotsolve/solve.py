@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iotsolve.accelerated import Accelerated
+from iotsolve.accelerated import Accelerated, relaxed_together
 from iotsolve.certificate import Certificate
 from iotsolve.costs import Dense, calm
 from iotsolve.distributed import Sharded
@@ -185,16 +185,24 @@ class _Automatic:
         """Solve every problem of a detached flat batch; a start that is good enough is the answer."""
         if start is None:
             return self._search(problem, None)
+        judged = self._judged(problem, start, [0] * problem.batch_shape[0])
+        return _continued(problem, judged, self._search)
+
+    def _judged(self, problem: Problem, start: Potentials, steps: list[int]) -> Outcome:
+        """Which problems somebody's potentials solve."""
         tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
         double = in_double(problem)
         p = start.to(torch.float64)
         error, dual, _ = judge(double, p, *plan_of(double, p, lazy=True).marginals(), stationary=self.stationary)
         good = (error <= tolerance / 2) & dual.isfinite()
         status = [Status.CONVERGED if x else Status.MAX_STEPS for x in good.tolist()]
-        judged = sobered(problem, Outcome(start, status, [0] * len(status)), tolerance)
-        return _continued(problem, judged, self._search)
+        return sobered(problem, Outcome(start, status, steps), tolerance)
 
-    def _search(self, problem: Problem, start: Potentials | None) -> Outcome:
+    def _search(self, problem: Problem, start: Potentials | None, *, together: bool = True) -> Outcome:
+        if together and start is None and (found := relaxed_together(problem, self.tolerance)) is not None:
+            return _continued(
+                problem, self._judged(problem, *found), lambda left, _: self._search(left, None, together=False)
+            )
         n, m = problem.shape[-2:]
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
         newton, interior = Newton(**options), Interior(**options)

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "check", "chosen"]
+__all__ = ["BACKENDS", "check", "chosen", "usable"]
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -52,10 +52,24 @@ def chosen(backend: str, x: Tensor, agrees: Callable[[ModuleType, torch.device],
     return None
 
 
+def usable(x: Tensor, agrees: Callable[[ModuleType, torch.device], bool]) -> bool:
+    """Whether kernels that count in the inputs' own precision are used for ``x``; a warning says once why not on a GPU."""
+    if x.device.type != "cuda" and not _is_interpreted(x):
+        return False
+    why = _obstacle(x.float() if x.dtype == torch.float64 else x)
+    if why is not None:
+        _warn_once(why)
+    return why is None and _trusted(x.device, agrees)
+
+
+def _is_interpreted(x: Tensor) -> bool:
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _obstacle(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "the kernels sum in float32, and float64 asks for more"
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if x.device.type == "cpu" and not _is_interpreted(x):
         return "Triton needs a GPU (or its interpreter, by TRITON_INTERPRET=1 in the environment)"
     if x.device.type not in ("cpu", "cuda"):
         return "the kernels are for CUDA"
@@ -88,6 +102,4 @@ def _trusted(device: torch.device, agrees: Callable[[ModuleType, torch.device], 
 
 @cache
 def _warn_once(why: str) -> None:
-    warnings.warn(
-        f"passes over points are made by torch, in blocks, and not by Triton: {why}.", RuntimeWarning, stacklevel=4
-    )
+    warnings.warn(f"torch does what kernels of Triton would: {why}.", RuntimeWarning, stacklevel=4)
