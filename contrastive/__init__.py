@@ -18,7 +18,7 @@ _HOMES = {
     "GCAUOTLoss": "losses",
     "GlobalNCELoss": "losses",
     "HardNegativeLoss": "relatives",
-    "IOTLoss": "losses",
+    "IOTLoss": "family",
     "InfoNCELoss": "losses",
     "MatchingGapLoss": "relatives",
     "NTXentLoss": "losses",

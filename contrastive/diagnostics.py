@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive.losses import Batch, IOTLoss
+from contrastive.family import Batch, IOTLoss
 from iotsolve.costs import Points
 from iotsolve.problem import Potentials
 

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.batches import Batches, generator
 from contrastive.config import TrainConfig
-from contrastive.losses import IOTLoss
+from contrastive.family import IOTLoss
 from contrastive.queue import FeatureQueue
 from contrastive.trainer import CHECKPOINT, CONFIG, METRICS, SPEED, description, read_checkpoint, write_atomically
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive.losses import Batch, Found, IOTLoss, Side, log_ratio, similar, target_entropy
+from contrastive.family import Batch, Found, IOTLoss, Side, log_ratio, similar, target_entropy
 from contrastive.targets import Entries, Matches, normalised
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks

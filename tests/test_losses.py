@@ -18,7 +18,7 @@ from contrastive import (
     NTXentLoss,
     SinkhornNCELoss,
     UnbalancedNCELoss,
-    losses,
+    family,
 )
 from contrastive.diagnostics import diagnose
 from contrastive.losses import NAMES, make
@@ -236,7 +236,7 @@ def test_slow_inner_transport_is_said_not_hidden(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SinkhornNCELoss(0.02, tolerance=1e-9, max_steps=3)(z0, z1)
-    monkeypatch.setattr(losses, "_DENSE", 0)
+    monkeypatch.setattr(family, "_DENSE", 0)
     with pytest.warns(RuntimeWarning, match="stopped after 3 steps above its tolerance"):
         SinkhornNCELoss(0.02, tolerance=1e-9, max_steps=3)(z0, z1)
     with warnings.catch_warnings():

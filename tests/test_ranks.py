@@ -81,10 +81,10 @@ z = [torch.randn(2, N, 5, generator=torch.Generator().manual_seed(5))[k, mine] f
 each = ClipLoss(0.2, reduction="none", gather_distributed=True)(*z)
 saved["each"] = each
 # a solve too large for a matrix is spread over the ranks
-from contrastive import losses
-kept, losses._DENSE = losses._DENSE, 0
+from contrastive import family
+kept, family._DENSE = family._DENSE, 0
 saved["spread"] = SinkhornNCELoss(0.3, tolerance=1e-13, max_steps=5000, gather_distributed=True)(*z)
-losses._DENSE = kept
+family._DENSE = kept
 # queues are the same everywhere
 queue = FeatureQueue(10, 5).double()
 queue.update(z[1], ids=ids[mine], gather_distributed=True)

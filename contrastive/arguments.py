@@ -1,0 +1,150 @@
+"""What is asked of a loss's arguments, in sentences that say value, rule, likely cause and fix."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive.queue import FeatureQueue
+from contrastive.targets import Choice
+from iotsolve.distributed import Alone, Ranks
+from iotsolve.gradient import Envelope, Implicit, Unroll
+from iotsolve.marginals import Marginal, number
+
+__all__ = [
+    "check_arguments",
+    "check_batch",
+    "check_queue",
+    "check_views",
+    "choice_of",
+    "labels_of",
+    "temperature_of",
+    "with_labels",
+]
+
+
+def check_arguments(
+    rows: Marginal,
+    columns: Marginal,
+    mass: float | None,
+    temperature: float | Tensor,
+    uniformity: float,
+    negatives: str,
+    reduction: str,
+    gradient: Any,
+) -> None:
+    for name, side in (("rows", rows), ("columns", columns)):
+        if not isinstance(side, Marginal):
+            raise ValueError(
+                f"{name} = {side!r}: must be a marginal object from iotsolve, such as FIXED, FREE or KL(1.0)."
+            )
+    if not number(temperature) > 0 or not math.isfinite(number(temperature)):
+        raise ValueError(f"temperature = {number(temperature)}: must be positive and finite; 0.05 to 0.5 is usual.")
+    if not 0 <= uniformity < math.inf:
+        raise ValueError(
+            f"uniformity = {uniformity}: is the weight of a penalty, so must be >= 0; 0.2 is usual, 0 switches it off."
+        )
+    if mass is not None and not 0 < mass < math.inf:
+        raise ValueError(f"mass = {mass}: must be positive and finite, or None; the weights of each side total 1.")
+    if mass is None and rows.is_free and columns.is_free:
+        raise ValueError(
+            "rows and columns are both FREE: nothing then ties the plan's total mass. Pass mass=1.0, which is U(1)."
+        )
+    total = 1.0 if mass is None else mass
+    for name, side in (("rows", rows), ("columns", columns)):
+        lo, hi = (number(x) for x in side.bounds)
+        if not lo <= total <= hi:
+            raise ValueError(
+                f"mass = {total} with {name} = {side}: the positive pairs then violate that side and the loss would be infinite. "
+                "Choose a mass inside the side's bounds, or a soft side."
+            )
+    if negatives not in ("cross", "all"):
+        raise ValueError(
+            f"negatives = {negatives!r}: must be 'cross' (the other view) or 'all' (all views, oneself left out)."
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum' over anchors, or 'none': one per anchor.")
+    if not isinstance(gradient, Envelope | Implicit | Unroll | None):
+        raise ValueError(f"gradient = {gradient!r}: must be Envelope(), Implicit() or Unroll(k) from iotsolve.")
+
+
+def check_views(views: tuple[Tensor, ...]) -> None:
+    shapes = [tuple(z.shape) if isinstance(z, Tensor) else z for z in views]
+    if not views or any(not isinstance(z, Tensor) or z.dim() != 2 for z in views) or len(set(shapes)) > 1:
+        raise ValueError(
+            f"representations have shapes {' and '.join(map(str, shapes))}: both must be (N, D) with the same "
+            "N, row i of the one positive to row i of the other. Flatten feature maps."
+        )
+
+
+def check_batch(anchors: int, queue: Any) -> None:
+    if anchors < 2 and queue is None:
+        raise ValueError(
+            f"a batch of {anchors}: a contrastive loss needs N >= 2, since the other rows are the "
+            "negatives. Drop an incomplete last batch of one, or pass a queue."
+        )
+
+
+def check_queue(queue: FeatureQueue, columns: Marginal, views: tuple[Tensor, ...]) -> None:
+    if not isinstance(queue, FeatureQueue):
+        raise ValueError(f"queue = {queue!r}: must be a FeatureQueue(size, dim), filled by its update(z).")
+    queue.check(views[0])
+    lo = number(columns.bounds[0])
+    if lo > 0:
+        raise ValueError(
+            f"columns = {columns} with a queue: its features are nobody's positives, but this side must give each of them "
+            f"at least {lo:g} of an even share, so the loss could never come near 0. Use columns=FREE or KL(rho)."
+        )
+
+
+def choice_of(
+    labels: Any = None,
+    ids: Any = None,
+    positive_mask: Tensor | None = None,
+    target: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+) -> Choice:
+    given = {"labels": labels, "ids": ids, "positive_mask": positive_mask, "target": target}
+    said = [name for name, value in given.items() if value is not None]
+    if len(said) > 1:
+        raise ValueError(f"{' and '.join(said)}: each says what the positives are. Pass one of them.")
+    return Choice(labels if ids is None else ids, positive_mask, target, negative_mask)
+
+
+def with_labels(views: tuple[Tensor, ...], labels: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """A second argument that is a vector of whole numbers is the labels of the first."""
+    if len(views) == 2 and isinstance(views[1], Tensor) and views[1].dim() == 1 and not views[1].is_floating_point():
+        if labels is not None:
+            raise ValueError("labels were given twice: as the second argument and as labels=.")
+        return views[:1], views[1]
+    return views, labels
+
+
+def labels_of(labels: Any, n: int, repeat: int, ranks: Alone | Ranks, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of this rank's anchors and of all candidates of the batch."""
+    both = labels if isinstance(labels, tuple) else (labels, labels)
+    if len(both) != 2 or (repeat > 1 and isinstance(labels, tuple)):
+        raise ValueError(
+            f"labels is a tuple of {len(both)}: must be one vector for all views, or for two views and negatives='cross' a pair."
+        )
+    found = []
+    for one in both:
+        one = torch.as_tensor(one, device=device)
+        if one.is_floating_point() or tuple(one.shape) != (n,):
+            raise ValueError(
+                f"labels have shape {tuple(one.shape)} and dtype {one.dtype}: must be whole numbers of shape ({n},), one per row "
+                "of a view. Of several views one vector serves all."
+            )
+        found.append(one.long().repeat(repeat))
+    return found[0], ranks.gather(found[1])
+
+
+def temperature_of(logit_scale: float | Tensor) -> Any:
+    if not isinstance(logit_scale, Tensor) and not 0 < logit_scale < math.inf:
+        raise ValueError(
+            f"logit_scale = {logit_scale}: is 1 / temperature, so must be positive; did you pass its logarithm?"
+        )
+    return 1.0 / (logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale)

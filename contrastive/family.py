@@ -1,0 +1,687 @@
+"""The family: a contrastive loss is an inverse optimal-transport problem whose cost an encoder makes.
+
+    C_ij = 1 - cos(z0_i, z1_j),   epsilon = temperature,   target = the positive pairs,
+    loss = (primal(target) - optimal value) / temperature  [ + uniformity KL(Q | P) ]
+
+How far the inner problem relaxes its marginals decides which loss it is (Shi, Zhang, Zhen, Fan, Yan, ICML 2023). Where the
+sides are hard or free the first term is KL(target | P), the cross-entropy people know; with soft sides it adds what the
+plan's marginals pay against the target's, which keeps the loss convex in the cost and its gradient ``target - P``.
+
+The matrix of similarities is never kept: soft-minima are computed block by block, and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contrastive.arguments import (
+    check_arguments,
+    check_batch,
+    check_queue,
+    check_views,
+    choice_of,
+    labels_of,
+    temperature_of,
+)
+from contrastive.queue import FeatureQueue
+from contrastive.targets import Choice, Entries, Matches, matches, normalised, paired
+from iotsolve.accelerated import Accelerated
+from iotsolve.costs import Dense, Points
+from iotsolve.distributed import Alone, Ranks, Sharded, meet
+from iotsolve.gradient import Envelope, Implicit, Unroll
+from iotsolve.kernels.backends import check as check_backend
+from iotsolve.marginals import Marginal, number
+from iotsolve.problem import Potentials, Problem, log_scaling
+from iotsolve.sinkhorn import Sinkhorn
+from iotsolve.solve import run
+from iotsolve.solver import Status
+
+__all__ = ["Batch", "Found", "IOTLoss", "Side", "log_ratio", "similar", "target_entropy", "uniformity_penalty"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Anchors against candidates: what one inner problem is about.
+
+    Attributes:
+        points: this rank's anchors and all candidates, on the unit sphere, with the arcs that are forbidden.
+        matches: the target.
+        filled: which candidates exist, shape ``(m,)``; None if all do.
+        ranks: who has the other anchors.
+        repeat: anchors per pair of the batch: the number of views where they are stacked.
+        mirrored: whether the candidates are anchors too, for the loss's other half.
+        queued: how many of the candidates come from a queue, behind the others.
+    """
+
+    points: Points
+    matches: Matches
+    filled: Tensor | None
+    ranks: Alone | Ranks
+    repeat: int
+    mirrored: bool
+    queued: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many of the candidates belong to the batch; they come first."""
+        return len(self.points.y) if self.filled is None else len(self.points.y) - self.queued
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """Cosine of every row and the column of its number."""
+        return (self.points.x * self.points.y[: len(self.points.x)]).sum(1)
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's part of a vector over all rows, or over all columns that are anchors too."""
+        return self.ranks.own(x, self.repeat)
+
+    def of(self, points: Points) -> Batch:
+        """The same with other points."""
+        return replace(self, points=points)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One half of the loss: the batch's rows as anchors, or its columns; with the weights of both.
+
+    Attributes:
+        target: plan of total ``mass``, over this rank's rows.
+        anchors: marginal object of the anchors.
+        others: marginal object of the candidates.
+        a: weights of all rows.
+        b: weights of all columns.
+        by_rows: whether the anchors are the rows.
+    """
+
+    batch: Batch
+    target: Entries
+    anchors: Marginal
+    others: Marginal
+    mass: float | None
+    a: Tensor
+    b: Tensor
+    by_rows: bool
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every anchor has as many positives, every bin the same weight, and one soft-minimum is the solution."""
+        known = self.batch.matches.inside and self.batch.matches.partners is not None and self.batch.filled is None
+        return known and self.mass is None and self.anchors.is_fixed and self.others.is_free
+
+    @property
+    def weights(self) -> Tensor:
+        """Of all anchors."""
+        return self.a if self.by_rows else self.b
+
+    @property
+    def other_weights(self) -> Tensor:
+        return self.b if self.by_rows else self.a
+
+    def problem(self, epsilon: Any, cost: Any = None) -> Problem:
+        """The inner problem over all ranks' rows, or with another cost."""
+        ranks, points = self.batch.ranks, self.batch.points
+        if cost is None:
+            cost = points if isinstance(ranks, Alone) else Sharded.joined(points, ranks, self.batch.repeat)
+        rows, columns = (self.anchors, self.others) if self.by_rows else (self.others, self.anchors)
+        return Problem.unchecked(cost, self.a, self.b, epsilon=epsilon, rows=rows, columns=columns, mass=self.mass)
+
+    def split(self, p: Potentials) -> tuple[Tensor, Tensor]:
+        """Potentials of all anchors and of all candidates."""
+        return (p.f, p.g) if self.by_rows else (p.g, p.f)
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Of the target over all ranks: this rank's anchors', and all candidates'."""
+        rows = self.target.sums(self.target.values, 0)
+        columns = self.batch.ranks.sum(self.target.sums(self.target.values, 1))
+        return (rows, columns) if self.by_rows else (self.batch.own(columns), self.batch.ranks.gather(rows))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a half knows of its inner problem.
+
+    Attributes:
+        own: potentials of this rank's anchors.
+        other: potentials of all candidates.
+        lam: multiplier of the mass.
+        s: soft-minima of this rank's anchors over the candidates at ``other``.
+    """
+
+    own: Tensor
+    other: Tensor
+    lam: Tensor
+    s: Tensor
+
+
+class IOTLoss(nn.Module):
+    """The contrastive loss of a pair of marginals; every other class of this module is a name for a point of this one.
+
+    Args:
+        rows: marginal object of the anchors ``z0``: FIXED, FREE, AT_MOST, Between, KL, TV from iotsolve.
+        columns: marginal object of the candidates ``z1``.
+        mass: total mass of the plan; 1 for two FREE or two soft sides, None where a side fixes it.
+        temperature: ``epsilon`` of the inner problem, in cosines, positive; a float, or a tensor that may require grad.
+        learn_temperature: make the temperature a parameter (its logarithm, started at ``temperature``, floored at 0.01).
+        uniformity: weight ``>= 0`` of the penalty ``KL(Q | P)``, where Q spreads the plan's negatives evenly.
+        negatives: ``"cross"``: candidates of ``z0_i`` are all of ``z1``; ``"all"``: all views stacked, oneself left out.
+        symmetric: mean of the loss and of its mirror image with rows and columns exchanged.
+        reduction: ``"mean"`` over anchors; ``"sum"``; or ``"none"``: one loss per anchor, those of the mirror image behind.
+        gradient: ``Envelope()`` (default): exact at convergence, nothing of the batch's square is kept; ``Implicit()``: the
+            same where the positives satisfy the hard sides, and the exact derivative where not; ``Unroll(k)``: the loss of
+            ``k`` sweeps from zero, differentiated through them.
+        tolerance: relative marginal error of the inner solve. The loss errs by its square, the gradient by itself.
+        max_steps: sweeps of first order; what they leave undone goes to second order. Not used by ``Unroll``.
+        gather_distributed: candidates are those of all ranks of ``torch.distributed``. The gradient is that of the one loss
+            over all, times the number of ranks: after the mean that DDP takes it equals one process's. A learnable
+            temperature has the whole derivative on every rank.
+        process_group: the ranks to gather from; None is all.
+        watch: called with a :class:`contrastive.Diagnostics` after every forward pass; it computes what it is asked for.
+        backend: ``"auto"``: passes over similarities by Triton kernels on a GPU, where they are installed and agree with torch
+            on a small case tried once; by torch in blocks elsewhere. ``"eager"``: by torch. ``"triton"``: by Triton or not at
+            all. On a CPU every choice that is possible means the same.
+
+    Raises:
+        ValueError: on arguments out of range, and in ``forward`` on inputs that are no views of one batch.
+
+    Example:
+        >>> from iotsolve import FIXED, FREE
+        >>> z0, z1 = torch.eye(4), torch.eye(4)
+        >>> IOTLoss(FIXED, FREE, temperature=0.5)(z0, z1)
+        tensor(0.3408)
+    """
+
+    def __init__(
+        self,
+        rows: Marginal,
+        columns: Marginal,
+        mass: float | None = None,
+        *,
+        temperature: float | Tensor = 0.1,
+        learn_temperature: bool = False,
+        uniformity: float = 0.0,
+        negatives: str = "cross",
+        symmetric: bool = False,
+        reduction: str = "mean",
+        gradient: Envelope | Implicit | Unroll | None = None,
+        tolerance: float = 1e-4,
+        max_steps: int = 200,
+        gather_distributed: bool = False,
+        process_group: Any = None,
+        watch: Callable[[Any], None] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.backend = check_backend(backend)
+        check_arguments(rows, columns, mass, temperature, uniformity, negatives, reduction, gradient)
+        self.rows, self.columns, self.mass = rows, columns, mass
+        self.uniformity, self.negatives, self.symmetric, self.reduction = uniformity, negatives, symmetric, reduction
+        self.gradient = gradient or Envelope()
+        self.solver = Sinkhorn(tolerance=tolerance, max_steps=max_steps, annealing=None, stationary=True)
+        self.gather_distributed, self.process_group, self.watch = gather_distributed, process_group, watch
+        if learn_temperature:
+            self.log_temperature = nn.Parameter(torch.as_tensor(number(temperature)).log())
+        elif isinstance(temperature, nn.Parameter):
+            self.shared_temperature = temperature
+        else:
+            self.constant_temperature = temperature
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The ``epsilon`` in force."""
+        if hasattr(self, "log_temperature"):
+            return self.log_temperature.clamp(min=math.log(_COLDEST)).exp()
+        return getattr(self, "shared_temperature", getattr(self, "constant_temperature", None))
+
+    def forward(
+        self,
+        *views: Float[Tensor, "n d"],
+        labels: Any = None,
+        ids: Any = None,
+        positive_mask: Tensor | None = None,
+        target: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        queue: FeatureQueue | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Positives are the pairs, rows of the same number, or what one of ``labels``, ``ids``, ``positive_mask`` and ``target``
+        says. An anchor without a positive adds nothing to the loss; the mean is over all anchors. With more than two views
+        ``"cross"`` takes the mean over pairs of views, ``"all"`` makes all views of a row its positives.
+
+        Args:
+            views: two or more batches of representations, each of shape ``(N, D)``; normalised here, so any length will do.
+            labels: class of each row, shape ``(N,)``: rows of the same class are positives, each anchor's with equal weight.
+                Of a side apart: a pair of them, for ``z0`` and ``z1``.
+            ids: the same, for instances that may occur more than once in a batch.
+            positive_mask: boolean, anchors by candidates: ``(N, N)``, with a queue ``(N, N + size)``, stacked ``(VN, VN)``.
+            target: a plan of the same shape, non-negative with total 1, dense or sparse COO; detached.
+            negative_mask: boolean, the same shape: the only candidates an anchor sees beside its positives.
+            queue: further candidates, and no one's positives unless its ids say so.
+            logit_scale: ``1 / temperature`` of this call, instead of the loss's own.
+
+        Returns:
+            A scalar, or one number per anchor with ``reduction="none"``; float32 for half-precision inputs and in the inputs'
+            dtype otherwise. Of half-precision inputs Triton's kernels multiply 11 bits, and sum in float32.
+        """
+        choice = choice_of(labels, ids, positive_mask, target, negative_mask)
+        if len(views) < 2 and (self.negatives == "cross" or choice.is_pairs):
+            raise ValueError(
+                f"{len(views) or 'no'} batch of representations: row i of one is positive to row i of another. Pass two views; "
+                "or one with labels=, ids=, a mask or a target, to a loss with negatives='all'."
+            )
+        with torch.autocast(device_type=views[0].device.type, enabled=False):
+            epsilon, batches = self._read(
+                views,
+                choice,
+                queue=queue,
+                logit_scale=logit_scale,
+            )
+            losses = [self._loss(batch, batch.ranks.shared(epsilon)) for batch in batches]
+            if self.watch is not None:
+                from contrastive.diagnostics import Diagnostics  # which looks at losses
+
+                self.watch(Diagnostics(self, batches[0], epsilon))
+            return self._reduced(losses, batches)
+
+    # -- what the loss is about ------------------------------------------------------------------------------------------
+
+    def _read(
+        self, views: tuple[Tensor, ...], choice: Choice, *, queue: FeatureQueue | None, logit_scale: Any
+    ) -> tuple[Any, list[Batch]]:
+        """The temperature and the batches, from what ``forward`` was given."""
+        check_views(views)
+        ranks = meet(self.gather_distributed, self.process_group, *views)
+        precise = any(z.dtype in (torch.float32, torch.float64) for z in views)
+        wide = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
+        views = tuple(ranks.scaled(normalised(z.to(wide))) for z in views)
+        epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
+        epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
+        batches = self._batches(views, choice, queue, ranks)
+        return epsilon, [batch.of(replace(batch.points, precise=precise, unit=True)) for batch in batches]
+
+    def _batches(
+        self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks
+    ) -> Iterator[Batch]:
+        if queue is not None:
+            check_queue(queue, self.columns, views)
+        if self.negatives == "all":
+            yield self._batch(torch.cat(views), None, choice, queue, ranks, len(views))
+            return
+        if len(views) > 2 and not choice.is_pairs and (choice.labels is None or isinstance(choice.labels, tuple)):
+            raise ValueError(
+                f"{len(views)} views with a mask or a target: it says nothing of which views. Pass labels= or ids=, two views, "
+                "or negatives='all' with a mask over all stacked views."
+            )
+        for k, z in enumerate(views):
+            for other in views[k + 1 :]:
+                if queue is None:
+                    yield self._batch(z, other, choice, None, ranks, 1)
+                    continue
+                yield self._batch(z, other, choice, queue, ranks, 1)
+                if self.symmetric:
+                    yield self._batch(other, z, choice.swapped(), queue, ranks, 1)
+
+    def _batch(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        choice: Choice,
+        queue: FeatureQueue | None,
+        ranks: Alone | Ranks,
+        repeat: int,
+    ) -> Batch:
+        """Anchors ``x`` against ``y``, or against themselves."""
+        stacked = y is None
+        mirrored = self.symmetric and queue is None
+        anchors = len(x)
+        candidates = ranks.gather(x if stacked else y)
+        batch = len(candidates)
+        first = repeat * sum(ranks.sizes[: ranks.rank]) if isinstance(ranks, Ranks) else 0
+        labels = None
+        if choice.labels is not None:
+            labels = labels_of(choice.labels, anchors // repeat, repeat, ranks, x.device)
+        filled = None
+        if queue is not None:
+            features, filled = queue.candidates(x)
+            filled = torch.cat([filled.new_ones(batch), filled])
+            candidates = torch.cat([candidates, features])
+            if labels is not None:
+                labels = (labels[0], torch.cat([labels[1], queue.ids.to(x.device)]))
+        m, total = len(candidates), batch
+        check_batch(total, queue)
+        own, each = torch.arange(anchors, device=x.device)[:, None], anchors // repeat
+        steps = torch.arange(1, repeat, device=x.device) * each if stacked else torch.zeros_like(own[0])
+        partners = first + (own + steps) % anchors
+        diagonal = not stacked and isinstance(ranks, Alone) and anchors == total
+        if choice.is_pairs:
+            itself = first if stacked else None
+            found = paired(partners, total, m, stacked_from=itself, mirrored=mirrored, diagonal=diagonal, like=x)
+        else:
+            found = matches(
+                choice,
+                (anchors, first, total),
+                (m, batch),
+                stacked=stacked,
+                mirrored=mirrored,
+                labels=labels,
+                partners=partners,
+                ranks=ranks,
+                like=x,
+            )
+        if queue is not None:
+            found = replace(found, inside=found.inside and (self.columns.is_free or not self.columns.is_hard))
+        points = Points(x, candidates, "sphere", found.barred, self.backend)
+        return Batch(points, found, filled, ranks, repeat, mirrored, m - batch)
+
+    def _sides(self, batch: Batch) -> Iterator[Side]:
+        """The halves of the loss, with their weights: an anchor's is its positives' mass, the candidates share evenly."""
+        found, ranks, dtype = batch.matches, batch.ranks, batch.points.dtype
+        mass = 1.0 if self.mass is None else self.mass
+        n = batch.repeat * (sum(ranks.sizes) if isinstance(ranks, Ranks) else len(batch.points.x) // batch.repeat)
+        m = len(batch.points.y)
+        for by_rows, target in ((True, found.target), (False, found.backward if batch.mirrored else None)):
+            if target is None:
+                continue
+            if found.inside:
+                anchors = batch.points.x.new_full((n if by_rows else m,), 1.0 / (n if by_rows else m))
+                total = 1.0
+            else:
+                own = target.sums(target.values, 0 if by_rows else 1)
+                anchors = ranks.gather(own) if by_rows else ranks.sum(own)
+                total = anchors.sum()
+                total = torch.where(total > 0, total, 1.0)  # without a positive anywhere there is nothing to share
+            if batch.filled is not None:
+                others = batch.filled.to(dtype) / batch.filled.sum().to(dtype) * total
+            else:
+                others = batch.points.x.new_full((m if by_rows else n,), 1.0) * (total / (m if by_rows else n))
+            a, b = (anchors, others) if by_rows else (others, anchors)
+            scaled = target if mass == 1.0 else target.times(mass)
+            yield Side(batch, scaled, self.rows, self.columns, self.mass, a, b, by_rows)
+
+    # -- the loss --------------------------------------------------------------------------------------------------------
+
+    def _loss(self, batch: Batch, epsilon: Any) -> list[Tensor]:
+        """Of every half, the shares of this rank's anchors; their sum over ranks is the loss."""
+        sides = list(self._sides(batch))
+        closed = [_is_closed(side) for side in sides]
+        found = [None if shut else self._potentials(side, epsilon) for side, shut in zip(sides, closed, strict=True)]
+        logs: list[Tensor | None] = [None, None]
+        for side, p in zip(sides, found, strict=True):
+            weights = side.other_weights
+            log = weights.log() if p is None else log_scaling(weights, side.split(p)[1], epsilon)
+            logs[1 if side.by_rows else 0] = log
+        if logs[0] is not None:
+            logs[0] = batch.own(logs[0])
+        s, t = batch.points.soft_minima(*logs, epsilon)
+        if t is not None and isinstance(batch.ranks, Ranks):
+            t = batch.own(-epsilon * batch.ranks.log_sum(-t / epsilon))
+        return [self._half(side, p, s if side.by_rows else t, epsilon) for side, p in zip(sides, found, strict=True)]
+
+    def _half(self, side: Side, p: Potentials | None, s: Tensor, epsilon: Any) -> Tensor:
+        """One half's shares, and those of its uniformity penalty."""
+        if p is None:
+            own, lam = _closed(side, s, epsilon)
+            other = torch.zeros_like(side.other_weights)
+        else:
+            f, other = side.split(p)
+            own, lam = side.batch.own(f), p.lam
+        terms = self._terms(side, Found(own, other, lam, s), epsilon)
+        if self.uniformity == 0:
+            return terms
+        penalty = uniformity_penalty(side, own, other, lam, epsilon)
+        return terms + self.uniformity * penalty * side.batch.own(side.weights) / side.weights.sum()
+
+    def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
+        """``eps KL(target | P_fg)`` and the Fenchel-Young terms of soft sides, in nats, anchor by anchor.
+
+        It is ``primal(target) - dual`` at any potentials, frozen or live, and at the plan's own potentials the loss; where the
+        target violates a hard side it is the divergence from the plan alone.
+        """
+        if side.is_even:  # the terms below, with what is known of them
+            n, m, each = len(side.weights), len(side.other_weights), side.batch.matches.partners.shape[1]
+            return ((1.0 - found.s) / n - similar(side)) / epsilon + math.log(m / each) / n
+        own, other, lam = found.own, found.other, found.lam
+        weights = side.batch.own(side.weights)
+        r, c = side.marginals()
+        moved = _moved(weights, own + lam, found.s, epsilon)
+        log_scale = torch.where(weights > 0, log_scaling(weights, own + lam, epsilon), 0.0)
+        terms = moved - r + log_ratio(side, other, epsilon) - r * log_scale
+        terms = terms + (r - similar(side)) / epsilon
+        inside = side.batch.matches.inside or not _is_outside(side, c)
+        for marginal, mine in ((side.anchors, True), (side.others, False)):
+            if marginal.is_fixed or marginal.is_free or (marginal.is_hard and not inside):
+                continue
+            if mine:
+                terms = terms + marginal.fenchel_young(r, own, weights) / epsilon
+            else:
+                paid = marginal.fenchel_young(c, other, side.other_weights).sum() / epsilon
+                terms = terms + paid * r / c.sum().clamp(min=torch.finfo(c.dtype).tiny)
+        return terms
+
+    def _potentials(self, side: Side, epsilon: Any) -> Potentials:
+        """The inner problem's solution, frozen or with the derivative that was asked for."""
+        how, outside = self.gradient, not side.batch.matches.inside and _is_outside(side, side.marginals()[1])
+        if outside and not bool(side.weights.any()):
+            return Potentials(*(torch.zeros_like(x) for x in (side.a, side.b, side.a[0])))
+        if outside:
+            _warn_of_floor(side)
+        live = torch.is_grad_enabled()
+        if isinstance(how, Unroll):
+            problem = side.problem(epsilon)
+            method = Sinkhorn(annealing=None)
+            flat = problem.flat() if problem.batch_shape == () else problem
+            state = method.init(flat, None)
+            for _ in range(how.steps):
+                state = method.step(flat, state, flat.epsilon)
+            return Potentials(*(x[0] for x in (state.potentials.f, state.potentials.g, state.potentials.lam)))
+        p = self._solved(side, epsilon)
+        if live and (outside or isinstance(how, Implicit) or self.uniformity > 0 or self.reduction == "none"):
+            if isinstance(side.batch.ranks, Ranks):
+                raise ValueError(
+                    "this derivative needs the inner problem's Hessian, which is not spread over ranks: with "
+                    "gather_distributed use gradient=Envelope() or Unroll(k), reduction='mean' or 'sum', uniformity=0, and "
+                    "positives that satisfy the hard sides; or a loss with a FREE side."
+                )
+            p = Implicit().potentials(side.problem(epsilon), p)
+        return p
+
+    def _solved(self, side: Side, epsilon: Any) -> Potentials:
+        """Solve the inner problem: the library's own solvers, without validation or certificate."""
+        with torch.no_grad():
+            epsilon = epsilon.detach() if isinstance(epsilon, Tensor) else epsilon
+            points, ranks = side.batch.points, side.batch.ranks
+            cost = None
+            small = len(side.a) * len(side.b) <= _DENSE
+            if small:
+                x = ranks.gather(points.x.detach())
+                barred = None if points.barred is None else ranks.gather(points.barred)
+                cost = Dense(Points(x, points.y.detach(), "sphere", barred).dense())
+            problem = side.problem(epsilon, cost).detach().flat()
+            first = Accelerated(self.solver.tolerance, self.solver.max_steps)
+            outcome = run(problem, first if first.fits(problem) else self.solver)
+            steps = outcome.steps[0]
+            if small and outcome.status[0] is not Status.CONVERGED:
+                outcome = run(problem, None, _usable(outcome.potentials), tolerance=self.solver.tolerance)
+                steps += outcome.steps[0]
+            p = Potentials(
+                *(ranks.first(x[0]) for x in (outcome.potentials.f, outcome.potentials.g, outcome.potentials.lam))
+            )
+        if outcome.status[0] is not Status.CONVERGED:
+            warnings.warn(
+                f"the inner transport stopped after {steps} steps above its tolerance {self.solver.tolerance:g} at "
+                f"temperature {number(epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as "
+                "the marginals are. Raise max_steps, the temperature or the tolerance, or check the representations for NaN.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return p
+
+    def _reduced(self, losses: list[list[Tensor]], batches: list[Batch]) -> Tensor:
+        """One number of the anchors' shares, or the losses of the anchors."""
+        ranks, parts = batches[0].ranks, [share for shares in losses for share in shares]
+        anchors = sum(ranks.sizes) * batches[0].repeat if isinstance(ranks, Ranks) else len(parts[0])
+        if self.reduction == "none":
+            return torch.cat(parts) * anchors
+        total = ranks.total(sum(part.sum() for part in parts))
+        return total / len(parts) if self.reduction == "mean" else total * anchors
+
+    # -- looking inside ----------------------------------------------------------------------------------------------------
+
+    def read(self, *views: Tensor, **given: Any) -> tuple[Any, list[Batch]]:
+        """The temperature and the batches of what :meth:`forward` would be given."""
+        logit_scale, queue = given.pop("logit_scale", None), given.pop("queue", None)
+        return self._read(views, choice_of(**given), queue=queue, logit_scale=logit_scale)
+
+    def problem(self, *views: Tensor, **given: Any) -> tuple[Problem, Tensor]:
+        """The inner problem, live in the views and the temperature, and the sparse target plan."""
+        epsilon, batches = self.read(*views, **given)
+        side = next(self._sides(batches[0]))
+        return side.problem(epsilon), side.target.sparse()
+
+    def coupling(self, *views: Tensor, **given: Any) -> Float[Tensor, "n m"]:
+        """The plan the inner problem gives this batch, detached: what the loss compares with the positive pairs."""
+        with torch.no_grad():
+            epsilon, batches = self.read(*views, **given)
+            problem, p = self.solution(batches[0], epsilon)
+            return problem.plan(p)
+
+    def solution(self, batch: Batch, epsilon: Any) -> tuple[Problem, Potentials]:
+        """The inner problem of this rank's anchors, and its potentials."""
+        side = next(self._sides(batch))
+        if _is_closed(side):
+            s = batch.points.softmin(log_scaling(side.b, torch.zeros_like(side.b), epsilon), epsilon, axis=-1)
+            f, lam = _closed(side, s, epsilon)
+            p = Potentials(f, torch.zeros_like(side.b), lam)
+        else:
+            p = self._potentials(side, epsilon)
+            p = Potentials(batch.own(p.f), p.g, p.lam)
+        return replace(side, a=batch.own(side.a)).problem(epsilon, batch.points), p
+
+    def extra_repr(self) -> str:
+        return (
+            f"rows={self.rows}, columns={self.columns}, mass={self.mass}, temperature={number(self.temperature):.4g}, "
+            f"uniformity={self.uniformity}, negatives={self.negatives!r}, symmetric={self.symmetric}"
+        )
+
+
+_COLDEST = 0.01  # a learnable temperature stops here, as CLIP's does
+_DENSE = 2**24  # arcs of an inner problem that is solved as a matrix, which is then forgotten
+
+
+def _usable(p: Potentials) -> Potentials | None:
+    return p if all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam)) else None
+
+
+def _is_closed(side: Side) -> bool:
+    """Whether one soft-minimum is the solution: the candidates are FREE, and a mass, if any, is the anchors' own."""
+    free, own = side.others.is_free, side.anchors
+    return free and (own.is_fixed or own.is_free or side.mass is None)
+
+
+def _closed(side: Side, s: Tensor, epsilon: Any) -> tuple[Tensor, Tensor]:
+    """Potentials of this rank's anchors, and the mass's multiplier, as a function of their soft-minimum."""
+    if not side.anchors.is_free:
+        return side.anchors.aprox(s, epsilon), s.new_zeros(())
+    weights = side.batch.own(side.weights)
+    held = torch.logsumexp(weights.log() - s / epsilon, 0)
+    return torch.zeros_like(s), epsilon * (math.log(side.mass) - side.batch.ranks.log_sum(held))
+
+
+def _moved(weights: Tensor, potential: Tensor, s: Tensor, epsilon: Any) -> Tensor:
+    """The plan's marginal at this rank's anchors; 0 at one that has no weight."""
+    carries = weights > 0
+    return weights * torch.where(carries, torch.where(carries, potential - s, 0.0) / epsilon, 0.0).exp()
+
+
+def similar(side: Side) -> Tensor:
+    """``sum_j Q_ij cos_ij`` for every anchor of this rank, Q the target."""
+    points = side.batch.points
+    if side.target.is_diagonal:
+        return side.target.values * side.batch.pairs
+    if side.by_rows:
+        return side.target.similar(points.x, points.y, 0)
+    return side.batch.own(side.batch.ranks.sum(side.target.similar(points.x, points.y, 1)))
+
+
+def log_ratio(side: Side, other: Tensor, epsilon: Any) -> Tensor:
+    """``sum_j Q_ij log(Q_ij / (b_j exp(g_j / eps)))`` for every anchor of this rank, Q the target, g and b the candidates'."""
+    target, values = side.target, side.target.values
+    beyond = torch.where(side.other_weights > 0, side.other_weights, 1.0).log() + other / epsilon
+    if side.by_rows:
+        return target.sums(values * (values.log() - beyond.index_select(0, target.index[1])), 0)
+    beyond = side.batch.own(beyond)
+    found = target.sums(values * (values.log() - beyond.index_select(0, target.index[0])), 1)
+    return side.batch.own(side.batch.ranks.sum(found))
+
+
+def _is_outside(side: Side, c: Tensor) -> bool:
+    """Whether the target violates the candidates' side."""
+    if side.others.is_free or not side.others.is_hard:
+        return False
+    off = side.others.violation(c, side.other_weights).sum()
+    return bool(off > 1e-4 * c.sum())
+
+
+def _warn_of_floor(side: Side) -> None:
+    warnings.warn(
+        f"the positives violate the candidates' side {side.others}: their column sums are not those of even weights, so that no "
+        "plan equals them and the loss has a floor above 0. Its derivative is exact, by one linear system. To have none use "
+        "columns=FREE or KL(rho), or positives that meet every candidate equally often.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def uniformity_penalty(side: Side, own: Tensor, other: Tensor, lam: Tensor, epsilon: Any) -> Tensor:
+    """This rank's share of ``KL(Q | P)``: Q keeps the plan's positives and replaces every negative by their mean.
+
+    With M the total mass of the negatives it is ``M (log mean P - mean log P)``, means over negatives only; masked arcs and
+    positives are in neither (Shi et al., ICML 2023). No plan is made: M is a soft-minimum over negatives, and the mean of log P
+    a sum of potentials and of scalar products.
+    """
+    batch, ranks, points = side.batch, side.batch.ranks, side.batch.points
+    f, g = (own, other) if side.by_rows else (batch.own(other), ranks.gather(own))
+    a, b = batch.own(side.a), side.b
+    others = replace(points, barred=batch.matches.all_but_negatives(points))
+    s, _ = others.soft_minima(None, log_scaling(b, g, epsilon), epsilon)
+    held = torch.logsumexp(log_scaling(a, f + lam, epsilon) - s / epsilon, 0)
+    log_mass = ranks.log_sum(held)
+    rows, columns, spent = _census(others, a > 0, b > 0)
+    of_rows = (rows * ((f + lam) / epsilon + torch.where(a > 0, a, 1.0).log())).sum()
+    of_columns = (columns * (g / epsilon + torch.where(b > 0, b, 1.0).log())).sum()
+    count, logs = ranks.sum(torch.stack([rows.sum(), of_rows + of_columns - spent / epsilon]))
+    return log_mass.exp() * (log_mass - count.log() - logs / count)
+
+
+def _census(points: Points, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many arcs of every row and of every column are not barred, and the sum of their costs, without a matrix of them."""
+    n, m = points.shape
+    barred, rows, columns = points.barred, rows.to(points.dtype), columns.to(points.dtype)
+    if barred.dtype == torch.bool:
+        i, j = barred.nonzero().T
+    else:
+        i = torch.arange(n, device=points.device).repeat_interleave(barred.shape[1])
+        j = barred.sort(1).values.flatten()
+    left_out = Entries(torch.stack([i, j]), rows[i] * columns[j], (n, m))
+    of_rows = rows * columns.sum() - left_out.sums(left_out.values, 0)
+    of_columns = columns * rows.sum() - left_out.sums(left_out.values, 1)
+    similar = (rows @ points.x) @ (columns @ points.y) - left_out.similar(points.x, points.y, 0).sum()
+    return of_rows, of_columns, of_rows.sum() - similar
+
+
+def target_entropy(side: Side) -> Tensor:
+    """What a cross-entropy has over a divergence: of every anchor ``-sum_j w_ij log(w_ij / r_i)``, a constant."""
+    target, ranks = side.target, side.batch.ranks
+    r, _ = side.marginals()
+    known = target.sums(target.values * target.values.log(), 0 if side.by_rows else 1)
+    return torch.special.xlogy(r, r) - (known if side.by_rows else side.batch.own(ranks.sum(known)))
