@@ -328,7 +328,7 @@ def _tables(results: list[Result], name: str) -> Iterator[str]:
     yield ""
     yield f"![Differences to InfoNCE with 95 % intervals, by regime](_static/experiment-{name}.png)"
     for regime, found in by_regime.items():
-        yield f"\n### {regime[0].upper()}{regime[1:]}\n"
+        yield f"\n#### {name.capitalize()}: {regime}\n"
         yield "| member | temperature | probe, 100 labels per class | 5 neighbours | difference to InfoNCE | |"
         yield "|---|---|---|---|---|---|"
         for row in found:
@@ -338,7 +338,7 @@ def _tables(results: list[Result], name: str) -> Iterator[str]:
                 f"| {row.name} | {row.temperature:g} | {_percent(row.test)} | {_percent(row.knn5)} | {difference} | "
                 f"{'' if mine else row.verdict} |"
             )
-    yield "\n### All temperatures\n"
+    yield f"\n#### {name.capitalize()}: all temperatures\n"
     yield "Probe on the test images, mean over seeds, %.\n"
     temperatures = sorted({r.temperature for r in results})
     yield "| regime | member | " + " | ".join(f"{t:g}" for t in temperatures) + " |"

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -418,7 +418,10 @@ class IOTLoss(nn.Module):
         logs: list[Tensor | None] = [None, None]
         for side, p in zip(sides, found, strict=True):
             weights = side.other_weights
-            log = weights.log() if p is None else log_scaling(weights, side.split(p)[1], epsilon)
+            if side.is_even:
+                log = weights.new_full((len(weights),), -math.log(len(weights)))
+            else:
+                log = weights.log() if p is None else log_scaling(weights, side.split(p)[1], epsilon)
             logs[1 if side.by_rows else 0] = log
         if logs[0] is not None:
             logs[0] = batch.own(logs[0])
@@ -431,7 +434,7 @@ class IOTLoss(nn.Module):
         """One half's shares, and those of its uniformity penalty."""
         if p is None:
             own, lam = _closed(side, s, epsilon)
-            other = torch.zeros_like(side.other_weights)
+            other = s.new_zeros(()).expand_as(side.other_weights)
         else:
             f, other = side.split(p)
             own, lam = side.batch.own(f), p.lam
@@ -449,7 +452,8 @@ class IOTLoss(nn.Module):
         """
         if side.is_even:  # the terms below, with what is known of them
             n, m, each = len(side.weights), len(side.other_weights), side.batch.matches.partners.shape[1]
-            return ((1.0 - found.s) / n - similar(side)) / epsilon + math.log(m / each) / n
+            nearest = side.batch.pairs if side.target.is_diagonal else similar(side) * n
+            return (found.s + nearest) / (-n * epsilon) + (1.0 / epsilon + math.log(m / each)) / n
         own, other, lam = found.own, found.other, found.lam
         weights = side.batch.own(side.weights)
         r, c = side.marginals()
@@ -532,7 +536,7 @@ class IOTLoss(nn.Module):
         anchors = sum(ranks.sizes) * batches[0].repeat if isinstance(ranks, Ranks) else len(parts[0])
         if self.reduction == "none":
             return torch.cat(parts) * anchors
-        total = ranks.total(sum(part.sum() for part in parts))
+        total = ranks.total(reduce(torch.add, [part.sum() for part in parts]))
         return total / len(parts) if self.reduction == "mean" else total * anchors
 
     # -- looking inside ----------------------------------------------------------------------------------------------------
@@ -590,6 +594,8 @@ def _is_closed(side: Side) -> bool:
 
 def _closed(side: Side, s: Tensor, epsilon: Any) -> tuple[Tensor, Tensor]:
     """Potentials of this rank's anchors, and the mass's multiplier, as a function of their soft-minimum."""
+    if side.anchors.is_fixed:
+        return s, s.new_zeros(())
     if not side.anchors.is_free:
         return side.anchors.aprox(s, epsilon), s.new_zeros(())
     weights = side.batch.own(side.weights)

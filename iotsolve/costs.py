@@ -423,7 +423,9 @@ class Points:
             how = {"backend": self.backend, "precise": self.precise, "even": even}
             found = bilinear.log_sums(x, y, log_rows, log_columns, self.barred, **how)
             level = _PRODUCTS.get(self.metric, 1.0)
-            return tuple(None if s is None else level - epsilon * s for s in found)
+            if isinstance(epsilon, Tensor):
+                return tuple(None if s is None else level - epsilon * s for s in found)
+            return tuple(None if s is None else torch.rsub(s, level, alpha=epsilon) for s in found)
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
         s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend, precise=self.precise)
         return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)
