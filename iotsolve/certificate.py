@@ -18,7 +18,7 @@ from iotsolve.costs import calm
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, is_quick, plan_of, quick_plan
-from iotsolve.problem import Potentials, Problem, in_double
+from iotsolve.problem import Potentials, Problem, in_double, saturated
 from iotsolve.validation import default_tolerance
 
 __all__ = ["Certificate", "certify"]
@@ -114,7 +114,8 @@ def certify(
 
 
 def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
-    double = in_double(problem.detach()).flat()
+    problem = saturated(problem.detach())
+    double = in_double(problem).flat()
     n, m = problem.shape[-2:]
     tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
     if _is_balanced(problem) and (found := _certify_balanced(problem, double, f, g, tolerance)) is not None:

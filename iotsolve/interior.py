@@ -92,7 +92,8 @@ def interior_point(
     problem: Problem, max_steps: int = 200
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, Status]:
     """Potentials, multiplier, plan, steps and status of one problem; potentials of a bin of weight 0 has potential 0."""
-    cost, a, b = (_numpy(x) for x in (problem.cost.dense(), problem.a, problem.b))
+    cost = _numpy(problem.cost.dense())
+    a, b = _reconciled(problem, _numpy(problem.a), _numpy(problem.b))
     f, g, plan = _stranded(problem.rows, problem.a), _stranded(problem.columns, problem.b), np.zeros_like(cost)
     with np.errstate(all="ignore"):  # a step that leaves the numbers is seen by its error, and not taken
         core = _Core(problem, cost, a, b)
@@ -104,6 +105,23 @@ def interior_point(
     carried = np.where((x > core.plan.z) | (x * x.size > _DUST), x, 0.0)
     plan[core.full[0][core.i], core.full[1][core.j]] = carried * core.amount
     return f, g, np.asarray(core.lam * core.unit), plan, steps, status
+
+
+def _reconciled(problem: Problem, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weights, with totals that meet where rounding keeps them apart: the dual would rise forever along the difference.
+
+    By less than the rounding of what was given, which float32 weights have and float64, the arithmetic here, can tell.
+    """
+    if not float(problem.mismatch()) > 0:
+        return a, b
+    sides = [(w, *(number(x) for x in side.bounds)) for w, side in ((a, problem.rows), (b, problem.columns))]
+    total = max(lo * w.sum() for w, lo, _ in sides) if problem.mass is None else number(problem.mass)
+
+    def met(w: np.ndarray, lo: float, hi: float) -> np.ndarray:
+        reach = float(np.clip(total, lo * w.sum(), hi * w.sum()))
+        return w * (total / reach) if reach > 0 else w
+
+    return tuple(met(*side) for side in sides)
 
 
 def _stranded(side: Marginal, weights: Tensor) -> np.ndarray:

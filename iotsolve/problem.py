@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Scalar, calm
-from iotsolve.marginals import FIXED, Marginal, kl_divergence
+from iotsolve.marginals import FIXED, Between, Marginal, kl_divergence, number
 from iotsolve.validation import (
     as_cost,
     as_scalar,
@@ -44,7 +44,7 @@ from iotsolve.validation import (
     shared,
 )
 
-__all__ = ["Potentials", "Problem", "in_double", "log_scaling", "weighted"]
+__all__ = ["Potentials", "Problem", "in_double", "log_scaling", "saturated", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,13 @@ class Problem:
         """The same problem at another epsilon, unvalidated."""
         problem = self._viewed(self.tensors())
         object.__setattr__(problem, "epsilon", epsilon)
+        return problem
+
+    def with_sides(self, rows: Marginal, columns: Marginal) -> Problem:
+        """The same problem with other sides, unvalidated."""
+        problem = self._viewed(self.tensors())
+        for name, value in (("rows", rows), ("columns", columns), ("sides", (rows, columns))):
+            object.__setattr__(problem, name, value)
         return problem
 
     def detach(self) -> Problem:
@@ -494,6 +501,34 @@ def in_double(problem: Problem) -> Problem:
     if all(x.dtype == torch.float64 for x in named.values()):
         return problem
     return problem._viewed({name: x.double() for name, x in named.items()})
+
+
+def saturated(problem: Problem) -> Problem:
+    """The problem with a side held to the end of its bounds that the other's total forces it to, where only rounding is to spare.
+
+    Capacities that sum to the demand are no choice; left as bounds they have a dual that rises forever if rounding has made the
+    one sum the smaller.
+    """
+    rows, columns = problem.rows, problem.columns
+    bounded = all(isinstance(side, Between) for side in (rows, columns))
+    if problem.is_exact or problem.mass is not None or not bounded or (rows.is_fixed and columns.is_fixed):
+        return problem
+    totals = [w.sum(-1) for w in (problem.a, problem.b)]
+    (lo_r, hi_r), (lo_c, hi_c) = (
+        (lo * total, hi * total) for (lo, hi), total in zip((rows.bounds, columns.bounds), totals, strict=True)
+    )
+    lowest, highest = torch.maximum(lo_r, lo_c), torch.minimum(hi_r, hi_c)
+    near = 16 * torch.finfo(problem.dtype).eps * highest
+    if not bool((highest.isfinite() & (highest - lowest <= near)).all()):
+        return problem
+    sides = {}
+    for name, side, low, high in (("rows", rows, lo_r, hi_r), ("columns", columns, lo_c, hi_c)):
+        ends = [(side.hi, (high - lowest).abs()), (side.lo, (low - highest).abs())]
+        held = next((end for end, off in ends if number(end) > 0 and bool((off <= near).all())), None)
+        sides[name] = side if held is None or side.is_fixed else Between(held, held)
+    if sides["rows"] is rows and sides["columns"] is columns:
+        return problem
+    return problem.with_sides(**sides)
 
 
 def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:

@@ -20,7 +20,7 @@ from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
 from iotsolve.plans import is_quick, plan_of
-from iotsolve.problem import Potentials, Problem, in_double, log_scaling
+from iotsolve.problem import Potentials, Problem, in_double, log_scaling, saturated
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate, judge, sobered
@@ -77,13 +77,16 @@ def solve(
     with torch.no_grad():
         working = problem.working()
         start = None if init is None else _start(working, init)
-        outcome = run(working.flat(), solver, start)
+        pinned = saturated(working)
+        outcome = run(pinned.flat(), solver, start)
     batch = problem.batch_shape
     p = Potentials(
         outcome.potentials.f.reshape(*batch, -1),
         outcome.potentials.g.reshape(*batch, -1),
         outcome.potentials.lam.reshape(batch),
     )
+    if pinned is not working:
+        p = _released(working, pinned, p)
     if problem is not given:
         p = _separated(given, problem, p)
     status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
@@ -308,6 +311,23 @@ def attainable(problem: Problem) -> Problem:
     if bool((keep | ~matrix.isfinite()).all()):
         return problem
     return problem.with_tensors({"cost": torch.where(keep, matrix, torch.inf)})
+
+
+def _released(problem: Problem, pinned: Problem, p: Potentials) -> Potentials:
+    """The pinned problem's potentials in the gauge that bounds allow: nowhere above 0 at an upper, nor below it at a lower."""
+    at_least, at_most = [], []
+    for side, held, w, x, sign in (
+        (problem.rows, pinned.rows, problem.a, p.f, 1.0),
+        (problem.columns, pinned.columns, problem.b, p.g, -1.0),
+    ):
+        if held is side:
+            continue
+        if number(held.hi) == number(side.hi):
+            (at_least if sign > 0 else at_most).append(sign * torch.where(w > 0, x, -math.inf).amax(-1))
+        else:
+            (at_most if sign > 0 else at_least).append(sign * torch.where(w > 0, x, math.inf).amin(-1))
+    t = (torch.stack(at_least).amax(0) if at_least else torch.stack(at_most).amin(0)).unsqueeze(-1)
+    return Potentials(p.f - t, p.g + t, p.lam)
 
 
 def _separated(given: Problem, problem: Problem, p: Potentials) -> Potentials:

@@ -633,3 +633,24 @@ def test_totals_changed_apart_are_never_certified(epsilon):
     problem = Problem(np.random.default_rng(0).random((5, 6)), epsilon=epsilon)
     solution = solve(problem.with_tensors({"b": 2 * problem.b}), throw=False)
     assert not solution.converged and not solution.certificate.holds
+
+
+@pytest.mark.parametrize(
+    "sides", [(FIXED, FIXED), (AT_MOST, FIXED), (FIXED, AT_MOST), (Between(0.5, 1.0), FIXED)], ids=str
+)
+@pytest.mark.parametrize("size", [(9, 14), (17, 33), (40, 44)], ids=str)
+def test_totals_that_differ_by_the_rounding_of_float32(size, sides):
+    """Weights normalised in float32 have sums 1e-8 apart, along which a dual in float64 would rise forever."""
+    draw = torch.Generator().manual_seed(0)
+    for epsilon in (0.1, 0.02, 0.01):
+        cost, a, b = (torch.rand(shape, generator=draw) + 0.1 for shape in (size, *size))
+        a, b = a / a.sum(), b / b.sum()
+        found = solve(Problem(cost, a, b, epsilon=epsilon, rows=sides[0], columns=sides[1]))
+        assert found.certificate.holds
+        wide = (a.double() / a.double().sum(), b.double() / b.double().sum())
+        exact = solve(Problem(cost.double(), *wide, epsilon=epsilon))  # capacities that sum to the demand are no choice
+        assert float(found.value) == pytest.approx(float(exact.value), rel=1e-5)
+        if sides[0] is not FIXED:
+            assert (found.f <= 0).all()
+        if sides[1] is not FIXED:
+            assert (found.g <= 0).all()
