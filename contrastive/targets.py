@@ -25,16 +25,23 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-        length = length.masked_fill(length == 0, math.inf)
-        x = z / length
-        ctx.save_for_backward(x, length)
+        x, length = _direction(z)
+        ctx.save_for_backward(z, x, length)
         return x
 
     @staticmethod
     def backward(ctx, g: Tensor) -> Tensor:
-        x, length = ctx.saved_tensors
+        z, x, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it is to be differentiated itself
+            x, length = _direction(z)
         return torch.addcmul(g, x, (x * g).sum(1, keepdim=True), value=-1.0) / length
+
+
+def _direction(z: Tensor) -> tuple[Tensor, Tensor]:
+    """``z`` over its length, and that: infinite for a zero vector."""
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    length = length.masked_fill(length == 0, math.inf)
+    return z / length, length
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def relaxed_together(problem: Problem, tolerance: float | None) -> tuple[Potenti
     soft = [None if side.softness is None else eps * number(side.softness) for side in (problem.rows, problem.columns)]
     translates = None not in soft and any(soft)
     aim = (default_tolerance(problem.dtype) if tolerance is None else tolerance) / 4
-    given = problem.cost.matrix, problem.a, problem.b, torch.zeros_like(problem.a), torch.zeros_like(problem.b)
+    given = problem.cost.matrix, problem.a, problem.b
     f, g, steps = batched.relaxed(*given, eps, *lines, tuple(soft) if translates else None, aim, _TOGETHER)
     return answered(problem, Potentials(f, g, torch.zeros_like(f[:, 0]))), steps.tolist()
 
@@ -138,8 +138,7 @@ def _agree(_: Any, device: torch.device) -> bool:
     cost = torch.tensor([[[0.0, 1.0, 2.0], [1.0, 0.0, 1.0]]], dtype=torch.float64, device=device)
     a, b = (torch.tensor([x], dtype=torch.float64, device=device) for x in ([0.5, 0.5], [0.25, 0.5, 0.25]))
     line = (1.0, -math.inf, 0.0, 0.0, math.inf)
-    zeros = torch.zeros_like(a), torch.zeros_like(b)
-    f, g, _ = batched.relaxed(cost, a, b, *zeros, 0.5, line, line, None, 1e-12, 500)
+    f, g, _ = batched.relaxed(cost, a, b, 0.5, line, line, None, 1e-12, 500)
     plan = a[..., None] * b[:, None] * ((f[..., None] + g[:, None] - cost) / 0.5).exp()
     return bool((plan.sum(2) - a).abs().max() < 1e-9) and bool((plan.sum(1) - b).abs().max() < 1e-9)
 

@@ -226,11 +226,12 @@ class Points:
             if it is installed and agrees with torch on a small case tried once, ``"eager"`` torch, ``"triton"`` that or an error.
         precise: False lets Triton take 11 bits of the points' numbers, for a third of the work: all there are in numbers that
             came in half precision. Torch takes them as they are.
-        unit: all points have length 1, which spares Triton a factor for each; nobody checks.
+        unit: all points have length 1, which spares Triton a factor for each.
 
     Raises:
         ValueError: by :class:`Problem`, on points that are not finite or do not fit each other, on an unknown metric, on a
-            zero vector under ``"cosine"``, on a function in more than one dimension or that is not elementwise.
+            zero vector under ``"cosine"``, on ``unit`` points of another length, on a function in more than one dimension
+            or that is not elementwise.
 
     Gradients flow to the points. At coincident points that of ``"euclidean"`` is 0, the smallest subgradient.
 

@@ -8,6 +8,7 @@ computed anyway, and never by the size of the step: a small step says nothing ab
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
@@ -196,11 +197,18 @@ _DEAR_ON_DEVICE = 2**33
 _WORTH_RECORDING = 9  # the first step of very many: the eighth has been looked at, and more is to be done
 
 
-def _recorded(problem: Problem, method: Method, state: Any) -> Replayed | None:
-    """The method's step as one launch; None where other ranks have a part in it."""
+def _recorded(problem: Problem, method: Method, state: Any) -> Callable[[Any], Any]:
+    """The method's step as one launch; as it is where other ranks have a part in it, or it has to wait for the device."""
+
+    def step(given: Any) -> Any:
+        return method.step(problem, given, problem.epsilon)
+
     if not isinstance(problem.cost, Dense | Points):
-        return None
-    return Replayed(lambda given: method.step(problem, given, problem.epsilon), state)
+        return step
+    try:
+        return Replayed(step, state)
+    except RuntimeError:  # what else may be wrong the step itself will say
+        return step
 
 
 def _due(k: int) -> bool:

@@ -129,6 +129,13 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
         ) from error
     dtype = torch.promote_types(x.dtype, y.dtype)
     barred = None if cost.barred is None else _barred(cost.barred, (*batch, x.shape[-2], y.shape[-2])).to(x.device)
+    if cost.unit:
+        lengths = torch.cat([z.detach().norm(dim=-1).flatten() for z in (x, y)])
+        if not bool(((lengths - 1).abs() <= 0.1).all()):
+            raise ValueError(
+                f"unit = True and a point of length {float(lengths[(lengths - 1).abs().argmax()]):g}: it says that all are of "
+                "length 1. Normalise the points, or leave unit out."
+            )
     backend = check_backend(cost.backend)
     points = Points(
         x.to(dtype), y.to(dtype=dtype, device=x.device), cost.metric, barred, backend, cost.precise, cost.unit

@@ -92,6 +92,7 @@ def test_a_sweep_never_waits_for_the_device():
                     state = method.step(problem, state, problem.epsilon)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+        assert state.potentials.f.isfinite().all() and state.potentials.g.isfinite().all()
 
 
 def test_matrices_and_batches():

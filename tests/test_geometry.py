@@ -735,6 +735,7 @@ LINE = on_line([0.0, 1.0], [2.0, 3.0, 4.0])
         ((X, Y, ["dot"]), r"metric = \['dot'\]: must be one of"),
         ((X * np.array([1, 0, 1, 1, 1, 1])[:, None], Y, "cosine"), r"x\[1\] is the zero vector.*no direction.*Drop it"),
         ((X, 0 * Y, "cosine"), r"y\[0\] is the zero vector"),
+        ((X, Y, "sphere", None, "auto", True, True), r"unit = True and a point of length .* Normalise the points"),
         ((1e200 * X, Y), r"so far apart that their sqeuclidean cost overflows torch.float64: rescale"),
         ((X.astype(str), Y), r"x has dtype <U\d+: it must hold real numbers"),
         ((X, Y + 0j), r"y has dtype complex128: it must hold real numbers"),

@@ -22,6 +22,7 @@ from contrastive import (
 )
 from contrastive.diagnostics import diagnose
 from contrastive.losses import NAMES, make
+from contrastive.targets import Entries, normalised
 from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between
 
 TIGHT = dict(tolerance=1e-13, max_steps=20_000)
@@ -249,6 +250,39 @@ def test_nan_representations_give_nan_and_a_warning():
     z0[3, 2] = math.nan
     with pytest.warns(RuntimeWarning, match="check the representations for NaN"):
         assert math.isnan(float(SinkhornNCELoss(0.2)(z0, z1)))
+
+
+def test_directions_and_their_derivatives():
+    """Against the quotient written out and finite differences, to the second order."""
+    z, _ = pair(n=6, d=4)
+    expected = z.detach() / z.detach().square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(normalised(z).detach(), expected)
+    assert torch.autograd.gradcheck(normalised, (z,))
+    assert torch.autograd.gradgradcheck(normalised, (z,))
+    zero = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(normalised(zero).sum(), zero)
+    assert (normalised(zero) == 0).all() and (g == 0).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9], ids=["few", "many"])
+def test_entries_are_their_matrix(share):
+    """Sums and similarities, with derivatives, of a plan by its entries: gathered where they are few, by a matrix where not."""
+    generator = torch.Generator().manual_seed(0)
+    plan = torch.rand(9, 14, generator=generator, dtype=torch.float64)
+    plan = torch.where(plan < share, plan, 0.0)
+    entries = Entries.of(plan)
+    x, y = (torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in plan.shape)
+    assert (len(entries.values) > 4 * 14) == (share > 0.5)
+    torch.testing.assert_close(entries.sparse().to_dense(), plan)
+    for axis in (0, 1):
+        torch.testing.assert_close(entries.sums(entries.values, axis), plan.sum(1 - axis))
+        found, expected = entries.similar(x, y, axis), (plan * (x @ y.mT)).sum(1 - axis)
+        torch.testing.assert_close(found, expected)
+        up = torch.randn(len(found), generator=generator, dtype=torch.float64)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, (x, y), up), torch.autograd.grad(expected, (x, y), up), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

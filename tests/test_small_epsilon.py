@@ -647,9 +647,10 @@ def test_totals_that_differ_by_the_rounding_of_float32(size, sides):
         a, b = a / a.sum(), b / b.sum()
         found = solve(Problem(cost, a, b, epsilon=epsilon, rows=sides[0], columns=sides[1]))
         assert found.certificate.holds
-        wide = (a.double() / a.double().sum(), b.double() / b.double().sum())
-        exact = solve(Problem(cost.double(), *wide, epsilon=epsilon))  # capacities that sum to the demand are no choice
-        assert float(found.value) == pytest.approx(float(exact.value), rel=1e-5)
+        wide = [x.double().numpy() for x in (cost, a, b)]
+        wide[1:] = (x / x.sum() for x in wide[1:])
+        exact = reference(Problem(*wide, epsilon=epsilon))  # capacities that sum to the demand are no choice
+        assert float(found.value) == pytest.approx(exact.value, rel=1e-5)
         if sides[0] is not FIXED:
             assert (found.f <= 0).all()
         if sides[1] is not FIXED:

@@ -123,6 +123,16 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     assert refused
 
 
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    import errno
+
+    def none(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(trainer.fcntl, "flock", none)
+    assert train(dataclasses.replace(SHORT, epochs=1), tmp_path / "run", progress=False).epochs == 1
+
+
 def test_a_full_disk_is_one_sentence_wherever_it_is_met(tmp_path, monkeypatch):
     import errno
 

@@ -194,3 +194,19 @@ def test_without_triton_auto_warns_and_force_raises(fresh, monkeypatch):
         fresh.chosen("triton", on("cuda"), lambda *_: True)
     with pytest.raises(ValueError, match="float64 asks for more"):
         fresh.chosen("triton", on("cuda", torch.float64), lambda *_: True)
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(monkeypatch):
+    """It may have to wait for the device, which a recording forbids."""
+    from iotsolve import Problem, Sinkhorn, solver
+
+    problem = Problem(torch.rand(5, 6, generator=torch.Generator().manual_seed(0)), epsilon=0.5).flat()
+    method = Sinkhorn(annealing=None)
+    state = method.init(problem, None)
+
+    def refused(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(solver, "Replayed", refused)
+    found = solver._recorded(problem, method, state)(state)
+    assert torch.equal(found.potentials.f, method.step(problem, state, problem.epsilon).potentials.f)

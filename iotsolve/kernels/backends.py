@@ -39,7 +39,7 @@ def chosen(backend: str, x: Tensor, agrees: Callable[[ModuleType, torch.device],
     """
     if backend == "eager" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
         return None
-    why = _obstacle(x)
+    why = "the kernels sum in float32, and float64 asks for more" if x.dtype == torch.float64 else _obstacle(x)
     if why is None:
         if backend == "triton" or _trusted(x.device, agrees):
             return _module()
@@ -56,7 +56,7 @@ def usable(x: Tensor, agrees: Callable[[ModuleType, torch.device], bool]) -> boo
     """Whether kernels that count in the inputs' own precision are used for ``x``; a warning says once why not on a GPU."""
     if x.device.type != "cuda" and not _is_interpreted(x):
         return False
-    why = _obstacle(x.float() if x.dtype == torch.float64 else x)
+    why = _obstacle(x)
     if why is not None:
         _warn_once(why)
     return why is None and _trusted(x.device, agrees)
@@ -67,8 +67,6 @@ def _is_interpreted(x: Tensor) -> bool:
 
 
 def _obstacle(x: Tensor) -> str | None:
-    if x.dtype == torch.float64:
-        return "the kernels sum in float32, and float64 asks for more"
     if x.device.type == "cpu" and not _is_interpreted(x):
         return "Triton needs a GPU (or its interpreter, by TRITON_INTERPRET=1 in the environment)"
     if x.device.type not in ("cpu", "cuda"):

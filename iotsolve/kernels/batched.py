@@ -76,8 +76,7 @@ def _relax_kernel(
     log_b = tl.log2(tl.load(B + k * m + j, mask=j < m, other=0.0))
     kernel = -cost * scale + (log_a[:, None] + log_b[None, :])  # of the weights too: -inf where one is 0
     kernel = tl.where(kernel == kernel, kernel, float("-inf"))
-    f = tl.load(F + k * n + i, mask=i < n, other=0.0)
-    g = tl.load(G + k * m + j, mask=j < m, other=0.0)
+    f, g = tl.zeros((ROWS,), cost.dtype), tl.zeros((COLUMNS,), cost.dtype)
     less_a, less_b = tl.where(log_a > float("-inf"), log_a, 0.0), tl.where(log_b > float("-inf"), log_b, 0.0)
     s = _soft_minimum(kernel + g[None, :], 1) + less_a
     step, going = 0, True
@@ -102,8 +101,6 @@ def relaxed(
     cost: Tensor,
     a: Tensor,
     b: Tensor,
-    f: Tensor,
-    g: Tensor,
     epsilon: float,
     rows: tuple[float, float, float, float, float],
     columns: tuple[float, float, float, float, float],
@@ -117,8 +114,6 @@ def relaxed(
         cost: shape ``(batch, n, m)``, float32 up to 128 x 128, or float64 up to 64 x 64 (or as many entries).
         a: weights, shape ``(batch, n)``.
         b: shape ``(batch, m)``.
-        f: potentials to start from, shape ``(batch, n)``.
-        g: shape ``(batch, m)``.
         epsilon: positive.
         rows: ``(slope, low, up, down, high)`` of :meth:`iotsolve.marginals.Marginal.clipped_line`.
         columns: the same.
@@ -132,7 +127,7 @@ def relaxed(
     rules = torch.tensor([1.0 / unit, tolerance, *lines[0], *lines[1], *(soft or (0.0, 0.0))], dtype=cost.dtype)
     shape = triton.next_power_of_2(n), triton.next_power_of_2(m)
     warps = _warps(shape[0] * shape[1], cost.element_size())
-    f, g = ((x / unit).to(cost.dtype).contiguous() for x in (f, g))
+    f, g = (torch.empty(count, size, dtype=cost.dtype, device=cost.device) for size in (n, m))
     steps = torch.empty(count, dtype=torch.int32, device=cost.device)
     given = cost.contiguous() if cost.stride(0) else cost[:1].contiguous()
     _relax_kernel[(count,)](

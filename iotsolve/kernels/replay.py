@@ -25,7 +25,7 @@ class Replayed:
     def __init__(self, step: Callable[[Any], Any], state: Any) -> None:
         self.state = _cloned(state)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may load data meanwhile
             self._take(step(self.state))
 
     def __call__(self, state: Any) -> Any:

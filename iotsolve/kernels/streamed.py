@@ -148,15 +148,12 @@ _REMEMBERED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back 
 
 def _halved(x: Tensor, precise: bool, first: bool, even: bool) -> _Halved:
     key = (x._version, precise, first, even)
-    known = _REMEMBERED.get(x)
-    if known is None or known[0][0] != x._version:
-        known = []
-    for other, found in known:
-        if other == key:
-            return found
-    found = _made(x, 3 if precise else 1, first, even)
-    _REMEMBERED[x] = [*known, (key, found)]
-    return found
+    known = _REMEMBERED.get(x, {})
+    if key not in known:
+        known = {other: found for other, found in known.items() if other[0] == x._version}
+        known[key] = _made(x, 3 if precise else 1, first, even)
+        _REMEMBERED[x] = known
+    return known[key]
 
 
 def _made(x: Tensor, terms: int, first: bool, even: bool) -> _Halved:

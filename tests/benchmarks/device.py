@@ -197,10 +197,20 @@ def passes(n: int, d: int) -> Iterator[Timed]:
         x = x / TAU
         even = x.new_full((n,), -math.log(n))
         up = x.new_full((n,), 1 / n)
-        sums = functools.partial(streamed.log_sums, x, y, even, even, None, precise=precise)
+        sums = functools.partial(streamed.log_sums, x, y, even, even, None, precise=precise, even=True)
         found = sums()
         pull = functools.partial(
-            streamed.pull, x, y, even, even, None, found, (up, up), (True, True, False, False), precise=precise
+            streamed.pull,
+            x,
+            y,
+            even,
+            even,
+            None,
+            found,
+            (up, up),
+            (True, True, False, False),
+            precise=precise,
+            even=True,
         )
         ms, mib = clock(whole(sums))
         yield Timed("sums of rows and of columns", n, d, name, ms, mib, same_bits=_alike(sums(), sums()))
@@ -219,10 +229,10 @@ def _sinkhorn(x: Tensor, y: Tensor, even: Tensor, up: Tensor, count: int) -> Non
 
     f, g = even, even
     for _ in range(count):
-        f = even - streamed.log_sums(x, y, None, g, None, precise=False)[0]
-        g = even - streamed.log_sums(x, y, f, None, None, precise=False)[1]
-    s, _ = streamed.log_sums(x, y, None, g, None, precise=False)
-    streamed.pull(x, y, None, g, None, (s, None), (up, None), (True, True, False, False), precise=False)
+        f = even - streamed.log_sums(x, y, None, g, None, precise=False, even=True)[0]
+        g = even - streamed.log_sums(x, y, f, None, None, precise=False, even=True)[1]
+    s, _ = streamed.log_sums(x, y, None, g, None, precise=False, even=True)
+    streamed.pull(x, y, None, g, None, (s, None), (up, None), (True, True, False, False), precise=False, even=True)
 
 
 def _alike(once: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> bool:
