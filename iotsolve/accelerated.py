@@ -75,7 +75,8 @@ class Accelerated:
         count, n, m = cost.shape
         tiny = n * m <= _TINY
         wide = tiny or (tolerance < _SINGLE and _stays_in_cache(problem))
-        aim = tolerance / 20 if tiny else max(tolerance / 4, 0.0 if wide else _SINGLE / 4)  # it is two steps more
+        share = max(4.0, min(20.0, _spread(problem) / 4)) if tiny else 4.0  # what a certificate fills in costs so much more
+        aim = max(tolerance / share, 0.0 if wide else _SINGLE / 4)
         a, b = _doubles(problem.a), _doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
         rules, scale = _rules(problem, eps), math.log2(math.e) / eps
@@ -167,6 +168,12 @@ def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: fl
     ]
 
 
+def _spread(problem: Problem) -> float:
+    """The range of the costs and of 0, in epsilons."""
+    low, high = problem.cost.surveyed().ends
+    return max(abs(low), high if high < math.inf else 0.0, high - low) / number(problem.epsilon)
+
+
 def _doubles(x: Tensor) -> np.ndarray:
     return np.ascontiguousarray(x.numpy(), dtype=np.float64)
 
@@ -185,8 +192,7 @@ def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, 
         f, g = (torch.where(x.isfinite(), x, 0.0) for x in (start.f, start.g))
         return tuple(np.array(x.numpy(), dtype=np.float64) for x in (f, g, start.lam))
     f, g, lam = (np.zeros(x.shape) for x in (problem.a, problem.b, problem.a[:, 0]))
-    low, high = problem.cost.surveyed().ends
-    if max(abs(low), high if high < math.inf else 0.0, high - low) > _REACH * number(problem.epsilon):
+    if _spread(problem) > _REACH:
         from iotsolve.kernels import passes
 
         passes.lowest(problem.cost.matrix.numpy(), problem.a.numpy() > 0, problem.b.numpy() > 0, f, g)

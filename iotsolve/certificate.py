@@ -299,31 +299,37 @@ def _is_balanced(problem: Problem) -> bool:
 def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, tolerance: float) -> Certificate | None:
     """The certificate between two fixed sides from one pass over the cost and products with vectors; None if that is not enough.
 
-    In NumPy, in which small vectors cost a third: the usual problem, certified in the time of a few sweeps. A plan whose
-    violations are so small that float32 resolves what corrects them is corrected linearly as far as the tolerance asks for,
-    scaled down to at most the marginals, and what is lacking then is filled in by a rank-one piece. With ``x`` the relative
-    change of an entry and ``t`` the piece, the change costs ``sum P h(x)`` with ``h(x) = (1 + x) log(1 + x) - x <= x^2 / (2 - 2
-    |x|)``, and the piece by convexity at most ``sum t log(1 + t / P)``, which its largest ratio bounds.
+    In NumPy, in which small vectors cost a third: the usual problem, certified in the time of a few sweeps. The plan is scaled
+    down to at most the marginals, and what is lacking then is filled in by a rank-one piece; if that is too dear, it is corrected
+    linearly first, which its float32 copy resolves. With ``x`` the relative change of an entry and ``t`` the piece, the change
+    costs ``sum P h(x)`` with ``h(x) = (1 + x) log(1 + x) - x <= x^2 / (2 - 2 |x|)``, and the piece by convexity at most
+    ``sum t log(1 + t / P)``, which its largest ratio bounds.
     """
     (n, m), batch, eps = problem.shape[-2:], problem.batch_shape, number(problem.epsilon)
     f, g = (
         problem.enter(name, x, size).detach().double().expand(*batch, size).reshape(-1, size)
         for name, x, size in (("f", f, n), ("g", g, m))
     )
-    plan = quick_plan(double, Potentials(f, g, f.new_zeros(len(f))), single=True)
-    r, c, f, g, a, b = (x.numpy() for x in (*plan.sums, f, g, double.a, double.b))
+    p = Potentials(f, g, f.new_zeros(len(f)))
+    f, g, a, b = (x.numpy() for x in (f, g, double.a, double.b))
     product = a.sum(-1) * b.sum(-1)
     a, b = number(double.rows.bounds[0]) * a, number(double.columns.bounds[0]) * b
-    missing_r, missing_c, moved = a - r, b - c, r.sum(-1)
-    rows, columns = abs(missing_r).sum(-1), abs(missing_c).sum(-1)
-    if not (rows + columns <= _RESOLVED * moved).all():
-        return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        on_rows, on_columns, entropy = a * f, b * g, eps * (moved - product)
-        dual = on_rows.sum(-1) + on_columns.sum(-1) - entropy
-        scale = abs(on_rows).sum(-1) + abs(on_columns).sum(-1) + abs(entropy)
-        enough, dearest = tolerance * scale, _dearest(problem, f, g)
-        gap = eps * _filled(plan, a, b, r, c, dearest, 0.0, 0.0)
+        on_rows, on_columns = a * f, b * g
+        scale = abs(on_rows).sum(-1) + abs(on_columns).sum(-1)
+        dearest = _dearest(problem, f, g)
+        # a solver's usual violation times the price of filling it in: is there likely something to correct?
+        dear = (dearest + math.log(tolerance)) * eps > 4 * scale
+        plan = quick_plan(double, p, single=True, lazy=not dear.any())
+        r, c = (x.numpy() for x in plan.sums)
+        moved, missing_r, missing_c = r.sum(-1), a - r, b - c
+        rows, columns = abs(missing_r).sum(-1), abs(missing_c).sum(-1)
+        if not (rows + columns <= _RESOLVED * moved).all():
+            return None
+        entropy = eps * (moved - product)
+        dual, scale = on_rows.sum(-1) + on_columns.sum(-1) - entropy, scale + abs(entropy)
+        enough = tolerance * scale
+        gap = eps * _filled(a, b, r, c, r, c, dearest)
         if not (gap <= enough).all():
             zero = torch.zeros(len(f), dtype=torch.float64)
             system = DualSystem(plan, *plan.sums, *(x > 0 for x in plan.sums), False)
@@ -334,8 +340,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
             squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
             there = r + r * u + image, c + c * v + back
             largest = abs(u).max(-1) + abs(v).max(-1)
-            found = _filled(plan, a, b, *there, dearest, np.maximum(squares, 0.0), largest, u, v)
-            gap = np.fmin(gap, eps * found)
+            gap = np.fmin(gap, eps * _filled(a, b, *there, r, c, dearest, np.maximum(squares, 0.0), largest))
     if not (np.isfinite(gap).all() and np.isfinite(dual).all()):
         return None
     apart, most = abs(a.sum(-1) - b.sum(-1)), np.minimum(a.sum(-1), b.sum(-1))
@@ -346,42 +351,33 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
 
 
 def _filled(
-    plan: QuickPlan,
     a: np.ndarray,
     b: np.ndarray,
     r: np.ndarray,
     c: np.ndarray,
+    own_r: np.ndarray,
+    own_c: np.ndarray,
     dearest: np.ndarray,
-    squares: np.ndarray | float,
-    largest: np.ndarray | float,
-    u: np.ndarray | None = None,
-    v: np.ndarray | None = None,
+    squares: np.ndarray | None = None,
+    largest: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """A bound of ``KL(Q | P)``, Q made of ``P (1 + u + v)``, whose marginals are ``r`` and ``c``, by scaling down and filling in.
+    """A bound of ``KL(Q | P)``, Q made of a corrected ``P (1 + x)`` by scaling rows and columns down and filling in.
 
-    ``squares = sum P (u + v)^2``, ``largest`` bounds ``|u + v|``, ``dearest`` bounds ``-log(P / a b)``.
+    ``r`` and ``c`` are the marginals after the correction, ``own_r`` and ``own_c`` those of P, ``squares = sum P x^2``, ``largest``
+    bounds ``|x|``, ``dearest`` bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that
+    what is lacking in the end is bounded without a look at the plan.
     """
-    nothing = np.zeros_like(a), np.zeros_like(b)
-    down = np.minimum(_over(a, r), 1.0) - 1
-    if u is None:
-        c = c + plan.product(down, nothing[1], as_given=True)[1]
-    else:
-        c = c + plan.product(down * (1 + u), nothing[1], as_given=True)[1]
-        c = c + v * plan.product(down, nothing[1], as_given=True)[1]
-    across = np.minimum(_over(b, c), 1.0) - 1
-    more = plan.product(nothing[0], across, as_given=True)[0]
-    if u is not None:
-        more = (1 + u) * more + plan.product(nothing[0], across * v, as_given=True)[0]
-    r = r + r * down + (1 + down) * more
-    lack_r, lack_c = np.maximum(a - r, 0.0), np.maximum(b - c - c * across, 0.0)
-    lacking = np.maximum(lack_r.sum(-1), lack_c.sum(-1))
-    own_r, own_c = (x.numpy() for x in plan.sums)
-    scaled = (own_r * down * down).sum(-1) + (own_c * across * across).sum(-1)
-    largest = largest + abs(down).max(-1) + abs(across).max(-1)
-    total = 2 * scaled if u is None else 1.1 * squares + 22 * scaled
+    short_r, short_c, over_r, over_c = a - r, b - c, _over(r - a, r), _over(c - b, c)
+    short_r, short_c, over_r, over_c = (np.maximum(x, 0.0) for x in (short_r, short_c, over_r, over_c))
+    most_r, most_c = over_r.max(-1, keepdims=True), over_c.max(-1, keepdims=True)
+    lacking = np.maximum(short_r.sum(-1) + (c * over_c).sum(-1), short_c.sum(-1) + (r * over_r).sum(-1))
+    scaled = (own_r * over_r * over_r).sum(-1) + (own_c * over_c * over_c).sum(-1)
+    largest = largest + (most_r + most_c)[..., 0]
+    total = 2 * scaled if squares is None else 1.1 * squares + 22 * scaled
     most = largest * (1 + largest)
     share = np.where(most < 0.5, total * (1 + largest) ** 2 / (2 - 2 * most), np.inf)
-    ratio = np.log(_over(lack_r, a, 0.0).max(-1)) + np.log(_over(lack_c, b, 0.0).max(-1)) - np.log(lacking) + dearest
+    shares = _over(short_r + r * most_c, a).max(-1), _over(short_c + c * most_r, b).max(-1)
+    ratio = np.log(shares[0]) + np.log(shares[1]) - np.log(lacking) + dearest
     return share + np.where(lacking > 0, lacking * (np.logaddexp(0.0, ratio) + largest), 0.0)
 
 
@@ -392,8 +388,8 @@ def _dearest(problem: Problem, f: np.ndarray, g: np.ndarray) -> np.ndarray:
     return (problem.cost.ceiling - f.min(-1) - g.min(-1)) / number(problem.epsilon)
 
 
-def _over(x: np.ndarray, y: np.ndarray, otherwise: float = 1.0) -> np.ndarray:
-    return np.divide(x, y, out=np.full_like(x, otherwise), where=y > 0)
+def _over(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.divide(x, y, out=np.zeros_like(x), where=y > 0)
 
 
 def _feasible(problem: Problem, r: Tensor, c: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Dense:
         """The same cost with its ends known."""
         if self.ends is not None:
             return self
-        low, high = self.matrix.detach().aminmax()
+        with calm(self.matrix, _WORTH_THREADS_ONCE):
+            low, high = self.matrix.detach().aminmax()
         return Dense(self.matrix, (float(low), float(high)))
 
     @property
@@ -152,8 +153,27 @@ class Dense:
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
         """``exp(log_rows + log_columns - C / epsilon)``, shape ``(..., n, m)``."""
+        if self.is_compiled and not self._is_traced(log_rows, log_columns, epsilon):
+            dtype = torch.promote_types(self.dtype, log_rows.dtype)
+            top = float(log_rows.amax()) + float(log_columns.amax()) - self.surveyed().ends[0] / float(epsilon)
+            if top < math.log(torch.finfo(dtype).max):  # else, and if something is NaN, torch has the word
+                return self._written(log_rows, log_columns, float(epsilon), dtype)
         exponent = self._less_cost(log_rows.unsqueeze(-1) + log_columns.unsqueeze(-2), epsilon)
         return exponent.exp_()
+
+    def _written(self, log_rows: Tensor, log_columns: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        """:meth:`gibbs` by a compiled pass, computed in float64."""
+        from iotsolve.kernels import passes
+
+        batch, (n, m) = self.matrix.shape[:-2], self.matrix.shape[-2:]
+        logs = (
+            passes.LOG2E * x.detach().double().expand(*batch, size).reshape(-1, size).numpy()
+            for x, size in ((log_rows, n), (log_columns, m))
+        )
+        cost = self.matrix.detach() if len(batch) == 1 else self.matrix.detach().reshape(-1, n, m)
+        plan = np.empty(cost.shape, np.float32 if dtype == torch.float32 else np.float64)  # in huge pages, unlike torch's
+        passes.marginals(cost.numpy(), *logs, passes.LOG2E / epsilon, plan)
+        return torch.from_numpy(plan).reshape(self.matrix.shape)
 
     def spent(self, plan: Tensor) -> Float[Tensor, "*batch"]:
         """``<C, P>``, in which a forbidden arc without mass costs nothing."""
@@ -454,14 +474,14 @@ _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 
 
 @contextmanager
-def calm(cost: Cost | Tensor) -> Iterator[None]:
-    """One thread for problems too small to gain from more.
+def calm(cost: Cost | Tensor, enough: int | None = None) -> Iterator[None]:
+    """One thread for problems too small to gain from more: of fewer than ``enough`` entries.
 
     torch's threads spin between operations: beside any other load, two of them make a 200 x 200 problem a hundred times
     slower than one, and on an idle machine they gain nothing at that size.
     """
     threads = torch.get_num_threads()
-    small = cost.device.type == "cpu" and math.prod(cost.shape) < _WORTH_THREADS and threads > 1
+    small = cost.device.type == "cpu" and math.prod(cost.shape) < (enough or _WORTH_THREADS) and threads > 1
     if small:
         torch.set_num_threads(1)
     try:
@@ -472,3 +492,4 @@ def calm(cost: Cost | Tensor) -> Iterator[None]:
 
 
 _WORTH_THREADS = 2**20  # entries
+_WORTH_THREADS_ONCE = 2**24  # for a single look, after which torch's threads spin beside the compiled passes

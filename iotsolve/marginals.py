@@ -63,6 +63,10 @@ def kl_divergence(x: Tensor, y: Tensor) -> Tensor:
         >>> kl_divergence(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([2.0, 1.0, 0.0]))
         tensor([2., 0., inf])
     """
+    if x.device.type == "cpu" and not torch.is_grad_enabled():  # where a look costs less than the masks
+        delta = (y - x) / x
+        if bool(delta.abs().max() < 0.5):
+            return x * (delta - torch.log1p(delta))
     usual = (x > 0) & (y > 0)
     safe_x, safe_y = torch.where(usual, x, 1.0), torch.where(usual, y, 1.0)
     delta = (safe_y - safe_x) / safe_x
@@ -145,6 +149,10 @@ class Marginal:
         """``D(r | a)`` per bin. A hard side pays 0 here: feasibility is asked of :meth:`violation`."""
         raise NotImplementedError
 
+    def idle(self, a: Tensor) -> Tensor:
+        """``D(0 | a)`` per bin: the price of no plan."""
+        return self.divergence(torch.zeros_like(a), a)
+
     def conjugate(self, f: Tensor) -> Tensor:
         """``phi(f) = -psi*(-f) = min_t psi(t) + f t``, the dual objective per unit of weight."""
         raise NotImplementedError
@@ -183,6 +191,8 @@ class Marginal:
 
     def violation(self, r: Tensor, a: Tensor) -> Tensor:
         """Distance of each ``r_i`` from its allowed interval; 0 on a soft side."""
+        if not self.is_hard:
+            return torch.zeros_like(r)
         allowed = self.allowed(r, a)
         return torch.where(r == allowed, 0.0, (r - allowed).abs())  # an infinite marginal may be allowed
 
@@ -192,6 +202,8 @@ class Marginal:
 
     def allowed(self, r: Tensor, a: Tensor) -> Tensor:
         """``r`` clipped to the allowed interval ``[lo a, hi a]``."""
+        if not self.is_hard:
+            return r
         lo, hi = self.bounds
         r = torch.maximum(r, lo * a)
         return r if math.isinf(number(hi)) else torch.minimum(r, hi * a)
@@ -369,6 +381,9 @@ class KL(Marginal):
 
     def divergence(self, r: Tensor, a: Tensor) -> Tensor:
         return self.rho * kl_divergence(r, a)
+
+    def idle(self, a: Tensor) -> Tensor:
+        return self.rho * a
 
     def conjugate(self, f: Tensor) -> Tensor:
         return -self.rho * torch.expm1(-f / self.rho)

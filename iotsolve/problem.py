@@ -414,6 +414,8 @@ class Problem:
     @cached_property
     def _mismatch(self) -> Tensor:
         """By how much the totals the two sides and ``mass`` ask for differ, if that is rounding; 0 if it is more."""
+        if self.mass is None and not (self.rows.is_hard or self.columns.is_hard):
+            return torch.zeros_like(self.a[..., 0])
         apart, most = self._totals_apart()
         return torch.where(apart <= 2 * self.forgiven * most, apart, 0.0)
 
@@ -448,18 +450,18 @@ class Problem:
     @cached_property
     def _empty(self) -> Tensor:
         """The price of no plan."""
-        empty = self.rows.divergence(torch.zeros_like(self.a), self.a).sum(-1)
-        return empty + self.columns.divergence(torch.zeros_like(self.b), self.b).sum(-1)
+        return self.rows.idle(self.a).sum(-1) + self.columns.idle(self.b).sum(-1)
 
     def gauge(self, p: Potentials) -> Potentials:
         """The equivalent potentials in the gauge named at the top of this file; the plan does not change."""
         if self.mass is None:
             if not (self.rows.is_fixed and self.columns.is_fixed):
                 return p
-            on_rows, on_columns = (
-                (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
-            )
-            shift = (on_rows - on_columns) / (self.a.sum(-1) + self.b.sum(-1))
+            with calm(p.f):
+                on_rows, on_columns = (
+                    (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
+                )
+                shift = (on_rows - on_columns) / (self.a.sum(-1) + self.b.sum(-1))
             return Potentials(p.f - shift.unsqueeze(-1), p.g + shift.unsqueeze(-1), p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:

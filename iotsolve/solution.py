@@ -60,7 +60,7 @@ class Solution:
         """Whether each problem ended in ``Status.CONVERGED``."""
         if isinstance(self.status, Status):
             return self.status is Status.CONVERGED
-        return np.vectorize(lambda s: s is Status.CONVERGED, otypes=[bool])(self.status)
+        return np.equal(self.status, Status.CONVERGED).astype(bool)
 
     @cached_property
     def value(self) -> Any:

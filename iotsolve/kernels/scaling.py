@@ -37,6 +37,7 @@ __all__ = [
 WINDOW = 20
 _LOG2E = math.log2(math.e)
 _RIDGE = 1e-12  # of the Gram matrix, relative
+_NORMAL = 2.3e-308
 _TINY = 1e-300  # column sums below which nothing is said to arrive
 _REACH = 30.0  # scalings' logarithms from which on the kernel is to absorb them
 _REBUILDS = 8
@@ -82,6 +83,19 @@ def propose(columns, q, known, log_b, side, change):
             after += new
             moved += abs(new - mass)
     return moved, before, after
+
+
+@_compiled
+def logarithms(x):
+    """Natural logarithms of weights, ``-inf`` of 0."""
+    found, least = np.empty(len(x)), math.inf
+    for i in range(len(x)):
+        found[i] = log_double(x[i])
+        least = min(least, x[i])
+    if not least >= _NORMAL:
+        for i in range(len(x)):
+            found[i] = found[i] if x[i] >= _NORMAL else math.log(x[i])
+    return found
 
 
 @_compiled
@@ -171,11 +185,12 @@ def mix(x, r, weights, memory, gram, count, window):
 
 @_compiled
 def _scalings(q, v):
-    largest = 0.0
+    """``v = e^q``, and whether some are so far from 1 that the kernel is to absorb them."""
+    far = 0.0
     for j in range(len(q)):
         v[j] = exp2_double(q[j] * _LOG2E)
-        largest = max(largest, abs(q[j]))
-    return largest
+        far += 1.0 if abs(q[j]) > _REACH else 0.0  # a sum vectorises, a maximum does not
+    return far > 0.0
 
 
 @_compiled
@@ -194,7 +209,7 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     n, m = kernel.shape
     mass, exponential = rules.mass, rules.soft_r >= 0.0 and rules.soft_c >= 0.0 and rules.soft_r + rules.soft_c > 0.0
     v, u, y, sums = np.empty(m, kernel.dtype), np.empty(n), np.empty(n), np.empty(m)
-    base, log_b, x, r, weights = np.log(a) + f0, np.log(b), np.zeros(m + 1), np.zeros(m + 1), np.zeros(m + 1)
+    base, log_b, x, r, weights = logarithms(a) + f0, logarithms(b), np.zeros(m + 1), np.zeros(m + 1), np.zeros(m + 1)
     window = min(WINDOW, max(4, m // 8))  # what mixing costs must not exceed a pass over the kernel
     memory, gram, best_y = np.zeros((2 + 2 * window, m + 1)), np.zeros((window, window)), np.zeros(n)
     slope, _, up, down, _ = rules.rows
@@ -204,7 +219,7 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     best, checked, best_lam, asked_lam, steps, end = math.inf, math.inf, lam, lam, 0, -1
     while end < 0:
         lam = x[m]
-        far = _scalings(x[:m], v) > _REACH
+        far = _scalings(x[:m], v)
         _sweep(kernel, v, rule, a, base, f0, rules.rows, lam, y, u, sums)
         moved, before, after = propose(sums, x[:m], g0, log_b, rules.columns, r[:m])
         steps += 1
@@ -261,7 +276,8 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
     q, found = np.zeros(m), np.zeros(n)
     for k in range(first, last):
         for _ in range(_REBUILDS):
-            build(cost[k], (np.log(a[k]) + f[k]) * _LOG2E, (np.log(b[k]) + g[k]) * _LOG2E, scale, kernel, 0, n)
+            alpha, beta = (logarithms(a[k]) + f[k]) * _LOG2E, (logarithms(b[k]) + g[k]) * _LOG2E
+            build(cost[k], alpha, beta, scale, kernel, 0, n)
             q[:], found[:] = 0.0, f[k]
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
             ends[k], taken, errors[k], lam[k] = relax(*start, q, found, tolerance, max_steps, slow)
