@@ -223,9 +223,10 @@ def _repair(problem: Problem, p: Potentials) -> Potentials:
     ceiling = problem.cost.reduced_min(p.g + p.lam.unsqueeze(-1), problem.b, axis=-1)
     f = torch.where(problem.a > 0, torch.minimum(p.f, ceiling), p.f)
     low = f < problem.rows.project(f)  # where the domain forbids so low a potential, the columns give way
-    f = problem.rows.project(f)
-    ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
-    g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(p.g, ceiling), p.g)
+    f, g = problem.rows.project(f), p.g
+    if low.any():
+        ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
+        g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(g, ceiling), g)
     return Potentials(f, problem.columns.project(g), p.lam)
 
 
@@ -363,8 +364,8 @@ def _filled(
 ) -> np.ndarray:
     """A bound of ``KL(Q | P)``, Q made of a corrected ``P (1 + x)`` by scaling rows and columns down and filling in.
 
-    ``r`` and ``c`` are the marginals after the correction, ``own_r`` and ``own_c`` those of P, ``squares = sum P x^2``, ``largest``
-    bounds ``|x|``, ``dearest`` bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that
+    ``r`` and ``c`` are the marginals after the correction, ``own_r`` and ``own_c`` those of P, ``squares = sum P x^2``,
+    ``largest`` bounds ``|x|``, ``dearest`` bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that
     what is lacking in the end is bounded without a look at the plan.
     """
     short_r, short_c, over_r, over_c = a - r, b - c, _over(r - a, r), _over(c - b, c)

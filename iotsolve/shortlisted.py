@@ -22,7 +22,8 @@ _WINDOW = 8.0  # epsilons within which arcs are counted
 _REACH = 16.0  # epsilons within which they are taken
 _ENOUGH = 12.0  # arcs a row, on average, at which epsilon is small enough
 _LEVELS = 12
-_SAMPLE = 64  # rows in which they are counted
+_SPAN = 60.0  # epsilons that costs may span without potentials
+_SAMPLE, _TYPICAL = 64, 256  # rows in which they are counted; columns whose median is taken
 _MOST = 32  # arcs a row on the list
 _MORE = 16  # arcs a row that join it
 _PIVOTS = 6  # for every bin
@@ -54,7 +55,7 @@ def balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: f
         b: shape ``(m,)``.
         max_steps: pivots of the network simplex.
     """
-    f, g, reach = _potentials(cost, a, b, high - low)
+    f, g, reach = _potentials(cost, a, b, low, high)
     arcs = _Arcs(cost, f, g, reach)
     if not arcs.covers():
         return None
@@ -83,12 +84,14 @@ def balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: f
     return None
 
 
-def _potentials(cost: np.ndarray, a: np.ndarray, b: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
+def _potentials(
+    cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: float
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Loose entropic potentials ``f, g`` at an epsilon small enough that few arcs matter, and the reach that goes with it."""
     from iotsolve.kernels import passes, scaling, sparse, workspace
 
     n, m = cost.shape
-    f, g = np.zeros(n), np.zeros(m)
+    f, g = np.full(n, low), np.zeros(m)
     sample = np.arange(0, n, max(1, n // _SAMPLE))
     typical, magnitude = _typical(cost[sample])
     if typical <= 2.0**-40 * magnitude:  # all arcs are equally cheap, but for rounding
@@ -98,7 +101,9 @@ def _potentials(cost: np.ndarray, a: np.ndarray, b: np.ndarray, spread: float) -
     rules = scaling.Rules(fixed, fixed, 0.0, 0.0, 0.0)
     lowest, columns, count = np.empty(len(sample)), np.empty((len(sample), m), np.int32), np.empty(len(sample))
     a, b = a / a.sum(), b / b.sum()
-    first = epsilon = _FIRST * min(spread, typical)
+    first = epsilon = _FIRST * min(high - low, typical)
+    if high - low > _SPAN * epsilon:  # the kernel's exponentials would not span it
+        passes.lowest(cost[None], a[None] > 0, b[None] > 0, f[None], g[None])
     before = math.inf
     kept = f, g, _REACH * epsilon
     for _ in range(_LEVELS):
@@ -124,6 +129,7 @@ def _typical(cost: np.ndarray) -> tuple[float, float]:
     with np.errstate(invalid="ignore"):
         reduced = cost - cost.min(1, keepdims=True)
         reduced = reduced - reduced.min(0)
+    reduced, cost = (x[:, :: max(1, x.shape[1] // _TYPICAL)] for x in (reduced, cost))
     finite = np.isfinite(reduced)
     if not finite.any():
         return 0.0, 0.0
@@ -175,7 +181,10 @@ class _Arcs:
     def cheapest(self, rows: np.ndarray, g: np.ndarray, excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """More arcs of some rows, by the potentials ``g``, that join the list: at most ``excess`` above the cheapest."""
         _, more_rows, more_columns = self._listed(rows, g, np.minimum(excess, self.reach), _MORE)
-        new = ~np.isin(more_rows * len(self.g) + more_columns, self.rows * len(self.g) + self.columns)
+        concerned = np.zeros(len(self.f), bool)
+        concerned[rows] = True
+        old, m = np.flatnonzero(concerned[self.rows]), len(self.g)
+        new = ~np.isin(more_rows * m + more_columns, self.rows[old] * m + self.columns[old])
         self.rows, self.columns = np.r_[self.rows, more_rows[new]], np.r_[self.columns, more_columns[new]]
         return more_rows[new], more_columns[new]
 
@@ -255,7 +264,7 @@ class _Simplex:
         self.tail = np.r_[np.zeros(self.nodes, np.int64), arcs.rows]
         self.head = np.r_[np.zeros(self.nodes, np.int64), self.n + arcs.columns]
         self.price, self.flow = np.r_[np.zeros(self.nodes), paid / self.unit], np.zeros(len(self.tail))
-        self.tree = tuple(np.empty(self.nodes + 1, np.int64) for _ in range(6))
+        self.tree = tuple(np.empty(self.nodes + 1, np.int32) for _ in range(5))
         self.pi = np.empty(self.nodes + 1)
         order = self.nodes + np.argsort(paid, kind="stable")
         lists = (self.tail, self.head, self.price, order, self.dear, self.flow)
@@ -282,8 +291,8 @@ class _Simplex:
         from iotsolve.kernels import sparse
 
         self.dear *= _DEAR
-        parent, arc, _, child, after, _ = self.tree
-        sparse.reprice(self.tail, self.price, parent, arc, child, after, self.pi, self.dear)
+        parent, arc, _, after, _ = self.tree
+        sparse.reprice(self.tail, self.price, parent, arc, after, self.pi, self.dear)
         return True
 
     def change(self) -> np.ndarray:
@@ -301,8 +310,8 @@ class _Simplex:
         """None if something is not transported even so: the price for that was too low, or there is no way."""
         from iotsolve.kernels import sparse
 
-        parent, arc, depth, *_ = self.tree
-        sparse.settle_flows(self.a, self.b, self.tail, self.head, self.flow, parent, arc, depth)
+        parent, arc, size, *_ = self.tree
+        sparse.settle_flows(self.a, self.b, self.tail, self.head, self.flow, parent, arc, size)
         if self.flow[: self.nodes].sum() > _LEFT * self.a.sum():
             return None
         used = self.nodes + np.flatnonzero(self.flow[self.nodes :] > 0)

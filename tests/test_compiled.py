@@ -38,6 +38,7 @@ from iotsolve import (
     solve,
 )
 from iotsolve.accelerated import Accelerated
+from iotsolve.certificate import _filled
 from iotsolve.exact import _network_simplex
 from iotsolve.kernels import passes, sparse, threads, workspace
 from iotsolve.plans import StoredPlan, plan_of
@@ -60,6 +61,27 @@ def plane(n, m, seed=0):
 def weights(n, seed):
     w = np.random.default_rng(seed).random(n)
     return w / w.sum()
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.float64)])
+def test_plans_are_written_as_torch_would_write_them(batch, dtypes):
+    """Forbidden arcs and bins, broadcast scalings; what overflows and what is no number go where torch's go."""
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(*batch, 60, 70, generator=generator, dtype=dtypes[0])
+    cost[..., 3, 4] = INF
+    rows, columns = (torch.randn(n, generator=generator, dtype=dtypes[1]) for n in (60, 70))
+    rows[2] = -INF
+    exponent = rows.double()[:, None] + columns.double() - cost.double() / 0.02
+    found = Dense(cost).gibbs(rows, columns, 0.02)
+    assert found.dtype == torch.promote_types(*dtypes)
+    rounding = 1e-12 if found.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found.double(), exponent.exp(), rtol=rounding, atol=1e-40)
+    for odd in (1e3, math.nan):
+        rows[5] = odd
+        found, expected = Dense(cost).gibbs(rows, columns, 0.02), (exponent[..., 5, :] * 0 + odd).exp()
+        assert torch.equal(found[..., 5, :].isnan(), expected.isnan())
+        assert torch.equal(found[..., 5, :].isinf(), expected.isinf())
 
 
 # -- the kernels -------------------------------------------------------------------------------------------------------
@@ -328,6 +350,39 @@ def test_a_stored_plan_certifies_what_needs_a_linear_correction():
     assert found.dual - 1e-12 <= best <= found.primal + 1e-12
 
 
+def relative_entropy(change):
+    """``(1 + x) log(1 + x) - x``."""
+    near = np.where(abs(change) < 1e-3, change, 0.0)
+    return np.where(abs(change) < 1e-3, near**2 / 2 - near**3 / 6 + near**4 / 12, (1 + change) * np.log1p(change) - change)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-3])
+@pytest.mark.parametrize("epsilon", [0.5, 0.05, 0.01])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_repair_costs_is_within_the_bound_from_marginals_alone(corrected, size, epsilon, seed):
+    """The repaired plan is written out: it has the marginals asked for, and its divergence is counted entry by entry."""
+    rng = np.random.default_rng(seed)
+    cost, a, b = plane(40, 50, seed), weights(40, seed + 5), weights(50, seed + 9)
+    solution = solve(Problem(cost, a, b, epsilon=epsilon), tolerance=1e-12)
+    f, g = solution.f + epsilon * size * rng.standard_normal(40), solution.g + epsilon * size * rng.standard_normal(50)
+    plan = a[:, None] * b * np.exp((f[:, None] + g - cost) / epsilon)
+    u, v = (0.1 * size * rng.standard_normal(n) if corrected else np.zeros(n) for n in (40, 50))
+    moved = plan * (1 + u[:, None] + v)
+    r, c = moved.sum(1), moved.sum(0)
+    scaled = moved * np.minimum(a / r, 1)[:, None] * np.minimum(b / c, 1)
+    lack_r, lack_c = a - scaled.sum(1), b - scaled.sum(0)
+    assert min(lack_r.min(), lack_c.min()) >= -1e-15
+    repaired = scaled + np.outer(lack_r, lack_c) / lack_r.sum()
+    assert abs(repaired.sum(1) - a).sum() + abs(repaired.sum(0) - b).sum() <= 1e-14
+    spent = (plan * relative_entropy(repaired / plan - 1)).sum()
+    dearest = ((cost - f[:, None] - g) / epsilon).max()
+    corrections = (np.array((plan * (u[:, None] + v) ** 2).sum()), abs(u).max() + abs(v).max()) if corrected else ()
+    bound = _filled(a, b, r, c, plan.sum(1), plan.sum(0), dearest, *corrections)
+    assert 0 < spent <= bound < math.inf
+    assert bound <= 4 * size * max(dearest, 1.0)
+
+
 def test_rubbish_is_not_certified():
     problem = Problem(plane(100, 100), epsilon=0.02)
     for f in (np.zeros(100), np.full(100, np.nan), np.full(100, 1e5), np.full(100, INF)):
@@ -410,6 +465,55 @@ def test_the_shortlist_is_what_solves_it_and_is_no_matter_of_faith(monkeypatch):
     for a in (np.full(N, 1 / N), weights(N, 1)):
         short = balanced(cost, a, a[::-1].copy(), 0.0, 1.0, 10**7)
         assert short is None or (cost - short.f[:, None] - short.g[None, :]).min() >= -1e-12
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "random"])
+@pytest.mark.parametrize("name", ["far above zero", "far below zero", "concentrated"])
+def test_costs_far_from_zero_or_from_their_spread_have_a_shortlist_too(name, equal):
+    """Exponentials of such costs underflow at any useful epsilon unless potentials are taken off them first."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((N, 2000)), rng.standard_normal((N, 2000))
+    apart = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+    cost = {"far above zero": plane(N, N) + 1e4, "far below zero": plane(N, N) - 1e4, "concentrated": apart}[name]
+    a, b = (np.full(N, 1 / N), np.full(N, 1 / N)) if equal else (weights(N, 1), weights(N, 2))
+    found = balanced(cost, a, b, cost.min(), cost.max(), 10**7)
+    assert found is not None
+    value = (cost * _network_simplex(cost, a, b, 10**7)[0]).sum()
+    assert (cost[found.rows, found.columns] * found.flow).sum() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("pivots", [0, 1, 2, 7, 40, 10_000])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_tree_of_the_network_simplex_is_one_after_every_pivot(pivots, seed):
+    """Spanning, each node followed by its subtree, of the size noted, its arcs neither cheap nor dear, its flows the weights."""
+    rng, n, m = np.random.default_rng(seed), 30, 40
+    nodes, arcs = n + m, np.argwhere(rng.random((n, m)) < 0.3)
+    a, b = weights(n, seed), weights(m, seed + 1)
+    zeros = np.zeros(nodes, np.int64)
+    tail, head = np.r_[zeros, arcs[:, 0]], np.r_[zeros, n + arcs[:, 1]]
+    price, flow = np.r_[np.zeros(nodes), rng.random(len(arcs))], np.zeros(nodes + len(arcs))
+    parent, arc, size, after, before = tree = [np.empty(nodes + 1, np.int32) for _ in range(5)]
+    pi, order = np.empty(nodes + 1), nodes + rng.permutation(len(arcs))
+    sparse.plant(a, b, tail, head, price, order, 16.0, flow, *tree, pi)
+    taken = sparse.simplex(tail, head, price, flow, *tree, pi, 1e-12, pivots)
+    assert taken <= pivots and (taken == pivots or pivots == 10_000)
+    chain = [nodes]
+    while (u := after[chain[-1]]) != nodes:
+        assert before[u] == chain[-1]
+        chain.append(u)
+    assert sorted(chain) == list(range(nodes + 1)) and before[nodes] == chain[-1]
+    below = {u: {u} for u in chain}
+    for u in chain[:0:-1]:
+        assert {tail[arc[u]], head[arc[u]]} == {u, parent[u]}
+        assert abs(price[arc[u]] + pi[tail[arc[u]]] - pi[head[arc[u]]]) <= 1e-12
+        below[parent[u]] |= below[u]
+    for k, u in enumerate(chain):
+        assert size[u] == len(below[u]) and set(chain[k : k + size[u]]) == below[u]
+    balance = np.bincount(tail, flow, nodes + 1) - np.bincount(head, flow, nodes + 1)
+    assert flow.min() >= -1e-15 and abs(balance[:n] - a).max() <= 1e-14 and abs(balance[n:nodes] + b).max() <= 1e-14
+    if pivots == 10_000:
+        left = price + pi[tail] - pi[head]
+        assert left[nodes:].min() >= -1e-12
 
 
 def test_given_up_shortlists_end_in_the_dense_simplex(monkeypatch):

@@ -216,11 +216,12 @@ def _pop(key, heap, size):
 
 
 @_compiled
-def plant(a, b, tail, head, price, order, dear, flow, parent, arc, depth, child, after, before, pi):
+def plant(a, b, tail, head, price, order, dear, flow, parent, arc, size, after, before, pi):
     """A first tree of the network simplex: arcs in the given order take what both their ends still have.
 
     Nodes are the rows, the columns and a root; the first ``n + m`` arcs lead between each of them and the root at the price
-    ``dear``, the others are the list's. Every arc that takes something uses up one end, so that no cycle is closed; of a
+    ``dear``, the others are the list's; ``size`` counts the nodes of every subtree, and ``after`` and ``before`` chain the nodes
+    so that each is followed by its subtree. Every arc that takes something uses up one end, so that no cycle is closed; of a
     component at most one node has something left, and by this, or by any, it hangs at the root.
     """
     n, m = len(a), len(b)
@@ -258,9 +259,9 @@ def plant(a, b, tail, head, price, order, dear, flow, parent, arc, depth, child,
         for end in range(2):
             u = tail[e] if end == 0 else head[e]
             where[2 * k + end], second[2 * k + end], first[u] = e, first[u], 2 * k + end
-    child[:], after[:], before[:] = -1, -1, -1
-    parent[nodes], arc[nodes], depth[nodes], pi[nodes] = -1, -1, 0, 0.0
-    stack, size = np.empty(nodes + 1, np.int64), 0
+    parent[nodes], arc[nodes], pi[nodes] = -1, -1, 0.0
+    stack, chain, chained = np.empty(nodes + 1, np.int64), np.empty(nodes + 1, np.int64), 1
+    chain[0] = nodes
     for root in range(nodes):
         u = hanging[root]
         if component[root] != root or u < 0:
@@ -268,39 +269,40 @@ def plant(a, b, tail, head, price, order, dear, flow, parent, arc, depth, child,
         leaves = u >= n and left[u] > 0.0  # the only arcs from the root: what columns lack
         tail[u], head[u] = (nodes, u) if leaves else (u, nodes)
         flow[u], price[u] = left[u], dear
-        parent[u], arc[u], depth[u], pi[u] = nodes, u, 1, dear if leaves else -dear
-        _adopt(nodes, u, child, after, before)
-        stack[0], size = u, 1
-        while size > 0:
-            size -= 1
-            u = stack[size]
+        parent[u], arc[u], pi[u] = nodes, u, dear if leaves else -dear
+        stack[0], waiting = u, 1
+        while waiting > 0:
+            waiting -= 1
+            u = stack[waiting]
+            chain[chained] = u
+            chained += 1
             k = first[u]
             while k >= 0:
                 e = where[k]
                 w = head[e] if tail[e] == u else tail[e]
                 if e != arc[u]:
-                    parent[w], arc[w], depth[w] = u, e, depth[u] + 1
+                    parent[w], arc[w] = u, e
                     pi[w] = pi[u] + price[e] if tail[e] == u else pi[u] - price[e]
-                    _adopt(u, w, child, after, before)
-                    stack[size] = w
-                    size += 1
+                    stack[waiting] = w
+                    waiting += 1
                 k = second[k]
+    size[:] = 1
+    for k in range(nodes, -1, -1):
+        u = chain[k]
+        after[u], before[u] = chain[(k + 1) % (nodes + 1)], chain[k - 1]
+        if k > 0:
+            size[parent[u]] += size[u]
     for u in range(nodes):  # artificial arcs out of the tree
         if arc[u] != u:
             tail[u], head[u] = u, nodes
             flow[u], price[u] = 0.0, dear
 
 
-@_compiled
-def _adopt(u, w, child, after, before):
-    after[w], before[w] = child[u], -1
-    if child[u] >= 0:
-        before[child[u]] = w
-    child[u] = w
+_BLOCK = 1  # square roots of the number of arcs
 
 
 @_compiled
-def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, pi, tolerance, max_steps):
+def simplex(tail, head, price, flow, parent, arc, size, after, before, pi, tolerance, max_steps):
     """Primal network simplex from a tree (:func:`plant`) until no arc of the list is cheaper than its potentials; its pivots.
 
     Differs from textbooks in that no arc has a capacity; blocks of arcs are searched in turn and the cheapest of a block
@@ -308,34 +310,33 @@ def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, p
     """
     nodes = len(parent) - 1
     count = len(tail) - nodes
-    block = max(64, int(math.sqrt(count)))
-    at, steps, stack = 0, 0, np.empty(nodes + 1, np.int64)
+    block = min(count, max(64, _BLOCK * int(math.sqrt(count))))
+    at, steps, paid = 0, 0, np.empty(block)
+    stem, met, place = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.int32)
     while steps < max_steps:
-        enter, least, seen, looked = -1, -tolerance, 0, 0
-        while looked < count:
-            e = nodes + at
-            x = price[e] + pi[tail[e]] - pi[head[e]]
-            if x < least and arc[tail[e]] != e and arc[head[e]] != e:  # in the tree it is 0 but for rounding
-                least, enter = x, e
-            at = at + 1 if at + 1 < count else 0
-            looked += 1
-            seen += 1
-            if seen == block:
-                if enter >= 0:
-                    break
-                seen = 0
+        enter, least, looked = -1, -tolerance, 0
+        while enter < 0 and looked < count:
+            first = nodes + at
+            length = min(block, count - at)
+            for k in range(length):
+                paid[k] = price[first + k] + pi[tail[first + k]] - pi[head[first + k]]
+            for k in range(length):
+                if paid[k] < least:
+                    e = first + k
+                    if arc[tail[e]] != e and arc[head[e]] != e:  # in the tree it is 0 but for rounding
+                        least, enter = paid[k], e
+            looked += length
+            at = at + length if at + length < count else 0
         if enter < 0:
             break
         steps += 1
         s, t = tail[enter], head[enter]
         u, w = s, t
         while u != w:
-            if depth[u] > depth[w]:
+            if size[u] < size[w]:
                 u = parent[u]
-            elif depth[w] > depth[u]:
-                w = parent[w]
             else:
-                u, w = parent[u], parent[w]
+                w = parent[w]
         join, amount, out, at_tail = u, np.inf, -1, True
         u = s
         while u != join:
@@ -366,61 +367,75 @@ def simplex(tail, head, price, flow, parent, arc, depth, child, after, before, p
         flow[arc[out]] = 0.0
         shift = least if not at_tail else -least
         u, above, by = (s, t, enter) if at_tail else (t, s, enter)
-        top = u
-        while True:  # the subtree without its old link, hung at its end of the arc that enters
-            old, link = parent[u], arc[u]
-            if before[u] >= 0:
-                after[before[u]] = after[u]
-            else:
-                child[old] = after[u]
-            if after[u] >= 0:
-                before[after[u]] = before[u]
-            parent[u], arc[u] = above, by
-            _adopt(above, u, child, after, before)
-            if u == out:
+        whole, stems, v = size[out], 0, u
+        w = parent[out]
+        while w != join:
+            size[w] -= whole
+            w = parent[w]
+        w = above
+        while w != join:
+            size[w] += whole
+            w = parent[w]
+        while True:  # from the end of the arc that enters to that of the arc that leaves, whose roles change
+            stem[stems] = v
+            stems += 1
+            if v == out:
                 break
-            above, by, u = u, link, old
-        stack[0], size = top, 1
-        while size > 0:
-            size -= 1
-            u = stack[size]
-            pi[u] += shift
-            depth[u] = depth[parent[u]] + 1
-            w = child[u]
-            while w >= 0:
-                stack[size] = w
-                size += 1
-                w = after[w]
+            v = parent[v]
+        v, k = out, stems - 1
+        for l in range(whole):
+            met[l] = v
+            pi[v] += shift
+            if k >= 0 and v == stem[k]:
+                place[k] = l
+                k -= 1
+            v = after[v]
+        _chain(before[out], v, after, before)
+        last, rest = above, after[above]
+        below, start, end = 0, 0, 0  # of the part that is in its new place already
+        for k in range(stems):
+            v = stem[k]
+            own, first = size[v], place[k]
+            _chain(last, met[first], after, before)
+            last = met[first + own - 1]
+            if k > 0 and end == first + own:
+                last = met[start - 1]
+            elif k > 0:
+                _chain(met[start - 1], met[end], after, before)
+            start, end = first, first + own
+            size[v], below = whole - below, own
+            link = arc[v]
+            parent[v], arc[v] = above, by
+            above, by = v, link
+        _chain(last, rest, after, before)
     return steps
 
 
 @_compiled
-def reprice(tail, price, parent, arc, child, after, pi, dear):
-    """The potentials anew where an artificial arc costs ``dear``."""
-    nodes = len(parent) - 1
-    price[:nodes] = dear
-    stack, size = np.empty(nodes + 1, np.int64), 1
-    stack[0], pi[nodes] = nodes, 0.0
-    while size > 0:
-        size -= 1
-        u = stack[size]
-        if u < nodes:
-            e = arc[u]
-            pi[u] = pi[parent[u]] - price[e] if tail[e] == u else pi[parent[u]] + price[e]
-        w = child[u]
-        while w >= 0:
-            stack[size] = w
-            size += 1
-            w = after[w]
+def _chain(u, w, after, before):
+    after[u], before[w] = w, u
 
 
 @_compiled
-def settle_flows(a, b, tail, head, flow, parent, arc, depth):
+def reprice(tail, price, parent, arc, after, pi, dear):
+    """The potentials anew where an artificial arc costs ``dear``."""
+    nodes = len(parent) - 1
+    price[:nodes] = dear
+    pi[nodes] = 0.0
+    u = after[nodes]
+    while u != nodes:  # each after its parent
+        e = arc[u]
+        pi[u] = pi[parent[u]] - price[e] if tail[e] == u else pi[parent[u]] + price[e]
+        u = after[u]
+
+
+@_compiled
+def settle_flows(a, b, tail, head, flow, parent, arc, size):
     """The flows of the tree anew from the weights alone, without what pivots have rounded."""
     n, nodes = len(a), len(parent) - 1
     excess = np.zeros(nodes + 1)
     excess[:n], excess[n:nodes] = a, -b
-    for u in np.argsort(depth[:nodes])[::-1]:
+    for u in np.argsort(size[:nodes]):
         e = arc[u]
         flow[e] = excess[u] if tail[e] == u else -excess[u]
         excess[parent[u]] += excess[u]
