@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import calm
+from iotsolve.costs import quiet
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, is_quick, plan_of, quick_plan
@@ -109,7 +109,7 @@ def certify(
         >>> bool(certify(problem, np.zeros(2), np.zeros(2)).gap > 0)
         True
     """
-    with calm(problem.cost), torch.no_grad():
+    with quiet(problem.cost), torch.no_grad():
         return _certify(problem, f, g, lam, plan, tolerance)
 
 
@@ -365,8 +365,8 @@ def _filled(
     """A bound of ``KL(Q | P)``, Q made of a corrected ``P (1 + x)`` by scaling rows and columns down and filling in.
 
     ``r`` and ``c`` are the marginals after the correction, ``own_r`` and ``own_c`` those of P, ``squares = sum P x^2``,
-    ``largest`` bounds ``|x|``, ``dearest`` bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that
-    what is lacking in the end is bounded without a look at the plan.
+    ``largest`` bounds ``|x|``, ``dearest`` bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that
+    share, so that what is lacking in the end is bounded without a look at the plan.
     """
     short_r, short_c, over_r, over_c = a - r, b - c, _over(r - a, r), _over(c - b, c)
     short_r, short_c, over_r, over_c = (np.maximum(x, 0.0) for x in (short_r, short_c, over_r, over_c))

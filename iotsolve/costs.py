@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.kernels import bilinear
+from iotsolve.kernels.threads import allowed, torch_on
 
-__all__ = ["METRICS", "Cost", "Dense", "Points", "calm"]
+__all__ = ["METRICS", "Cost", "Dense", "Points", "busy", "calm", "quiet"]
 
 Scalar = float | Tensor
 
@@ -480,15 +481,21 @@ def calm(cost: Cost | Tensor, enough: int | None = None) -> Iterator[None]:
     torch's threads spin between operations: beside any other load, two of them make a 200 x 200 problem a hundred times
     slower than one, and on an idle machine they gain nothing at that size.
     """
-    threads = torch.get_num_threads()
-    small = cost.device.type == "cpu" and math.prod(cost.shape) < (enough or _WORTH_THREADS) and threads > 1
-    if small:
-        torch.set_num_threads(1)
-    try:
+    small = cost.device.type == "cpu" and math.prod(cost.shape) < (enough or _WORTH_THREADS)
+    with torch_on(1) if small and torch.get_num_threads() > 1 else nullcontext():
         yield
-    finally:
-        if small:
-            torch.set_num_threads(threads)
+
+
+def quiet(cost: Cost) -> AbstractContextManager[None]:
+    """:func:`calm`, and at any size where compiled passes read the cost: torch has vectors alone, and would spin beside them."""
+    compiled = isinstance(cost, Dense) and cost.is_compiled and torch.get_num_threads() > 1
+    return torch_on(1) if compiled else calm(cost)
+
+
+def busy(cost: Cost) -> AbstractContextManager[None]:
+    """All threads again, for torch's own work on a large cost."""
+    large = cost.device.type == "cpu" and math.prod(cost.shape) >= _WORTH_THREADS
+    return torch_on(allowed()) if large and torch.get_num_threads() < allowed() else nullcontext()
 
 
 _WORTH_THREADS = 2**20  # entries

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Cost, Dense, Points
+from iotsolve.costs import Cost, Dense, Points, busy
 from iotsolve.distributed import Sharded
 from iotsolve.kernels import bilinear
 from iotsolve.marginals import number
@@ -133,8 +133,9 @@ class Plan:
     def sum(self, of: Callable[[Chunk], Tensor]) -> Tensor:
         """Sum of a function of the entries, per problem: ``(B,)``."""
         total = torch.zeros_like(self.problem.a[..., 0])
-        for chunk in self.read():
-            chunk.add(total, of(chunk))
+        with busy(self.problem.cost):
+            for chunk in self.read():
+                chunk.add(total, of(chunk))
         return total
 
     def any(self, of: Callable[[Chunk], Tensor]) -> Tensor:
@@ -151,31 +152,35 @@ class Plan:
 
     def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
         r, c = torch.zeros_like(self.problem.a), torch.zeros_like(self.problem.b)
-        for chunk in self.read():
-            values = of(chunk)
-            chunk.add_rows(r, values)
-            chunk.add_columns(c, values)
+        with busy(self.problem.cost):
+            for chunk in self.read():
+                values = of(chunk)
+                chunk.add_rows(r, values)
+                chunk.add_columns(c, values)
         return r, c
 
     def times(self, v: Tensor) -> Tensor:
         """``P v``, shape ``(B, n)``."""
         r = torch.zeros_like(self.problem.a)
-        for chunk in self.read():
-            chunk.add_times(r, v)
+        with busy(self.problem.cost):
+            for chunk in self.read():
+                chunk.add_times(r, v)
         return r
 
     def times_back(self, u: Tensor) -> Tensor:
         """``P' u``, shape ``(B, m)``."""
         c = torch.zeros_like(self.problem.b)
-        for chunk in self.read():
-            chunk.add_times_back(c, u)
+        with busy(self.problem.cost):
+            for chunk in self.read():
+                chunk.add_times_back(c, u)
         return c
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         """``sum_i P_ij w_i (rows_i - P_ij)``, shape ``(B, m)``: what leaves a column's rows by another one."""
         c = torch.zeros_like(self.problem.b)
-        for chunk in self.read():
-            chunk.add_columns(c, chunk.values * chunk.rows(w) * (chunk.rows(rows) - chunk.values))
+        with busy(self.problem.cost):
+            for chunk in self.read():
+                chunk.add_columns(c, chunk.values * chunk.rows(w) * (chunk.rows(rows) - chunk.values))
         return c
 
 

@@ -12,7 +12,7 @@ import torch
 
 from iotsolve.accelerated import Accelerated, relaxed_together
 from iotsolve.certificate import Certificate
-from iotsolve.costs import Dense, calm
+from iotsolve.costs import Dense, quiet
 from iotsolve.distributed import Sharded
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
@@ -117,7 +117,7 @@ def run(
     Without a solver the automatic one, to a relative marginal error.
     """
     solver = _Automatic(tolerance, stationary=True) if solver is None else solver
-    with calm(problem.cost):
+    with quiet(problem.cost):
         if isinstance(solver, Sinkhorn):
             return iterate(problem, solver, start)
         return solver.run(problem, start) if isinstance(solver, _Automatic | Newton) else solver.run(problem)

@@ -631,3 +631,25 @@ def test_math_is_finite_where_a_mass_underflows():
     problem = Problem(plane(70, 70) - 2.0, epsilon=1e-3, rows=KL(1e-3), columns=KL(1e-3))
     solution = solve(problem, throw=False)
     assert solution.status is not Status.CONVERGED or math.isfinite(solution.value)
+
+
+def test_torch_has_its_threads_back_whatever_happens(monkeypatch):
+    """A large problem keeps torch on one thread beside compiled passes, and says in chunks only when to use all."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        problem = Problem(plane(1100, 1000), epsilon=0.05, rows=Between(0.5, 1.0), columns=AT_MOST)
+
+        def fails(*given):
+            seen.append((torch.get_num_threads(), threads.allowed()))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("iotsolve.plans.Chunk.add_rows", fails)
+        with pytest.raises(KeyboardInterrupt):
+            certify(problem, np.zeros(1100), np.zeros(1000))
+        monkeypatch.setattr("iotsolve.certificate._certify", fails)
+        with pytest.raises(KeyboardInterrupt):
+            certify(problem, np.zeros(1100), np.zeros(1000))
+        assert seen == [(2, 2), (1, 2)] and torch.get_num_threads() == threads.allowed() == 2
+    finally:
+        torch.set_num_threads(before)

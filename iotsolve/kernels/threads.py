@@ -7,17 +7,40 @@ depend on how many threads there were. A forked process starts without the threa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count, pairwise
 
 import numpy as np
 import torch
 
-__all__ = ["each_piece", "pieces", "summed"]
+__all__ = ["allowed", "each_piece", "pieces", "summed", "torch_on"]
 
 _SERIAL = 2**20  # entries that one thread reads before another one could start
 _PIECES = 8
+
+
+_kept = threading.local()
+
+
+def allowed() -> int:
+    """How many threads a pass may take: as many as torch is set to use, or was before it was told to keep quiet."""
+    return getattr(_kept, "count", None) or torch.get_num_threads()
+
+
+@contextmanager
+def torch_on(threads: int) -> Iterator[None]:
+    """torch on so many threads; passes as before."""
+    before, outer = torch.get_num_threads(), getattr(_kept, "count", None)
+    _kept.count = allowed()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _kept.count = outer
 
 
 def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
@@ -30,7 +53,7 @@ def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
 def each_piece(rows: int, entries: int, work: Callable[[int, int, int], None]) -> None:
     """``work(piece, first, last)`` for every piece, at the same time as far as there are threads."""
     parts = pieces(rows, entries)
-    helpers = min(torch.get_num_threads(), len(parts)) - 1
+    helpers = min(allowed(), len(parts)) - 1
     if helpers < 1:
         for k, (first, last) in enumerate(parts):
             work(k, first, last)
