@@ -46,6 +46,8 @@ def logs(weights: np.ndarray, potential: np.ndarray) -> np.ndarray:
     """``log2(weights) + potential log2(e)``, of a potential in units of epsilon; ``-inf`` where there is no weight or no way."""
     with np.errstate(divide="ignore", invalid="ignore"):
         found = (np.log(weights) + potential) * LOG2E
+    if np.isfinite(found).all():
+        return found
     return np.where((weights > 0) & np.isfinite(potential), found, -np.inf)
 
 

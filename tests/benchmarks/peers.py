@@ -185,14 +185,29 @@ def _ortools(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
     return _permutation(np.array([solver.right_mate(i) for i in range(n)]))
 
 
+def _highs(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
+    """The linear program as it stands, by its dual simplex."""
+    from scipy import sparse
+    from scipy.optimize import linprog
+
+    n, m = cost.shape
+    rows, columns = np.divmod(np.arange(n * m), m)
+    ends = np.stack([rows, n + columns], 1).ravel(), np.repeat(np.arange(n * m), 2)
+    incidence = sparse.csc_array((np.ones(2 * n * m), ends), shape=(n + m, n * m))
+    options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    found = linprog(cost.ravel(), A_eq=incidence, b_eq=np.r_[a, b], method="highs-ds", options=options)
+    return found.x.reshape(n, m)
+
+
 EQUAL = (
     Peer("scipy", ("scipy",), _scipy),
     Peer("lapjv", ("lapjv",), _lapjv),
     Peer("lapx", ("lap",), _lapx),
     Peer("POT, emd", ("ot",), _emd),
     Peer("ortools", ("ortools",), _ortools),
+    Peer("HiGHS", ("scipy",), _highs),
 )
-WEIGHTED = (Peer("POT, emd", ("ot",), _emd),)
+WEIGHTED = (Peer("POT, emd", ("ot",), _emd), Peer("HiGHS", ("scipy",), _highs))
 
 
 # -- unbalanced, and many at once --------------------------------------------------------------------------------------
