@@ -96,8 +96,9 @@ def solve(
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
     doubtful = not np.all(solution.converged) and not (isinstance(solver, Exact) or solver.stationary)
-    if (problem.is_exact and isinstance(problem.cost, Dense)) or _is_stiff(problem, tolerance) or doubtful:
-        # nobody else has judged what the solvers claim; a closed form needs no judge
+    unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.potentials, tolerance)
+    if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful:
+        # nobody else has judged what the solvers claim
         judgement = solution.certificate
         solution = replace(solution, status=_judged(status, judgement))
         solution.__dict__["certificate"] = judgement  # once computed
@@ -162,6 +163,18 @@ def _is_stiff(problem: Problem, tolerance: float | None) -> bool:
     tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
     prices = [side.recession for side in (problem.rows, problem.columns) if math.isfinite(side.recession)]
     return max(prices, default=0.0) * torch.finfo(problem.working_dtype).eps > tolerance * number(problem.epsilon)
+
+
+def _is_blunt(problem: Problem, p: Potentials, tolerance: float | None) -> bool:
+    """Whether a closed form's potentials, of this size and in the dtype they are kept in, may lack digits of the tolerance.
+
+    It is right but for rounding, which no stopping rule has looked at.
+    """
+    if problem.is_exact or not (problem.rows.is_free or problem.columns.is_free):
+        return False
+    tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
+    size = sum(float(torch.where(x.isfinite(), x, 0.0).abs().amax()) for x in (p.f.detach(), p.g.detach()))
+    return 2 * size * torch.finfo(p.f.dtype).eps > tolerance * number(problem.epsilon)
 
 
 def _judged(status: Any, certificate: Certificate) -> Any:

@@ -653,3 +653,21 @@ def test_torch_has_its_threads_back_whatever_happens(monkeypatch):
         assert seen == [(2, 2), (1, 2)] and torch.get_num_threads() == threads.allowed() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not let one choose")
+def test_helpers_stay_off_the_processor_of_who_called_them():
+    """Whatever processors this process may use; it goes back to all of them itself."""
+    before, pinned = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):  # the first call starts the helper, the next one finds it
+            threads.each_piece(100, 2**22, lambda k, first, last: None)
+        assert os.sched_getaffinity(0) == pinned
+        for helper in threads._helpers if len(pinned) > 1 else ():
+            assert os.sched_getaffinity(helper) < pinned
+        os.sched_setaffinity(0, {min(pinned)})  # nowhere else to go
+        threads.each_piece(100, 2**22, lambda k, first, last: None)
+    finally:
+        os.sched_setaffinity(0, pinned)
+        torch.set_num_threads(before)

@@ -18,7 +18,7 @@ from numba import njit
 from iotsolve.kernels.dense import MATCH, RESPOND, _compiled, build, stored_pass
 from iotsolve.kernels.numeric import exp2_double, log_double
 from iotsolve.kernels.passes import build_kernel, logs
-from iotsolve.kernels.threads import summed
+from iotsolve.kernels.threads import pieces, summed
 
 __all__ = [
     "BROKEN",
@@ -291,6 +291,10 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
 def _threaded_sweep(kernel, v, rule, w, base, known, side, lam, y, u, columns):
     n, m = kernel.shape
     shared = (kernel, v, rule, w, base, known, side, lam, y, u)
+    if len(pieces(n, n * m)) == 1:
+        columns[:] = 0.0
+        stored_pass(*shared, columns, 0, n)
+        return
     columns[:] = summed(n, m, n * m, lambda total, first, last: stored_pass(*shared, total, first, last))
 
 

@@ -6,11 +6,12 @@ depend on how many threads there were. A forked process starts without the threa
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count, pairwise
 
 import numpy as np
@@ -45,7 +46,9 @@ def torch_on(threads: int) -> Iterator[None]:
 
 def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
     """Where to cut ``rows`` rows with ``entries`` entries in all: at multiples of four."""
-    number = 1 if entries < _SERIAL else min(_PIECES, max(1, rows // 4))
+    if entries < _SERIAL:
+        return [(0, rows)] if rows else []
+    number = min(_PIECES, max(1, rows // 4))
     cuts = [4 * (rows * k // (4 * number)) for k in range(number)] + [rows]
     return [(first, last) for first, last in pairwise(cuts) if first < last]
 
@@ -53,6 +56,9 @@ def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
 def each_piece(rows: int, entries: int, work: Callable[[int, int, int], None]) -> None:
     """``work(piece, first, last)`` for every piece, at the same time as far as there are threads."""
     parts = pieces(rows, entries)
+    if len(parts) == 1:
+        work(0, *parts[0])
+        return
     helpers = min(allowed(), len(parts)) - 1
     if helpers < 1:
         for k, (first, last) in enumerate(parts):
@@ -64,6 +70,7 @@ def each_piece(rows: int, entries: int, work: Callable[[int, int, int], None]) -
         while (k := next(turn)) < len(parts):
             work(k, *parts[k])
 
+    _keep_apart()
     waiting = [_pool().submit(take) for _ in range(helpers)]
     take()
     for other in waiting:
@@ -72,14 +79,44 @@ def each_piece(rows: int, entries: int, work: Callable[[int, int, int], None]) -
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}  # of this process
+_helpers: list[int] = []  # its threads, as the system knows them
 
 
 def _pool() -> ThreadPoolExecutor:
     pid = os.getpid()
     if pid not in _pools:
         _pools.clear()
-        _pools[pid] = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="iotsolve")
+        _helpers.clear()
+        _left_alone[:] = -1, 0
+        most = max(1, (os.cpu_count() or 2) - 1)
+        note = lambda: _helpers.append(threading.get_native_id())  # noqa: E731
+        _pools[pid] = ThreadPoolExecutor(max_workers=most, thread_name_prefix="iotsolve", initializer=note)
     return _pools[pid]
+
+
+def _processor() -> Callable[[], int] | None:
+    try:
+        return ctypes.CDLL(None).sched_getcpu if hasattr(os, "sched_setaffinity") else None
+    except (OSError, AttributeError, TypeError):  # no such C library
+        return None
+
+
+_here, _left_alone = _processor(), [-1, 0]  # the processor that so many helpers stay away from
+
+
+def _keep_apart() -> None:
+    """Have the helpers woken on other processors than the caller's, where the system lets one choose.
+
+    A thread that has slept is often woken on the processor of whoever woke it and stays there for tens of milliseconds, in which
+    the two take turns while the other processor is idle.
+    """
+    if _here is None or _left_alone == [cpu := _here(), len(_helpers)]:
+        return
+    others = os.sched_getaffinity(0) - {cpu}
+    _left_alone[:] = cpu, len(_helpers)
+    for helper in _helpers if others else ():
+        with suppress(OSError):  # it is gone, or the system does not let us
+            os.sched_setaffinity(helper, others)
 
 
 def summed(rows: int, columns: int, entries: int, work: Callable[[np.ndarray, int, int], None]) -> np.ndarray:
