@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,7 +29,7 @@ from rich.progress import Progress
 from scipy.sparse import coo_array
 
 from tests.benchmarks import cases, page, peers
-from tests.benchmarks.measure import Entry, Row, peak_memory, race, timed
+from tests.benchmarks.measure import Entry, Row, Slow, peak_memory, race, timed
 
 OUT = Path("runs/bench")
 PACKAGES = (
@@ -67,8 +68,8 @@ def balanced_error(a: np.ndarray, b: np.ndarray) -> Callable[[Any], float]:
 
 
 def entropic(quick: bool) -> Iterator[Callable[[], Row]]:
+    slow: dict[tuple[str, float], Slow] = {}
     for accuracy in (1e-6, 1e-9):
-        slow: dict[tuple[str, float], dict[str, str]] = {}
         for n in (500,) if quick else (500, 2000, 5000):
             for kind in cases.EPSILONS:
                 for epsilon in cases.EPSILONS[kind]:
@@ -76,7 +77,7 @@ def entropic(quick: bool) -> Iterator[Callable[[], Row]]:
                     yield partial(_entropic, case, slow.setdefault((kind, epsilon), {}))
 
 
-def _entropic(case: cases.Entropic, slow: dict[str, str]) -> Row:
+def _entropic(case: cases.Entropic, slow: Slow) -> Row:
     c, a, b = case.data()
     group = f"entropic{', clusters' * (case.kind == 'clusters')}, to {case.accuracy:g}"
     return race(
@@ -87,18 +88,19 @@ def _entropic(case: cases.Entropic, slow: dict[str, str]) -> Row:
         lambda peer, threshold: peer.solve(c, a, b, case.epsilon, threshold),
         balanced_error(a, b),
         slow,
+        case.n - math.log10(case.accuracy),
     )
 
 
 def exact(quick: bool) -> Iterator[Callable[[], Row]]:
     for uniform in (True, False):
-        slow: dict[str, dict[str, str]] = {}
+        slow: dict[str, Slow] = {}
         for n in (1000,) if quick else (1000, 2000, 4000):
             for kind in cases.KINDS:
                 yield partial(_exact, cases.Exact(kind, n, uniform), slow.setdefault(kind, {}))
 
 
-def _exact(case: cases.Exact, slow: dict[str, str]) -> Row:
+def _exact(case: cases.Exact, slow: Slow) -> Row:
     c, a, b = case.data()
     best = float(peers.ours_exact(c, a, b).certificate.dual)
 
@@ -115,6 +117,7 @@ def _exact(case: cases.Exact, slow: dict[str, str]) -> Row:
         lambda peer, threshold: peer.solve(c, a, b),
         error,
         slow,
+        case.n,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import numpy as np
 from tests.benchmarks.peers import Peer
 
 _REST = 0.1  # seconds in which the threads of whoever ran before stop spinning (OpenBLAS waits a good 20 ms for more work)
-PATIENCE = 4.0  # seconds a call may take before a peer is not asked about larger problems of that kind
+PATIENCE = 3.0  # seconds a call may take before a peer is not asked for more, unless it is the best one
 
 
 @dataclass
@@ -68,6 +67,10 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return found, 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
+Slow = dict[str, tuple[float, str]]
+"""By peer the work (as :func:`race` counts it) that took it too long, and the word for it."""
+
+
 def race(
     row: Row,
     ours: Callable[[], Any],
@@ -75,9 +78,13 @@ def race(
     peers: Sequence[Peer],
     call: Callable[[Peer, float], Any],
     error: Callable[[Any], float],
-    slow: dict[str, str],
+    slow: Slow,
+    amount: float = 0.0,
 ) -> Row:
-    """Fill a row: each peer's largest threshold that is accurate enough, then medians of interleaved runs."""
+    """Fill a row: each peer's largest threshold that is accurate enough, then medians of interleaved runs.
+
+    ``amount`` is how much work this is, among problems of its kind: who was slow is not asked about more.
+    """
     row.entries.append(Entry("iotsolve"))
     works: list[Callable[[], Any]] = [ours]
     found = ours()
@@ -85,14 +92,19 @@ def race(
     for peer in peers:
         entry = Entry(peer.name)
         row.entries.append(entry)
-        threshold = _threshold(row, peer, entry, call, error, slow)
+        threshold = _threshold(row, peer, entry, call, error, slow, amount)
         works.append(lambda p=peer, t=threshold: call(p, t) if t is not None else None)
+    best = row.best
+    for entry in row.entries[1:]:
+        if entry.ms is not None and entry.ms > 1e3 * PATIENCE and entry is not best:
+            slow.setdefault(entry.who, (amount, _not_asked(entry.ms)))
+    far = max(5 * best.ms if best else 0.0, 200.0)  # who is so far behind is not the best one, and was timed once
     walls: list[list[float]] = [[] for _ in works]
     cpus: list[list[float]] = [[] for _ in works]
     for lap in range(7):
         for k, work in enumerate(works):
             known = row.entries[k].ms
-            if (k and known is None) or (lap and _is_settled(walls, k)):
+            if (k and (known is None or known > far)) or (lap > 1 and max(walls[k]) > 1e3):
                 continue
             time.sleep(_REST)
             quick = (known or 0.0) < 1e3 and (not walls[k] or min(walls[k]) < 50)
@@ -109,20 +121,20 @@ def race(
     return row
 
 
-def _is_settled(walls: list[list[float]], k: int) -> bool:
-    """Whether more runs would tell nothing: long ones vary little, and who is far behind the first peer is not the best one."""
-    far = 5 * min((min(x) for x in walls[1:] if x), default=math.inf)
-    return (len(walls[k]) > 1 and max(walls[k]) > 1e3) or (bool(k) and min(walls[k]) > max(far, 200.0))
-
-
 def _threshold(
-    row: Row, peer: Peer, entry: Entry, call: Callable[[Peer, float], Any], error: Any, slow: dict[str, str]
+    row: Row,
+    peer: Peer,
+    entry: Entry,
+    call: Callable[[Peer, float], Any],
+    error: Callable[[Any], float],
+    slow: Slow,
+    amount: float,
 ) -> float | None:
     if not peer.installed:
         entry.note = "not installed"
         return None
-    if peer.name in slow:
-        entry.note = slow[peer.name]
+    if peer.name in slow and amount > slow[peer.name][0]:
+        entry.note = slow[peer.name][1]
         return None
     for share in peer.thresholds:
         threshold = share * row.accuracy
@@ -136,15 +148,17 @@ def _threshold(
             if wall < 1e3 * PATIENCE:  # what compiles has done so now
                 wall = timed(lambda t=threshold: call(peer, t))[1]
             entry.ms = wall
-            if wall > 1e3 * PATIENCE:
-                slow[peer.name] = f"not asked: {wall / 1e3:.0f} s for a smaller one"
             return threshold
         if wall > 1e3 * PATIENCE:
-            slow[peer.name] = f"not asked: {wall / 1e3:.0f} s for a smaller one"
+            slow.setdefault(peer.name, (amount, _not_asked(wall)))
             break
     garbage = not np.isfinite(entry.error) or entry.error > 0.1
     entry.note = f"{'garbage' if garbage else 'stalls'}: error {entry.error:.0e}"
     return None
+
+
+def _not_asked(ms: float) -> str:
+    return f"not asked: {ms / 1e3:.0f} s for less"
 
 
 def peak_memory(code: str, **numbers: Any) -> float:
