@@ -29,7 +29,7 @@ from rich.progress import Progress
 from scipy.sparse import coo_array
 
 from tests.benchmarks import cases, page, peers
-from tests.benchmarks.measure import Entry, Row, Slow, peak_memory, race, timed
+from tests.benchmarks.measure import Entry, Row, Slow, peak_memory, race, remember, timed
 
 OUT = Path("runs/bench")
 PACKAGES = (
@@ -88,8 +88,13 @@ def _entropic(case: cases.Entropic, slow: Slow) -> Row:
         lambda peer, threshold: peer.solve(c, a, b, case.epsilon, threshold),
         balanced_error(a, b),
         slow,
-        case.n - math.log10(case.accuracy),
+        _amount(case),
     )
+
+
+def _amount(case: Any) -> float:
+    """How much work it is, among problems of its kind: by its size, then by its accuracy."""
+    return case.n - math.log10(getattr(case, "accuracy", 1.0))
 
 
 def exact(quick: bool) -> Iterator[Callable[[], Row]]:
@@ -117,7 +122,7 @@ def _exact(case: cases.Exact, slow: Slow) -> Row:
         lambda peer, threshold: peer.solve(c, a, b),
         error,
         slow,
-        case.n,
+        _amount(case),
     )
 
 
@@ -327,6 +332,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--quick", action="store_true", help="small sizes only")
     options.add_argument("--only", default=",".join((*GROUPS, "growth", "cold", "memory", "iteration")))
+    options.add_argument("--resume", action="store_true", help="keep the rows that an interrupted run has left")
     options.add_argument("--docs", action="store_true", help="write the page and its plots into docs")
     given = options.parse_args()
     wanted = given.only.split(",")
@@ -342,6 +348,11 @@ def main() -> None:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("benchmarks", total=len(works) + 4)
         for work in works:
+            if given.resume and (old := _known(results, work)):
+                if len(work.args) == 2:
+                    remember(old, work.args[1], _amount(work.args[0]))
+                bar.advance(task)
+                continue
             row = work()
             found = row.as_json() | {"memory": {e.who: getattr(e, "memory", None) for e in row.entries}}
             others = [x for x in results["rows"] if (x["group"], x["work"]) != (row.group, row.work)]
@@ -368,6 +379,16 @@ def main() -> None:
     if given.docs:
         page.write(results, Path("docs"))
         console.print("Written: docs/performance.md")
+
+
+def _known(results: dict[str, Any], work: Any) -> Row | None:
+    """What an earlier run has found for a piece of work."""
+    for row in results["rows"]:
+        case = work.args[0]
+        if getattr(case, "name", None) == row["work"] and getattr(case, "accuracy", row["accuracy"]) == row["accuracy"]:
+            entries = [Entry(**x) for x in row["entries"]]
+            return Row(row["group"], row["work"], row["accuracy"], entries, row["written_ms"])
+    return None
 
 
 def about() -> dict[str, Any]:

@@ -94,10 +94,8 @@ def race(
         row.entries.append(entry)
         threshold = _threshold(row, peer, entry, call, error, slow, amount)
         works.append(lambda p=peer, t=threshold: call(p, t) if t is not None else None)
+    remember(row, slow, amount)
     best = row.best
-    for entry in row.entries[1:]:
-        if entry.ms is not None and entry.ms > 1e3 * PATIENCE and entry is not best:
-            slow.setdefault(entry.who, (amount, _not_asked(entry.ms)))
     far = max(5 * best.ms if best else 0.0, 200.0)  # who is so far behind is not the best one, and was timed once
     walls: list[list[float]] = [[] for _ in works]
     cpus: list[list[float]] = [[] for _ in works]
@@ -119,6 +117,18 @@ def race(
     time.sleep(_REST)
     row.written_ms = statistics.median(timed(lambda: written(ours()))[1] for _ in range(3))
     return row
+
+
+def remember(row: Row, slow: Slow, amount: float) -> None:
+    """Who took too long over this row, or ten times as long as the first peer, is not asked for more."""
+    best = row.best
+    for entry in row.entries[1:]:
+        if entry.ms is None or entry is best or best is None or entry.ms < 200:
+            continue
+        if entry.ms > 1e3 * PATIENCE:
+            slow.setdefault(entry.who, (amount, _not_asked(entry.ms)))
+        elif entry.ms > 10 * best.ms:
+            slow.setdefault(entry.who, (amount, f"not asked: {entry.ms / best.ms:.0f} times the first one's time for less"))
 
 
 def _threshold(
