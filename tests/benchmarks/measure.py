@@ -119,16 +119,21 @@ def race(
     return row
 
 
+FOR_LESS = " for less"
+
+
 def remember(row: Row, slow: Slow, amount: float) -> None:
-    """Who took too long over this row, or ten times as long as the first peer, is not asked for more."""
+    """Who did not arrive in this row, or took too long, or ten times as long as the first peer, is not asked for more."""
     best = row.best
     for entry in row.entries[1:]:
+        if entry.note.startswith(("stalls", "garbage")):
+            slow.setdefault(entry.who, (amount, f"{entry.note.removesuffix(FOR_LESS)}{FOR_LESS}"))
         if entry.ms is None or entry is best or best is None or entry.ms < 200:
             continue
         if entry.ms > 1e3 * PATIENCE:
             slow.setdefault(entry.who, (amount, _not_asked(entry.ms)))
         elif entry.ms > 10 * best.ms:
-            slow.setdefault(entry.who, (amount, f"not asked: {entry.ms / best.ms:.0f} times the first one's time for less"))
+            slow.setdefault(entry.who, (amount, f"not asked: {entry.ms / best.ms:.0f} times the first one's time{FOR_LESS}"))
 
 
 def _threshold(
@@ -168,7 +173,7 @@ def _threshold(
 
 
 def _not_asked(ms: float) -> str:
-    return f"not asked: {ms / 1e3:.0f} s for less"
+    return f"not asked: {ms / 1e3:.0f} s{FOR_LESS}"
 
 
 def peak_memory(code: str, **numbers: Any) -> float:
