@@ -655,3 +655,19 @@ def test_totals_that_differ_by_the_rounding_of_float32(size, sides):
             assert (found.f <= 0).all()
         if sides[1] is not FIXED:
             assert (found.g <= 0).all()
+
+
+@pytest.mark.parametrize("other", [FIXED, KL(0.3), AT_MOST], ids=str)
+@pytest.mark.parametrize("epsilon", [0.01, 0.003, 0.001])
+def test_a_closed_form_in_float32_has_converged_only_where_it_is_certified(epsilon, other):
+    """It is exact but for rounding, which at a small epsilon is more than the tolerance."""
+    rng = np.random.default_rng(0)
+    said = []
+    for size in ((9, 14), (60, 70)):
+        for _ in range(10):
+            cost = rng.random(size).astype(np.float32) * rng.choice([1.0, 30.0])
+            a, b = (np.float32(x / x.sum()) for x in (rng.random(n) + 0.01 for n in size))
+            solution = solve(Problem(cost, a, b, epsilon=epsilon, rows=other, columns=FREE), throw=False)
+            assert bool(solution.certificate.holds) == solution.converged
+            said.append(solution.converged)
+    assert any(said)

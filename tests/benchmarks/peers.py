@@ -102,7 +102,9 @@ def _regot(name: str) -> Work:
     def solve(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, threshold: float) -> np.ndarray:
         import regot
 
-        return getattr(regot, name)(np.asfortranarray(cost), a, b, epsilon, tol=threshold, max_iter=2000).plan
+        most = 2000 if len(a) < 1000 else 100
+
+        return getattr(regot, name)(np.asfortranarray(cost), a, b, epsilon, tol=threshold, max_iter=most).plan
 
     return solve
 
