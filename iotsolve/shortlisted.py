@@ -199,8 +199,8 @@ class _Arcs:
             np.empty((len(rows), most), np.int32),
             np.empty(len(rows), np.int64),
         )
-        shared = (self.cost, rows, lowest, g, reach, most, columns, count)
-        each_piece(len(rows), len(rows) * len(g), lambda k, first, last: sparse.shortlist(*shared, first, last))
+        shared = (self.cost, rows, lowest, g, reach, most, columns, count)  # an entry takes as long as four to read
+        each_piece(len(rows), 4 * len(rows) * len(g), lambda k, first, last: sparse.shortlist(*shared, first, last))
         taken = columns[np.arange(most) < count[:, None]].astype(np.int64)
         return lowest, np.repeat(rows, count), taken
 

@@ -108,7 +108,7 @@ def highest(cost: np.ndarray, potential: np.ndarray, scale: float, *, axis: int)
     n, m = cost.shape
     if axis == -1:
         found = np.empty(n)
-        each_piece(n, n * m, lambda k, first, last: row_tops(cost, potential, scale, found, first, last))
+        each_piece(n, 2 * n * m, lambda k, first, last: row_tops(cost, potential, scale, found, first, last))
         return found
     tops = np.full((len(pieces(n, n * m)), m), -np.inf)
     each_piece(n, n * m, lambda k, first, last: raise_to(cost, potential, scale, tops[k], first, last))

@@ -298,7 +298,7 @@ def plant(a, b, tail, head, price, order, dear, flow, parent, arc, size, after, 
             flow[u], price[u] = 0.0, dear
 
 
-_BLOCK = 1  # square roots of the number of arcs
+_USUAL = 12  # arcs a node for which a block is the square root of their number; of fewer ones it sees more nodes
 
 
 @_compiled
@@ -310,7 +310,7 @@ def simplex(tail, head, price, flow, parent, arc, size, after, before, pi, toler
     """
     nodes = len(parent) - 1
     count = len(tail) - nodes
-    block = min(count, max(64, _BLOCK * int(math.sqrt(count))))
+    block = min(count, max(64, int(math.sqrt(count) * max(1.0, _USUAL * nodes / (2.0 * count)))))
     at, steps, paid = 0, 0, np.empty(block)
     stem, met, place = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.int32)
     while steps < max_steps:
