@@ -320,7 +320,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         scale = abs(on_rows).sum(-1) + abs(on_columns).sum(-1)
         dearest = _dearest(problem, f, g)
         # a solver's usual violation times the price of filling it in: is there likely something to correct?
-        dear = (dearest + math.log(tolerance)) * eps > 4 * scale
+        dear = (dearest + np.log(tolerance)) * eps > 4 * scale
         plan = quick_plan(double, p, single=True, lazy=not dear.any())
         r, c = (x.numpy() for x in plan.sums)
         moved, missing_r, missing_c = r.sum(-1), a - r, b - c

@@ -63,7 +63,7 @@ def kl_divergence(x: Tensor, y: Tensor) -> Tensor:
         >>> kl_divergence(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([2.0, 1.0, 0.0]))
         tensor([2., 0., inf])
     """
-    if x.device.type == "cpu" and not torch.is_grad_enabled():  # where a look costs less than the masks
+    if x.device.type == "cpu" and x.numel() and not torch.is_grad_enabled():  # where a look costs less than the masks
         delta = (y - x) / x
         if bool(delta.abs().max() < 0.5):
             return x * (delta - torch.log1p(delta))

@@ -129,11 +129,11 @@ def _typical(cost: np.ndarray) -> tuple[float, float]:
     with np.errstate(invalid="ignore"):
         reduced = cost - cost.min(1, keepdims=True)
         reduced = reduced - reduced.min(0)
-    reduced, cost = (x[:, :: max(1, x.shape[1] // _TYPICAL)] for x in (reduced, cost))
+    whole, (reduced, cost) = reduced, (x[:, :: max(1, x.shape[1] // _TYPICAL)] for x in (reduced, cost))
     finite = np.isfinite(reduced)
     if not finite.any():
         return 0.0, 0.0
-    return float(np.median(reduced[finite]) or reduced[finite].mean()), float(np.median(abs(cost[finite])))
+    return float(np.median(reduced[finite]) or whole[np.isfinite(whole)].mean()), float(np.median(abs(cost[finite])))
 
 
 @dataclass

@@ -33,6 +33,7 @@ from iotsolve import (
     sinkhorn_divergence,
     solve,
 )
+from iotsolve.marginals import kl_divergence
 from iotsolve.testing import problems
 from iotsolve.testing.references import numbers
 
@@ -975,3 +976,21 @@ def test_the_divergences_gradient_is_that_of_differences(kind):
     direction = np.random.default_rng(0).normal(size=x.shape)
     high, low = (sinkhorn_divergence(x + step * direction, y, a, b, **options) for step in (1e-5, -1e-5))
     assert float((live.grad * torch.tensor(direction)).sum()) == pytest.approx((high - low) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("apart", [1e-8, 1e-3, 0.3, 3.0])
+def test_the_divergence_of_close_numbers_keeps_its_digits_with_and_without_autograd(apart):
+    """Against its series where they are close, SciPy where they are not; nothing, and nothing beside something, included."""
+    rng = np.random.default_rng(0)
+    y = rng.random(50) + 0.1
+    x = y * (1 + apart * rng.random(50))
+    t = (x - y) / y
+    expected = y * (t**2 / 2 - t**3 / 6 + t**4 / 12 - t**5 / 20) if apart < 0.1 else kl_div(x, y)
+    given = torch.from_numpy(x), torch.from_numpy(y)
+    with torch.no_grad():
+        found = kl_divergence(*given)
+        assert kl_divergence(*(z[:0] for z in given)).shape == (0,)
+        odd = kl_divergence(torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([2.0, 0.0, 0.0, 1.0]))
+    torch.testing.assert_close(odd, torch.tensor([2.0, math.inf, 0.0, 0.0]))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-7 * apart**2)  # a first-order term cancels
+    torch.testing.assert_close(kl_divergence(*given), found, rtol=1e-12, atol=1e-30)

@@ -350,6 +350,14 @@ def test_a_stored_plan_certifies_what_needs_a_linear_correction():
     assert found.dual - 1e-12 <= best <= found.primal + 1e-12
 
 
+def test_a_certificate_may_be_asked_for_no_error_at_all():
+    problem = Problem(plane(100, 100), epsilon=0.02)
+    solution = solve(problem)
+    strict, usual = (certify(problem, solution.f, solution.g, tolerance=x) for x in (0.0, 1e-8))
+    assert usual.holds and not strict.holds
+    assert 0 <= strict.gap < 1e-6 and strict.dual == usual.dual
+
+
 def relative_entropy(change):
     """``(1 + x) log(1 + x) - x``."""
     near = np.where(abs(change) < 1e-3, change, 0.0)

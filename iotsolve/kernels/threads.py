@@ -21,8 +21,6 @@ __all__ = ["allowed", "each_piece", "pieces", "summed", "torch_on"]
 
 _SERIAL = 2**20  # entries that one thread reads before another one could start
 _PIECES = 8
-
-
 _kept = threading.local()
 
 
@@ -112,11 +110,11 @@ def _keep_apart() -> None:
     """
     if _here is None or _left_alone == [cpu := _here(), len(_helpers)]:
         return
-    others = os.sched_getaffinity(0) - {cpu}
     _left_alone[:] = cpu, len(_helpers)
-    for helper in _helpers if others else ():
-        with suppress(OSError):  # it is gone, or the system does not let us
-            os.sched_setaffinity(helper, others)
+    with suppress(OSError):  # one is gone, or the system does not let us
+        if others := os.sched_getaffinity(0) - {cpu}:
+            for helper in _helpers:
+                os.sched_setaffinity(helper, others)
 
 
 def summed(rows: int, columns: int, entries: int, work: Callable[[np.ndarray, int, int], None]) -> np.ndarray:
