@@ -17,7 +17,7 @@ from torch import Tensor
 from iotsolve.costs import quiet
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
-from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, is_quick, plan_of, quick_plan
+from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan
 from iotsolve.problem import Potentials, Problem, in_double, saturated
 from iotsolve.validation import default_tolerance
 
@@ -124,13 +124,14 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     def enter(name: str, x: Any, *shape: int) -> Tensor:
         x = problem.enter(name, x, *shape).detach().double()
         if x.is_sparse:
-            return x if x.dim() == 3 else torch.stack([x])
+            return x if x.dim() == 3 else in_batch(x)
         return x.expand((*problem.batch_shape, *shape)).reshape(-1, *shape)
 
     f, g = double.rows.project(enter("f", f, n)), double.columns.project(enter("g", g, m))
     p = Potentials(f, g, enter("lam", lam))
+    sound = True
     if problem.is_exact:
-        p = _repair(double, p)
+        p, sound = _repair(double, p)
         plan = plan_of(double, p, double.a.new_zeros(double.shape) if exact is None else enter("plan", exact, n, m))
     else:
         plan = plan_of(double, p, lazy=not (double.rows.is_hard or double.columns.is_hard))
@@ -139,7 +140,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     known = ~(p.f.isnan().any(-1) | p.g.isnan().any(-1) | p.lam.isnan())
     entropy = torch.zeros_like(p.lam) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double))
     sides, scale = double.dual_sides_and_scale(p)
-    dual = torch.where(known, double.dual_at(p) if problem.is_exact else sides - entropy, -math.inf)
+    dual = torch.where(known, sides - entropy if sound else double.dual_at(p), -math.inf)
     scale = scale + entropy.abs()
     found = _nearby(plan, p, tolerance * scale)
     if found is None and isinstance(plan, QuickPlan):
@@ -218,8 +219,11 @@ def _change_cost(x: Tensor) -> Tensor:
     return torch.where(x > -1, (1 + x) * torch.log1p(torch.where(x > -1, x, 0.0)), 0.0) - x
 
 
-def _repair(problem: Problem, p: Potentials) -> Potentials:
-    """Dual-feasible potentials at epsilon = 0, never worse than those given: lower f to its c-transform where it is too high."""
+def _repair(problem: Problem, p: Potentials) -> tuple[Potentials, bool]:
+    """Dual-feasible potentials at epsilon = 0, never worse than those given: lower f to its c-transform where it is too high.
+
+    And whether that is all there was to do, so that nobody need look again: the sides' domains may stand in the way.
+    """
     ceiling = problem.cost.reduced_min(p.g + p.lam.unsqueeze(-1), problem.b, axis=-1)
     f = torch.where(problem.a > 0, torch.minimum(p.f, ceiling), p.f)
     low = f < problem.rows.project(f)  # where the domain forbids so low a potential, the columns give way
@@ -227,7 +231,8 @@ def _repair(problem: Problem, p: Potentials) -> Potentials:
     if low.any():
         ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
         g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(g, ceiling), g)
-    return Potentials(f, problem.columns.project(g), p.lam)
+    projected = problem.columns.project(g)
+    return Potentials(f, projected, p.lam), projected is g and not low.any()
 
 
 def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
@@ -330,7 +335,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         entropy = eps * (moved - product)
         dual, scale = on_rows.sum(-1) + on_columns.sum(-1) - entropy, scale + abs(entropy)
         enough = tolerance * scale
-        gap = eps * _filled(a, b, r, c, r, c, dearest)
+        gap = eps * _filled(a, b, r, c, dearest)
         if not (gap <= enough).all():
             zero = torch.zeros(len(f), dtype=torch.float64)
             system = DualSystem(plan, *plan.sums, *(x > 0 for x in plan.sums), False)
@@ -341,7 +346,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
             squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
             there = r + r * u + image, c + c * v + back
             largest = abs(u).max(-1) + abs(v).max(-1)
-            gap = np.fmin(gap, eps * _filled(a, b, *there, r, c, dearest, np.maximum(squares, 0.0), largest))
+            gap = np.fmin(gap, eps * _filled(a, b, *there, dearest, np.maximum(squares, 0.0), largest))
     if not (np.isfinite(gap).all() and np.isfinite(dual).all()):
         return None
     apart, most = abs(a.sum(-1) - b.sum(-1)), np.minimum(a.sum(-1), b.sum(-1))
@@ -356,30 +361,34 @@ def _filled(
     b: np.ndarray,
     r: np.ndarray,
     c: np.ndarray,
-    own_r: np.ndarray,
-    own_c: np.ndarray,
     dearest: np.ndarray,
     squares: np.ndarray | None = None,
     largest: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """A bound of ``KL(Q | P)``, Q made of a corrected ``P (1 + x)`` by scaling rows and columns down and filling in.
 
-    ``r`` and ``c`` are the marginals after the correction, ``own_r`` and ``own_c`` those of P, ``squares = sum P x^2``,
-    ``largest`` bounds ``|x|``, ``dearest`` bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that
-    share, so that what is lacking in the end is bounded without a look at the plan.
+    ``r`` and ``c`` are the marginals after the correction, ``squares = sum P x^2``, ``largest`` bounds ``|x|``, ``dearest`` bounds
+    ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that what is lacking in the end is
+    bounded without a look at the plan.
     """
-    short_r, short_c, over_r, over_c = a - r, b - c, _over(r - a, r), _over(c - b, c)
-    short_r, short_c, over_r, over_c = (np.maximum(x, 0.0) for x in (short_r, short_c, over_r, over_c))
-    most_r, most_c = over_r.max(-1, keepdims=True), over_c.max(-1, keepdims=True)
-    lacking = np.maximum(short_r.sum(-1) + (c * over_c).sum(-1), short_c.sum(-1) + (r * over_r).sum(-1))
-    scaled = (own_r * over_r * over_r).sum(-1) + (own_c * over_c * over_c).sum(-1)
-    largest = largest + (most_r + most_c)[..., 0]
-    total = 2 * scaled if squares is None else 1.1 * squares + 22 * scaled
+    (short_r, over_r, share_r, most_r, full_r), (short_c, over_c, share_c, most_c, full_c) = _off(a, r), _off(b, c)
+    lacking = np.maximum(short_r + over_c, short_c + over_r)
+    scaled = over_r * most_r + over_c * most_c  # of an entry's mass after the correction: before it at most twice as much
+    largest = largest + most_r + most_c
+    total = 2 * scaled if squares is None else 1.1 * squares + 44 * scaled
     most = largest * (1 + largest)
     share = np.where(most < 0.5, total * (1 + largest) ** 2 / (2 - 2 * most), np.inf)
-    shares = _over(short_r + r * most_c, a).max(-1), _over(short_c + c * most_r, b).max(-1)
-    ratio = np.log(shares[0]) + np.log(shares[1]) - np.log(lacking) + dearest
+    ratio = np.log((share_r + full_r * most_c) * (share_c + full_c * most_r) / lacking) + dearest
     return share + np.where(lacking > 0, lacking * (np.logaddexp(0.0, ratio) + largest), 0.0)
+
+
+def _off(w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of marginals ``x`` that should be ``w``: what is lacking and what is too much, the largest shares of a bin that are, of what
+    it should and of what it does have, and its largest share at all."""
+    missing = w - x
+    relative = np.divide(missing, w, out=np.zeros_like(w), where=w > 0)
+    total, size, low, high = missing.sum(-1), abs(missing).sum(-1), relative.min(-1), relative.max(-1)
+    return (size + total) / 2, (size - total) / 2, np.maximum(high, 0.0), np.maximum(-low, 0.0) / (1 - low), 1 - low
 
 
 def _dearest(problem: Problem, f: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -387,10 +396,6 @@ def _dearest(problem: Problem, f: np.ndarray, g: np.ndarray) -> np.ndarray:
     if not problem.is_full:
         f, g = (np.where(w.detach().numpy() > 0, x, np.inf) for x, w in ((f, problem.a), (g, problem.b)))
     return (problem.cost.ceiling - f.min(-1) - g.min(-1)) / number(problem.epsilon)
-
-
-def _over(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.divide(x, y, out=np.zeros_like(x), where=y > 0)
 
 
 def _feasible(problem: Problem, r: Tensor, c: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.kernels import bilinear
-from iotsolve.kernels.threads import allowed, torch_on
+from iotsolve.kernels.threads import allowed, each_piece, torch_on
 
 __all__ = ["METRICS", "Cost", "Dense", "Points", "busy", "calm", "quiet"]
 
@@ -53,9 +53,7 @@ class Dense:
         """The same cost with its ends known."""
         if self.ends is not None:
             return self
-        with calm(self.matrix, _WORTH_THREADS_ONCE):
-            low, high = self.matrix.detach().aminmax()
-        return Dense(self.matrix, (float(low), float(high)))
+        return Dense(self.matrix, _ends(self.matrix.detach()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,6 +200,20 @@ class Dense:
         allowed = self.matrix.isfinite() & f.isfinite().unsqueeze(-1) & g.isfinite().unsqueeze(-2)
         total = f.unsqueeze(-1) + g.unsqueeze(-2) - torch.where(allowed, self.matrix, 0.0)
         return torch.where(allowed, total, 0.0), allowed
+
+
+def _ends(x: Tensor) -> tuple[float, float]:
+    """Least and largest entry, NaN if one is; on a CPU by threads that do not spin afterwards."""
+    x = x[tuple(0 if stride == 0 else slice(None) for stride in x.stride()[:-2])]  # what a batch shares is looked at once
+    if x.device.type != "cpu" or not (x.dim() == 2 or x.is_contiguous()):
+        return tuple(map(float, x.aminmax()))
+    if x.numel() < _WORTH_THREADS and x.dtype in (torch.float64, torch.float32):
+        return float(x.numpy().min()), float(x.numpy().max())  # half as long as torch, where the second look is in the cache
+    rows, found = x.reshape(-1, x.shape[-1]), []
+    with torch_on(1):
+        each_piece(len(rows), x.numel(), lambda k, first, last: found.extend(rows[first:last].aminmax()))
+    ends = torch.stack(found)
+    return float(ends.min()), float(ends.max())
 
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:
@@ -474,16 +486,14 @@ _BLOCK = 2**18  # entries of a block: 2 MB in float64 stay in the cache; larger 
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 
 
-@contextmanager
-def calm(cost: Cost | Tensor, enough: int | None = None) -> Iterator[None]:
-    """One thread for problems too small to gain from more: of fewer than ``enough`` entries.
+def calm(cost: Cost | Tensor) -> AbstractContextManager[None]:
+    """One thread for problems too small to gain from more.
 
     torch's threads spin between operations: beside any other load, two of them make a 200 x 200 problem a hundred times
     slower than one, and on an idle machine they gain nothing at that size.
     """
-    small = cost.device.type == "cpu" and math.prod(cost.shape) < (enough or _WORTH_THREADS)
-    with torch_on(1) if small and torch.get_num_threads() > 1 else nullcontext():
-        yield
+    small = cost.device.type == "cpu" and math.prod(cost.shape) < _WORTH_THREADS
+    return torch_on(1) if small and torch.get_num_threads() > 1 else nullcontext()
 
 
 def quiet(cost: Cost) -> AbstractContextManager[None]:
@@ -499,4 +509,3 @@ def busy(cost: Cost) -> AbstractContextManager[None]:
 
 
 _WORTH_THREADS = 2**20  # entries
-_WORTH_THREADS_ONCE = 2**24  # for a single look, after which torch's threads spin beside the compiled passes

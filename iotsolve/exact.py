@@ -19,6 +19,7 @@ from torch import Tensor
 from iotsolve.costs import Dense, Points
 from iotsolve.interior import interior_point
 from iotsolve.marginals import Marginal, number
+from iotsolve.plans import in_batch
 from iotsolve.problem import Potentials, Problem
 from iotsolve.shortlisted import balanced
 from iotsolve.solver import Outcome, Status
@@ -87,9 +88,10 @@ class Exact:
             return None
         f, g = np.zeros(len(a)), np.zeros(len(b))
         f[rows], g[columns] = found.f, found.g
-        where = np.stack([np.zeros_like(found.rows), rows[found.rows], columns[found.columns]])
-        index, values = torch.from_numpy(where), torch.from_numpy(found.flow)
-        plan = torch.sparse_coo_tensor(index, values, tuple(problem.shape), check_invariants=False).coalesce()
+        i, j = rows[found.rows], columns[found.columns]
+        order = np.argsort(i * len(b) + j)
+        index, values = torch.from_numpy(np.stack([i, j])[:, order]), torch.from_numpy(found.flow[order])
+        plan = in_batch(torch.sparse_coo_tensor(index, values, cost.shape, check_invariants=False, is_coalesced=True))
         p = Potentials(torch.from_numpy(f)[None], torch.from_numpy(g)[None], torch.zeros(1, dtype=torch.float64))
         if not whole:
             p = _tighten(problem, p)

@@ -6,7 +6,7 @@ exact plan may be a list of arcs. What is done to a plan (its certificate, its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from iotsolve.costs import Cost, Dense, Points, busy
 from iotsolve.distributed import Sharded
 from iotsolve.kernels import bilinear
 from iotsolve.marginals import number
-from iotsolve.problem import Potentials, Problem, log_scaling
+from iotsolve.problem import Judged, Potentials, Problem, log_scaling
 
 __all__ = ["Chunk", "Factors", "Plan", "QuickPlan", "is_quick", "plan_of", "quick_plan"]
 
@@ -228,13 +228,23 @@ class StoredPlan(QuickPlan):
     """The plan of a dense cost on a CPU: its products are those of a copy, in float32 if large; compiled."""
 
     sums: tuple[Tensor, Tensor]
-    kept: _Copy | Callable[[], _Copy]
+    kept: _Copy | Judged | Callable[[], _Copy]
 
     @classmethod
     def of(cls, problem: Problem, p: Potentials, *, single: bool = False, lazy: bool = False) -> StoredPlan:
-        """``single``: the copy is in float32 whatever its size; ``lazy``: it is made when first asked for."""
+        """``single``: the copy is in float32 whatever its size; ``lazy``: it is made when first asked for.
+
+        Either is asked for by who judges, and then a problem that remembers keeps what there is to see.
+        """
         from iotsolve.kernels import passes  # numba is imported where it runs
 
+        def read() -> Iterator[Chunk]:
+            blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
+            yield from (Chunk(values.double(), cost.dense(), part) for (part, values), (_, cost) in blocks)
+
+        memory = problem.memory if single or lazy else None
+        if memory is not None and (known := memory.of(p)) is not None:
+            return cls(problem, read, known.sums, known)
         eps = number(problem.epsilon)
         cost = problem.cost.matrix.numpy()
         lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
@@ -250,19 +260,17 @@ class StoredPlan(QuickPlan):
             summed(made.values)
             return made
 
+        if memory is not None:
+            values = np.empty(cost.shape)
+            memory.last = kept = Judged(p.arrays(), tuple(map(torch.from_numpy, summed(values))), values)
+            return cls(problem, read, kept.sums, kept)
         kept = copied if lazy else _Copy(cost.shape, dtype)
         r, c = summed(np.empty((len(cost), 0, 0), dtype) if lazy else kept.values)
-        sums = torch.from_numpy(r), torch.from_numpy(c)
-
-        def read() -> Iterator[Chunk]:
-            blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
-            yield from (Chunk(values.double(), cost.dense(), part) for (part, values), (_, cost) in blocks)
-
-        return cls(problem, read, sums, kept)
+        return cls(problem, read, (torch.from_numpy(r), torch.from_numpy(c)), kept)
 
     @cached_property
-    def _copy(self) -> _Copy:
-        return self.kept if isinstance(self.kept, _Copy) else self.kept()
+    def _copy(self) -> _Copy | Judged:
+        return self.kept() if callable(self.kept) else self.kept
 
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         from iotsolve.kernels import passes
@@ -413,6 +421,23 @@ def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, laz
         return Plan(problem, lambda: iter(arcs))
     whole = [Chunk(exact, problem.cost.dense(), slice(0, exact.shape[-2]))]
     return Plan(problem, lambda: iter(whole))
+
+
+def in_batch(plan: Tensor) -> Tensor:
+    """A sparse plan as a batch of one; torch's own ways forget that it is sorted."""
+    plan = plan.coalesce()
+    index = torch.cat([torch.zeros_like(plan.indices()[:1]), plan.indices()])
+    return _sorted(index, plan.values(), (1, *plan.shape))
+
+
+def out_of_batch(plan: Tensor) -> Tensor:
+    """The one sparse plan of a batch."""
+    plan = plan.coalesce()
+    return _sorted(plan.indices()[1:], plan.values(), plan.shape[1:])
+
+
+def _sorted(index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.sparse_coo_tensor(index, values, tuple(shape), check_invariants=False, is_coalesced=True)
 
 
 def _once(read: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:

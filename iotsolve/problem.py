@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,44 @@ class Potentials:
 
     def detach(self) -> Potentials:
         return Potentials(self.f.detach(), self.g.detach(), self.lam.detach())
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All three as flat NumPy arrays."""
+        return tuple(x.detach().numpy().reshape(-1) for x in (self.f, self.g, self.lam))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The plan of some potentials that somebody has judged: its marginals and all of it, flat, in float64."""
+
+    potentials: tuple[np.ndarray, ...]
+    sums: tuple[Tensor, Tensor]
+    values: np.ndarray
+
+    def is_of(self, p: Potentials) -> bool:
+        return all(map(np.array_equal, self.potentials, p.arrays()))
+
+
+class Memory:
+    """What was last judged of a problem, for whoever asks for it next: its solver, its certificate, and who reads the plan."""
+
+    def __init__(self) -> None:
+        self.last: Judged | None = None
+
+    def of(self, p: Potentials) -> Judged | None:
+        """What is known of these potentials' plan."""
+        last = self.last
+        return last if last is not None and last.is_of(p) else None
+
+    def take(self, p: Potentials) -> Tensor | None:
+        """The plan, which is forgotten: it is the caller's now."""
+        if (last := self.of(p)) is None or not float(last.sums[0].sum()) < _SOUND:
+            return None
+        self.last = None
+        return torch.from_numpy(last.values)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Memory, ()  # a copy begins with nothing
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -99,6 +137,7 @@ class Problem:
     forgiven: float
     sides: tuple[Marginal, Marginal]
     is_checked: bool
+    memory: Memory | None = field(default=None, repr=False)
 
     def __init__(
         self,
@@ -182,7 +221,12 @@ class Problem:
     @cached_property
     def is_full(self) -> bool:
         """True if no bin is empty."""
-        return all(bool(shared(w).min() > 0) for w in (self.a, self.b))
+        return all(float(shared(w).min()) > 0 for w in (self.a, self.b))
+
+    @cached_property
+    def _masses(self) -> Tensor:
+        """``sum a + sum b``, of each problem."""
+        return self.a.sum(-1) + self.b.sum(-1)
 
     @property
     def is_exact(self) -> bool:
@@ -219,7 +263,7 @@ class Problem:
     def with_epsilon(self, epsilon: float) -> Problem:
         """The same problem at another epsilon, unvalidated."""
         problem = self._viewed(self.tensors())
-        object.__setattr__(problem, "epsilon", epsilon)
+        problem.__dict__.update(epsilon=epsilon, memory=None)
         return problem
 
     def with_sides(self, rows: Marginal, columns: Marginal) -> Problem:
@@ -248,7 +292,21 @@ class Problem:
             object.__setattr__(problem, "cost", self.cost.viewed(problem.cost.matrix))
         if self.__dict__.get("is_full"):  # and so is every part
             problem.__dict__["is_full"] = True
+        if problem.dtype == self.dtype:
+            problem.__dict__["memory"] = self.memory
         return problem
+
+    def remembering(self) -> Problem:
+        """The same problem for one solve and its solution, which share the plan they compute, if it is one and small."""
+        n, m = self.shape[-2:]
+        cost = self.cost
+        if self.is_exact or not (isinstance(cost, Dense) and cost.matrix.numel() == n * m <= _REMEMBERED):
+            return self
+        if cost.dtype != torch.float64 or not cost.is_compiled:
+            return self
+        twin = object.__new__(Problem)
+        twin.__dict__.update(self.__dict__, memory=Memory(), is_full=self.is_full)
+        return twin
 
     def working(self) -> Problem:
         """The detached problem in the arithmetic it is solved in: half precision is solved in float32."""
@@ -258,8 +316,13 @@ class Problem:
         """The same problems with exactly one batch dimension."""
         if len(self.batch_shape) == 1:
             return self
+        if (known := self.__dict__.get("_flat")) is not None:
+            return known
         cost = {name: x.reshape(-1, *x.shape[-2:]) for name, x in self.cost.tensors().items()}
-        return self._viewed({**cost, "a": self.a.reshape(-1, self.shape[-2]), "b": self.b.reshape(-1, self.shape[-1])})
+        flat = self._viewed({**cost, "a": self.a.reshape(-1, self.shape[-2]), "b": self.b.reshape(-1, self.shape[-1])})
+        if self.memory is not None and not any(x.requires_grad for x in self.tensors().values()):
+            self.__dict__["_flat"] = flat  # for the certificate, which looks at it next
+        return flat
 
     def select(self, index: Tensor | int) -> Problem:
         """The problems at ``index`` along the first batch dimension."""
@@ -272,6 +335,8 @@ class Problem:
         """``P_ij = a_i b_j exp((f_i + g_j + lam - C_ij) / eps)``."""
         if self._traced(p):
             return self.a.unsqueeze(-1) * self._density(p) * self.b.unsqueeze(-2)
+        if self.memory is not None and (known := self.memory.take(p)) is not None:
+            return known.reshape(self.shape)
         rows = log_scaling(self.a, p.f + p.lam.unsqueeze(-1), self.epsilon)
         return self.cost.gibbs(rows, log_scaling(self.b, p.g, self.epsilon), self.epsilon)
 
@@ -458,11 +523,10 @@ class Problem:
             if not (self.rows.is_fixed and self.columns.is_fixed):
                 return p
             with calm(p.f):
-                on_rows, on_columns = (
-                    (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
-                )
-                shift = (on_rows - on_columns) / (self.a.sum(-1) + self.b.sum(-1))
-            return Potentials(p.f - shift.unsqueeze(-1), p.g + shift.unsqueeze(-1), p.lam)
+                product = torch.linalg.vecdot if self.is_full else weighted
+                on_rows, on_columns = product(self.a, p.f), product(self.b, p.g)
+                shift = ((on_rows - on_columns) / self._masses).unsqueeze(-1)
+            return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:
             shift = weighted(self.a, f) / self.a.sum(-1)
@@ -493,6 +557,10 @@ class Problem:
     def leave(self, x: Tensor) -> Any:
         """``x`` as the caller gave the cost: NumPy (a scalar where it has no shape), or torch in the cost's dtype."""
         return x.detach().to(self.dtype).numpy()[()] if self.as_numpy else x.to(self.dtype)
+
+
+_REMEMBERED = 2**18  # entries of a plan that is kept for whoever asks for it next
+_SOUND = 1e300  # total of a plan none of whose entries has overflown
 
 
 def in_double(problem: Problem) -> Problem:

@@ -13,7 +13,7 @@ from torch import Tensor
 from iotsolve.certificate import Certificate, certify
 from iotsolve.costs import Dense, calm
 from iotsolve.gradient import Envelope, Gradient, Gradients, Implicit, as_leaves, gradients
-from iotsolve.plans import Plan, plan_of
+from iotsolve.plans import Plan, in_batch, plan_of
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Status
 
@@ -62,6 +62,11 @@ class Solution:
             return self.status is Status.CONVERGED
         return np.equal(self.status, Status.CONVERGED).astype(bool)
 
+    @property
+    def all_converged(self) -> bool:
+        """Whether every problem did."""
+        return self.status is Status.CONVERGED if isinstance(self.status, Status) else bool(self.converged.all())
+
     @cached_property
     def value(self) -> Any:
         """Optimal objective, entropy and penalties included, shape ``(...)``."""
@@ -104,7 +109,7 @@ class Solution:
             return None
         flat = self.problem.detach().to(self.potentials.f.dtype).flat()
         p = Potentials(*(x.reshape(y.shape) for x, y in zip(self._frozen, (flat.a, flat.b, flat.a[:, 0]), strict=True)))
-        return plan_of(flat, p, torch.stack([self.exact_plan]) if sparse else None)
+        return plan_of(flat, p, in_batch(self.exact_plan) if sparse else None)
 
     @property
     def _frozen(self) -> tuple[Tensor, Tensor, Tensor]:

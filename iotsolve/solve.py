@@ -19,7 +19,7 @@ from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
-from iotsolve.plans import is_quick, plan_of
+from iotsolve.plans import is_quick, out_of_batch, plan_of
 from iotsolve.problem import Potentials, Problem, in_double, log_scaling, saturated
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
@@ -73,7 +73,8 @@ def solve(
     _check_arguments(problem, solver, gradient, init, tolerance)
     if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
-    given, problem = problem, attainable(problem)
+    given, attained = problem, attainable(problem)
+    problem = attained.remembering()
     with torch.no_grad():
         working = problem.working()
         start = None if init is None else _start(working, init)
@@ -87,15 +88,15 @@ def solve(
     )
     if pinned is not working:
         p = _released(working, pinned, p)
-    if problem is not given:
+    if attained is not given:
         p = _separated(given, problem, p)
     status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
     plan = outcome.plan
     if plan is not None:
-        plan = plan[0].coalesce() if plan.is_sparse else plan.reshape(problem.shape)
+        plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
     solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
-    doubtful = not np.all(solution.converged) and not (isinstance(solver, Exact) or solver.stationary)
+    doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.potentials, tolerance)
     if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful:
         # nobody else has judged what the solvers claim
@@ -105,7 +106,7 @@ def solve(
     if not problem.is_checked and bool((contradictory := problem.contradicts_itself()).any()):
         status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
         solution = replace(solution, status=status)
-    if throw and not np.all(solution.converged):
+    if throw and not solution.all_converged:
         raise SolveError(next(s for s in np.ravel(solution.status) if s is not Status.CONVERGED), solution)
     return solution
 

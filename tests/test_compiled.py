@@ -4,6 +4,7 @@ Problems here are large enough that `solve` chooses compiled passes by itself. W
 of `test_small_epsilon`, which share nothing with the library.
 """
 
+import copy
 import math
 import os
 import subprocess
@@ -40,7 +41,7 @@ from iotsolve import (
 from iotsolve.accelerated import Accelerated
 from iotsolve.certificate import _filled
 from iotsolve.exact import _network_simplex
-from iotsolve.kernels import passes, sparse, threads, workspace
+from iotsolve.kernels import dense, passes, sparse, threads, workspace
 from iotsolve.plans import StoredPlan, plan_of
 from iotsolve.shortlisted import balanced
 
@@ -386,9 +387,42 @@ def test_what_a_repair_costs_is_within_the_bound_from_marginals_alone(corrected,
     spent = (plan * relative_entropy(repaired / plan - 1)).sum()
     dearest = ((cost - f[:, None] - g) / epsilon).max()
     corrections = (np.array((plan * (u[:, None] + v) ** 2).sum()), abs(u).max() + abs(v).max()) if corrected else ()
-    bound = _filled(a, b, r, c, plan.sum(1), plan.sum(0), dearest, *corrections)
+    bound = _filled(a, b, r, c, dearest, *corrections)
     assert 0 < spent <= bound < math.inf
     assert bound <= 4 * size * max(dearest, 1.0)
+
+
+@pytest.mark.parametrize("side", [(1.0, -INF, 0.0, 0.0, INF), (0.5, -INF, 0.0, -INF, INF), (1.0, -2.0, 0.0, 0.0, 2.0)])
+def test_four_rows_at_once_answer_as_one_by_one(side):
+    """Empty bins, sums that are 0, denormal, infinite or no number, and answers beyond the largest number."""
+    rng = np.random.default_rng(0)
+    kernel, known, base = rng.random((24, 9)), rng.standard_normal(24), rng.standard_normal(24)
+    for row, scale in ((1, 0.0), (6, 1e-320), (9, INF), (14, math.nan), (17, 1e-300)):
+        kernel[row] *= scale
+    base[3], base[20] = -INF, 2000.0
+    shared = (np.ones(9), dense.RESPOND, np.ones(24), base, known, side, 0.3)
+    (y, u, columns), (each_y, each_u, each_columns) = ((np.zeros(24), np.zeros(24), np.zeros(9)) for _ in range(2))
+    dense.stored_pass(kernel, *shared, y, u, columns, 0, 24)
+    for row in range(24):
+        dense.stored_pass(kernel, *shared, each_y, each_u, each_columns, row, row + 1)
+    np.testing.assert_allclose(u, each_u, rtol=1e-12)  # the rounding of exponents up to 1000
+    assert np.isfinite(u).sum() >= 20
+
+
+@pytest.mark.parametrize("side", [FIXED, KL(0.3)])
+def test_a_small_plan_is_computed_once_and_belongs_to_who_asked(side):
+    problem = Problem(plane(60, 70), epsilon=0.05, rows=side, columns=side)
+    first, second = solve(problem), solve(problem)
+    for solution in (first, second):
+        assert solution.certificate.holds
+        expected = np.exp((solution.f[:, None] + solution.g - plane(60, 70)) / 0.05) / (60 * 70)
+        np.testing.assert_allclose(solution.plan, expected, rtol=1e-12)
+        solution.plan[:] = 7.0  # theirs to spoil, for themselves
+    again, other = copy.deepcopy(second), solve(problem)
+    del again.__dict__["certificate"]
+    assert again.certificate.holds and certify(second.problem, second.f, second.g).holds
+    assert not certify(other.problem, other.f + 0.1, other.g).holds
+    assert abs(other.plan.sum() - other.certificate.mass) < 1e-12
 
 
 def test_rubbish_is_not_certified():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single
+from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single, log_double
 
 __all__ = [
     *("AS_IT_IS", "MATCH", "RESPOND", "SIDE", "TAKE", "WEIGH"),
@@ -41,6 +41,8 @@ MATCH, RESPOND, WEIGH, TAKE, AS_IT_IS = range(5)
 """Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``; 1."""
 
 _LANES = 64
+_LOG2E = math.log2(math.e)
+_NORMAL = 2.3e-308
 _FLUSH = 128  # rows whose column sums float32 may add up
 SIDE = (1.0, -math.inf, 0.0, 0.0, 0.0)  # of a rule that asks no side: FIXED's
 
@@ -97,11 +99,32 @@ def _scaling(y, i, rule, w, base, known, side, lam):
     return math.exp(max(min(high, s + up), max(low, s + down)) - known[i] + lam)
 
 
+@njit(inline="always", error_model="numpy")
+def _is_normal(y):
+    return y >= _NORMAL and y < np.inf
+
+
+@njit(inline="always", error_model="numpy")
+def _respond_four(y, i, base, known, side, lam, u, t):
+    """:func:`_scaling` by :data:`RESPOND` of four rows at once, whose sums are normal numbers."""
+    (slope, low, up, down, high), small = side, 0
+    for k in range(4):
+        t[k] = slope * (base[i + k] - log_double(y[i + k]) - lam)
+    for k in range(4):
+        t[k] = (max(min(high, t[k] + up), max(low, t[k] + down)) - known[i + k] + lam) * _LOG2E
+    for k in range(4):
+        u[i + k] = exp2_double(t[k])
+        small += 1 if t[k] < 1000.0 else 0
+    if small < 4:  # what is beyond a number must not pass for one
+        for k in range(4):
+            u[i + k] = math.exp(t[k] / _LOG2E)
+
+
 @_compiled
 def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first, last):
     """``y = K v``, ``u`` by the rule, and ``columns += u K`` over some rows; ``v`` in the kernel's precision."""
     m = kernel.shape[1]
-    part, scale = np.zeros(m, kernel.dtype), np.zeros(4, kernel.dtype)
+    part, scale, four = np.zeros(m, kernel.dtype), np.zeros(4, kernel.dtype), np.zeros(4)
     since = 0
     for i in range(first, last - 3, 4):
         k0, k1, k2, k3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
@@ -116,6 +139,8 @@ def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first
         if rule == MATCH:
             u[i], u[i + 1] = _matched(w[i], y[i]), _matched(w[i + 1], y[i + 1])
             u[i + 2], u[i + 3] = _matched(w[i + 2], y[i + 2]), _matched(w[i + 3], y[i + 3])
+        elif rule == RESPOND and _is_normal(y[i]) and _is_normal(y[i + 1]) and _is_normal(y[i + 2]) and _is_normal(y[i + 3]):
+            _respond_four(y, i, base, known, side, lam, u, four)
         else:
             for k in range(4):
                 u[i + k] = _scaling(y[i + k], i + k, rule, w, base, known, side, lam)

@@ -15,7 +15,7 @@ from types import FunctionType
 import numpy as np
 from numba import njit
 
-from iotsolve.kernels.dense import MATCH, RESPOND, _compiled, build, stored_pass
+from iotsolve.kernels.dense import _LOG2E, _NORMAL, MATCH, RESPOND, _compiled, build, stored_pass
 from iotsolve.kernels.numeric import exp2_double, log_double
 from iotsolve.kernels.passes import build_kernel, logs
 from iotsolve.kernels.threads import pieces, summed
@@ -35,9 +35,7 @@ __all__ = [
 ]
 
 WINDOW = 20
-_LOG2E = math.log2(math.e)
 _RIDGE = 1e-12  # of the Gram matrix, relative
-_NORMAL = 2.3e-308
 _TINY = 1e-300  # column sums below which nothing is said to arrive
 _REACH = 30.0  # scalings' logarithms from which on the kernel is to absorb them
 _REBUILDS = 8

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count, pairwise
 
 import numpy as np
@@ -29,17 +29,20 @@ def allowed() -> int:
     return getattr(_kept, "count", None) or torch.get_num_threads()
 
 
-@contextmanager
-def torch_on(threads: int) -> Iterator[None]:
-    """torch on so many threads; passes as before."""
-    before, outer = torch.get_num_threads(), getattr(_kept, "count", None)
-    _kept.count = allowed()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        _kept.count = outer
+class torch_on:
+    """``with torch_on(threads)``: torch on so many threads; passes as before."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __enter__(self) -> None:
+        self.before, self.outer = torch.get_num_threads(), getattr(_kept, "count", None)
+        _kept.count = self.outer or self.before
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+        _kept.count = self.outer
 
 
 def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
