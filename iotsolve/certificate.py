@@ -367,9 +367,9 @@ def _filled(
 ) -> np.ndarray:
     """A bound of ``KL(Q | P)``, Q made of a corrected ``P (1 + x)`` by scaling rows and columns down and filling in.
 
-    ``r`` and ``c`` are the marginals after the correction, ``squares = sum P x^2``, ``largest`` bounds ``|x|``, ``dearest`` bounds
-    ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that what is lacking in the end is
-    bounded without a look at the plan.
+    ``r`` and ``c`` are the marginals after the correction, ``squares = sum P x^2``, ``largest`` bounds ``|x|``, ``dearest``
+    bounds ``-log(P / a b)``. Scaling a row down takes from every column at most that share, so that what is lacking in the end
+    is bounded without a look at the plan.
     """
     (short_r, over_r, share_r, most_r, full_r), (short_c, over_c, share_c, most_c, full_c) = _off(a, r), _off(b, c)
     lacking = np.maximum(short_r + over_c, short_c + over_r)
@@ -383,8 +383,9 @@ def _filled(
 
 
 def _off(w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of marginals ``x`` that should be ``w``: what is lacking and what is too much, the largest shares of a bin that are, of what
-    it should and of what it does have, and its largest share at all."""
+    """Of marginals ``x`` that should be ``w``: what is lacking in all, and what is too much; in one bin the largest shares of
+    both, of what it should and of what it does have; and the most that one has of what it should.
+    """
     missing = w - x
     relative = np.divide(missing, w, out=np.zeros_like(w), where=w > 0)
     total, size, low, high = missing.sum(-1), abs(missing).sum(-1), relative.min(-1), relative.max(-1)
