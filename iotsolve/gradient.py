@@ -23,6 +23,7 @@ from iotsolve.distributed import Alone, Sharded
 from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
+from iotsolve.plans import is_quick, quick_plan
 from iotsolve.problem import Potentials, Problem, log_scaling, weighted
 from iotsolve.sinkhorn import Sinkhorn
 
@@ -301,8 +302,7 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
     """
     with calm(problem.cost), torch.no_grad():
         eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
-        streamed = isinstance(problem.cost, Sharded) or (isinstance(problem.cost, Points) and problem.cost.is_bilinear)
-        found = (_of_points if streamed else _of_blocks)(problem, p, upstream, needed)
+        found = (_of_points if _streams(problem) else _of_blocks)(problem, p, upstream, needed)
         r, c = found["r"], found["c"]
         if "a" in needed:
             density = _density(r, problem.a, lifted, problem.cost, problem.b, p.g, eps, axis=-1)
@@ -466,17 +466,53 @@ def _pull_implicit(
     with calm(problem.cost):
         u, v, w = _adjoint(problem, p, upstream, (_moving(problem.rows, p.f), _moving(problem.columns, p.g)))
 
-    def scalar(live: Problem) -> Tensor:
-        plan = live.plan(_moved(live, p))
-        asked = (u * live.a * live.rows.response(_finite(p.f))).sum(-1)
-        asked = asked + (v * live.b * live.columns.response(_finite(p.g))).sum(-1)
-        if live.mass is not None:
-            asked = asked + w * live.mass
-        had = (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum((-2, -1))
-        return (asked - had).sum()
+    streamed = can_stream(problem)
+    if isinstance(problem.cost, Sharded) and not streamed:
+        raise ValueError(
+            "derivatives of potentials at bins of weight 0 need the cost as a matrix, and its rows are on many ranks. Drop the "
+            "empty bins."
+        )
 
-    found = _pull(problem, scalar, names, needed, tensors, torch.float64)
+    def asked(live: Problem) -> Tensor:
+        total = (u * live.a * live.rows.response(_finite(p.f))).sum(-1)
+        total = total + (v * live.b * live.columns.response(_finite(p.g))).sum(-1)
+        return (total if live.mass is None else total + w * live.mass).sum()
+
+    def had(live: Problem) -> Tensor:
+        if streamed:  # of this process's rows
+            own = live.cost.own if isinstance(live.cost, Sharded) else slice(None)
+            r, c = streamed_marginals(live, _moved(live, p))
+            return ((u.flatten()[own] + w) * r).sum() + (v.flatten() * c).sum()
+        plan = live.plan(_moved(live, p))
+        return (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum()
+
+    found = [_pull(problem, of, names, needed, tensors, torch.float64) for of in (asked, had)]
+    ranks = problem.cost.ranks if isinstance(problem.cost, Sharded) else Alone()
+    taken = [x if name == "x" or x is None else ranks.sum(x) for name, x in zip(names, found[1], strict=True)]
+    found = [_add(x, None if y is None else -y) for x, y in zip(found[0], taken, strict=True)]
     return tuple(_add(x, y) for x, y in zip(found, eliminated, strict=True))
+
+
+def _streams(problem: Problem) -> bool:
+    """Whether plans are read block by block, by one process or by many."""
+    return isinstance(problem.cost, Sharded) or (isinstance(problem.cost, Points) and problem.cost.is_bilinear)
+
+
+def can_stream(problem: Problem) -> bool:
+    """Whether :func:`streamed_marginals` has every derivative: at empty bins they are not those of a soft-minimum."""
+    return _streams(problem) and problem.is_full
+
+
+def streamed_marginals(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
+    """``(n,)`` and ``(m,)``: the plan's marginals, of which autograd follows the points, the weights and the potentials; of this
+    process's rows where they are on many. Through the soft-minima of a bilinear cost, in O((n + m) d) memory.
+    """
+    cost, eps = problem.cost, problem.epsilon
+    points, own = (cost.local, cost.own) if isinstance(cost, Sharded) else (cost, slice(None))
+    a, b = problem.a.flatten()[own], problem.b.flatten()
+    f, g = (p.f + p.lam.unsqueeze(-1)).flatten()[own], p.g.flatten()
+    s, t = points.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
+    return _reached(a, f, s, eps), _reached(b, g, t, eps)
 
 
 def _pull_sweeps(
@@ -512,8 +548,13 @@ def _adjoint(
     """Solve Hessian(dual) (u, v, w) = upstream over the bins that move and carry mass; shapes as the potentials'."""
     flat = problem.flat()
     f, g, lam = p.f.reshape(flat.a.shape), p.g.reshape(flat.b.shape), p.lam.reshape(-1)
-    plan, eps = flat.plan(Potentials(f, g, lam)), flat.epsilon
-    r, c = plan.sum(-1), plan.sum(-2)
+    eps = flat.epsilon
+    if _streams(flat) and is_quick(flat.cost):  # else the plan is held as a matrix
+        plan = quick_plan(flat, Potentials(f, g, lam)).precise
+        r, c = plan.marginals()
+    else:
+        plan = flat.plan(Potentials(f, g, lam))
+        r, c = plan.sum(-1), plan.sum(-2)
     keep_f, keep_g = (r > 0) & moving[0].reshape(f.shape), (c > 0) & moving[1].reshape(g.shape)
     bend_f, bend_g = flat.rows.curvature(f), flat.columns.curvature(g)
     system = DualSystem(
@@ -571,14 +612,13 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     """The same problem where every derivative exists and is finite; float64.
 
     Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
-    at which they carry exactly 0. So do the arcs between two empty bins on which the plan per unit of both weights, their
-    only trace, would overflow.
+    at which they carry exactly 0. So do the arcs between two empty bins whose potentials make even that weight count.
     """
     a, b, matrix = problem.a, problem.b, problem.cost.dense()
     empty_a, empty_b = a.detach() <= 0, b.detach() <= 0
     slack, allowed = Dense(matrix.detach()).slack(p.f + p.lam.unsqueeze(-1), p.g)
     eps = number(problem.epsilon)
-    allowed = matrix.isfinite() & ~(empty_a.unsqueeze(-1) & empty_b.unsqueeze(-2) & allowed & (slack > 600 * eps))
+    allowed = matrix.isfinite() & ~(empty_a.unsqueeze(-1) & empty_b.unsqueeze(-2) & allowed & (slack > _COUNTS * eps))
     sizes = [float(torch.where(x.isfinite(), x, 0.0).abs().max()) for x in (matrix.detach(), p.f, p.g, p.lam)]
     one = torch.ones((), dtype=a.dtype, device=a.device)
     softness = [float(side.divergence(0 * one, one).detach().max()) for side in (problem.rows, problem.columns)]
@@ -592,6 +632,7 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
 
 
 _SPECK = 1e-100  # its square and its inverse's are in range
+_COUNTS = 190.0  # e^190 specks are a digit
 
 
 def _finite(f: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ exact plan may be a list of arcs. What is done to a plan (its certificate, its r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -312,7 +312,12 @@ class StreamedPlan(QuickPlan):
 
     @property
     def exact(self) -> Plan:
-        return StreamedPlan(self.problem, self.read, self.sums, self.double, self.double)
+        return self.precise
+
+    @property
+    def precise(self) -> StreamedPlan:
+        """The same plan with products in float64."""
+        return replace(self, form=self.double)
 
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         given = (torch.from_numpy(z[0]).to(self.form[0].dtype) for z in (w, v))

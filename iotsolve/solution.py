@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from iotsolve.certificate import Certificate, certify
-from iotsolve.costs import Dense, calm
-from iotsolve.gradient import Envelope, Gradient, Gradients, Implicit, as_leaves, gradients
+from iotsolve.costs import Dense, Points, calm
+from iotsolve.gradient import (
+    Envelope,
+    Gradient,
+    Gradients,
+    Implicit,
+    as_leaves,
+    can_stream,
+    gradients,
+    streamed_marginals,
+)
 from iotsolve.plans import Plan, in_batch, plan_of
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solver import Status
@@ -115,6 +124,15 @@ class Solution:
     def _frozen(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.potentials.f, self.potentials.g, self.potentials.lam
 
+    @cached_property
+    def _marginals(self) -> tuple[Tensor, Tensor]:
+        """Those of a plan that is held, or of points, whose plan need not be to be differentiated."""
+        working, batch = self.problem.to(self._live.f.dtype), self.problem.batch_shape
+        if isinstance(self.problem.cost, Points) and self.exact_plan is None and can_stream(working):
+            with calm(working.cost):
+                return tuple(x.reshape(*batch, -1) for x in streamed_marginals(working, self._live))
+        return self._plan.sum(-1), self._plan.sum(-2)
+
     def _of_plan(self, of_dense: Any, of_read: Any, *shape: int) -> Any:
         if self._read is None:
             return self.problem.leave(of_dense())
@@ -146,17 +164,17 @@ class Solution:
     @property
     def row_marginal(self) -> Any:
         """``P 1``, shape ``(..., n)``."""
-        return self._of_plan(lambda: self._plan.sum(-1), lambda plan: plan.marginals()[0], self.problem.shape[-2])
+        return self._of_plan(lambda: self._marginals[0], lambda plan: plan.marginals()[0], self.problem.shape[-2])
 
     @property
     def column_marginal(self) -> Any:
         """``P' 1``, shape ``(..., m)``."""
-        return self._of_plan(lambda: self._plan.sum(-2), lambda plan: plan.marginals()[1], self.problem.shape[-1])
+        return self._of_plan(lambda: self._marginals[1], lambda plan: plan.marginals()[1], self.problem.shape[-1])
 
     @property
     def mass(self) -> Any:
         """Total mass of the plan, shape ``(...)``."""
-        return self._of_plan(lambda: self._plan.sum((-2, -1)), lambda plan: plan.marginals()[0].sum(-1))
+        return self._of_plan(lambda: self._marginals[0].sum(-1), lambda plan: plan.marginals()[0].sum(-1))
 
     @property
     def transport_cost(self) -> Any:

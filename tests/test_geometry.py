@@ -217,6 +217,30 @@ def test_the_gradient_of_every_output_flows_to_the_points(metric, of, gradient):
         np.testing.assert_allclose(mine.grad, matrix.grad, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("of", ["f", "g", "row_marginal", "column_marginal", "mass", "mass_multiplier"])
+@over_regimes
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "dot"])
+def test_derivatives_that_stream_are_those_of_the_matrix(metric, regime, of, empty):
+    """In every datum; with empty bins the matrix is made, without them it is not."""
+    found = []
+    for make in (Points, torch_cost):
+        x, y = leaves(*clouds())
+        a, b = leaves(weights(6, 1, 2 if empty else None), weights(5, 2))
+        epsilon = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        problem = Problem(make(x, y, metric), a, b, epsilon=epsilon, **REGIMES[regime])
+        output = getattr(solve(problem, TIGHT, gradient=Implicit()), of)
+        output = torch.where(output.isfinite(), output, 0.0)
+        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        slopes = torch.autograd.grad((drawn * output).sum(), (x, y, a, b, epsilon), materialize_grads=True)
+        if regime == "fixed-fixed":  # only changes that keep the totals equal have a derivative
+            level = slopes[2].mean()
+            slopes = (*slopes[:2], slopes[2] - level, slopes[3] + level, slopes[4])
+        found.append([output.detach(), *slopes])
+    for mine, matrix in zip(*found, strict=True):
+        torch.testing.assert_close(mine, matrix, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @pytest.mark.parametrize("d", [1, 3])
 def test_at_coincident_points_the_distance_has_gradient_zero(epsilon, d):
@@ -485,6 +509,16 @@ def test_what_is_read_of_a_plan_never_makes_a_matrix(monkeypatch):
     assert_held(lambda: solution.row_marginal + solution.column_marginal + solution.transport_cost, 10)
     assert_held(lambda: certify(solution.problem, solution.f, solution.g), 20)
     assert solution.certificate.gap < math.inf
+
+
+@pytest.mark.parametrize("of", ["f", "row_marginal"])
+def test_a_derivative_of_potentials_never_makes_a_matrix(of, monkeypatch):
+    for passes in (costs, bilinear):
+        monkeypatch.setattr(passes, "_BLOCK", 2**15)
+    x = leaves(*clouds(1000, 1000))
+    output = getattr(solve(Problem(Points(*x), epsilon=3.0, rows=KL(1.0)), gradient=Implicit()), of)
+    assert_held(lambda: (output**2).sum().backward(), 20)
+    assert all(z.grad.abs().max() > 0 for z in x)
 
 
 def test_the_count_of_memory_sees_a_matrix():

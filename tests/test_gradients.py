@@ -766,3 +766,15 @@ def test_a_weak_penalty_at_an_empty_bin_has_a_value_and_a_large_slope():
     assert solution.value == 0.0
     slope = torch.autograd.grad(solution.value, b)[0]
     assert slope[0] == 0.0 and -math.inf < slope[1] < -1e300
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.012, 0.008, 0.005, 0.003])
+def test_two_empty_bins_do_not_count_for_each_other_however_near(epsilon):
+    """Their potentials are what the others say, for every choice of a derivative, and whatever ``exp`` of their slack is."""
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    a, b = (torch.tensor([1.0, 0.0], dtype=torch.float64) for _ in range(2))
+    solution = solve(Problem(cost, a, b, epsilon=epsilon), gradient=Implicit())
+    torch.testing.assert_close(solution.f.detach(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(solution.g.detach(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    found = torch.autograd.grad(solution.f[1], cost)[0]
+    torch.testing.assert_close(found, torch.tensor([[-0.5, 0.0], [1.0, 0.0]], dtype=torch.float64))

@@ -15,7 +15,7 @@ from iotsolve.distributed import Sharded
 WORKER = """
 import datetime, sys
 import torch, torch.distributed as dist
-from iotsolve import FIXED, FREE, KL, TV, AT_MOST, Newton, Points, Problem, Sinkhorn, solve
+from iotsolve import FIXED, FREE, KL, TV, AT_MOST, Implicit, Newton, Points, Problem, Sinkhorn, solve
 from iotsolve.distributed import Sharded, own_plan
 
 rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -55,6 +55,19 @@ for metric in ("sqeuclidean", "cosine"):
                 a=a.grad, b=b.grad, epsilon=eps.grad, rows=solution.row_marginal.detach(),
                 cost=solution.transport_cost.detach(), plan=own_plan(solution), holds=bool(c.holds),
                 dual=torch.tensor(float(c.dual)), status=solution.status.name, steps=solution.steps)
+FULL = (A + 0.01) / (A + 0.01).sum()
+for name, sides in REGIMES.items():
+    x, y, a, b = (z.clone().requires_grad_() for z in (X[mine], Y, FULL, B))
+    eps = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    problem = Problem(Sharded(Points(x, y)), a, b, epsilon=eps, **sides)
+    solution = solve(problem, Newton(tolerance=1e-13), gradient=Implicit(), throw=False)
+    ((solution.f ** 2).sum() + (solution.g * torch.arange(45.0)).sum()).backward()
+    saved[f"implicit {name}"] = [x.grad, y.grad, a.grad, b.grad, eps.grad]
+try:
+    x = X[mine].clone().requires_grad_()
+    solve(Problem(Sharded(Points(x, Y)), A, B, epsilon=0.5), gradient=Implicit()).f.sum().backward()
+except ValueError as error:
+    saved["empty"] = str(error)
 x = X[mine].clone().requires_grad_()
 saved["automatic"] = float(solve(Problem(Sharded(Points(x, Y)), A, B, epsilon=0.05)).value.detach())
 if world > 1:
@@ -168,6 +181,21 @@ def test_everything_is_that_of_one_process(alone, many):
         for key in ("x", "plan"):
             whole = torch.cat([rank[name][key] for rank in many])
             torch.testing.assert_close(whole, expected[key], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("name", ["balanced", "kl", "semi-relaxed", "semi-unbalanced", "tv", "partial"])
+def test_derivatives_of_potentials_are_those_of_one_process(alone, many, name):
+    expected, close = alone[f"implicit {name}"], 1e-6 if name in ("tv", "partial") else 1e-11
+    for rank in many:
+        for found, whole in zip(rank[f"implicit {name}"][1:], expected[1:], strict=True):
+            torch.testing.assert_close(found, whole, rtol=close, atol=close * float(whole.abs().max()))
+    rows = torch.cat([rank[f"implicit {name}"][0] for rank in many])
+    torch.testing.assert_close(rows, expected[0], rtol=close, atol=close * float(expected[0].abs().max()))
+    assert rows.abs().max() > 0 or name == "semi-relaxed"
+
+
+def test_derivatives_at_empty_bins_are_refused_where_rows_are_elsewhere(many):
+    assert all("its rows are on many ranks" in rank["empty"] for rank in many)
 
 
 def test_one_process_is_that_of_points(alone):
