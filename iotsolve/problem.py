@@ -467,10 +467,12 @@ class Problem:
 
     def violations(self, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L1 distance of the marginals from the hard sides, and of the total from ``mass``."""
-        rows = self.rows.violation(r, self.a).sum(-1)
-        columns = self.columns.violation(c, self.b).sum(-1)
-        mass = torch.zeros_like(rows) if self.mass is None else (r.sum(-1) - self.mass).abs()
-        return rows, columns, mass
+        nothing = torch.zeros_like(r[..., 0])
+        rows, columns = (
+            side.violation(x, weights).sum(-1) if side.is_hard else nothing
+            for side, x, weights in ((self.rows, r, self.a), (self.columns, c, self.b))
+        )
+        return rows, columns, nothing if self.mass is None else (r.sum(-1) - self.mass).abs()
 
     def mismatch(self) -> Tensor:
         """:attr:`_mismatch`, once for every problem."""
@@ -504,7 +506,8 @@ class Problem:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""
         terms = [(self.a, self.rows.conjugate(p.f)), (self.b, self.columns.conjugate(p.g))]
         terms = [w * x if self.is_full else _terms(w, x) for w, x in terms]
-        value, scale = sum(x.sum(-1) for x in terms), sum(x.abs().sum(-1) for x in terms)
+        value = terms[0].sum(-1) + terms[1].sum(-1)
+        scale = sum(torch.linalg.vector_norm(x, 1, dim=-1) for x in terms)
         mass = 0.0 if self.mass is None else p.lam * self.mass
         return value + mass, scale + abs(mass)
 

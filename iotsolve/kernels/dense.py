@@ -245,21 +245,44 @@ def spread_each(kernel, w, rows, columns, first, last):
         spread_pass(kernel[k], w[k], rows[k], columns[k], 0, kernel.shape[1])
 
 
+@njit(inline="always", error_model="numpy")
+def _less(beta, scale, row, j):
+    return beta[j] - scale * np.float64(row[j])
+
+
+@njit(inline="always", error_model="numpy")
+def _larger(x, y):
+    return x if x > y else y
+
+
 @_compiled
 def row_tops(cost, beta, scale, found, first, last):
-    """``max_j beta_j - scale C_ij`` for some rows of a problem."""
+    """``max_j beta_j - scale C_ij`` for some rows of a problem.
+
+    A row is read in eight places at once, which a processor fetches sooner than one after the other, and folded.
+    """
     m = cost.shape[1]
-    tops, whole = np.empty(_LANES), m // _LANES * _LANES
+    part = m // 8
+    tops = np.empty(part + 1)
     for i in range(first, last):
         row = cost[i]
-        tops[:] = -np.inf
-        for j in range(0, whole, _LANES):
-            for lane in range(_LANES):
-                x = beta[j + lane] - scale * np.float64(row[j + lane])
-                tops[lane] = x if x > tops[lane] else tops[lane]
-        top = tops.max()
-        for j in range(whole, m):
-            top = max(top, beta[j] - scale * np.float64(row[j]))
+        for j in range(part):
+            a = _larger(_less(beta, scale, row, j), _less(beta, scale, row, j + part))
+            b = _larger(_less(beta, scale, row, j + 2 * part), _less(beta, scale, row, j + 3 * part))
+            c = _larger(_less(beta, scale, row, j + 4 * part), _less(beta, scale, row, j + 5 * part))
+            d = _larger(_less(beta, scale, row, j + 6 * part), _less(beta, scale, row, j + 7 * part))
+            tops[j] = _larger(_larger(a, b), _larger(c, d))
+        size = part
+        while size > 16:
+            half = (size + 1) // 2
+            for j in range(size - half):
+                tops[j] = _larger(tops[j + half], tops[j])
+            size = half
+        top = -np.inf
+        for j in range(size):
+            top = _larger(tops[j], top)
+        for j in range(8 * part, m):
+            top = _larger(_less(beta, scale, row, j), top)
         found[i] = top
 
 
