@@ -182,8 +182,10 @@ def _primal(plan: Plan, factors: Factors) -> Tensor:
     return value if problem.is_exact else value + problem.epsilon * plan.sum(entropy)
 
 
-def _gap(plan: Plan, factors: Factors, p: Potentials) -> Tensor:
+def _gap(plan: Plan, factors: Factors | None, p: Potentials) -> Tensor:
     """``primal(rounded) - dual``, as a sum of non-negative terms, for a rounded plan that satisfies the hard sides.
+
+    The plan as it is if there is nothing to round, ``factors`` None.
 
     eps KL(Q | P_fg) + FY_rows(Q 1, f) + FY_cols(Q' 1, g); at eps = 0 the first term is <C - f - g - lam, Q>. Where the plan
     of the potentials has underflowed, its logarithm has not.
@@ -197,7 +199,7 @@ def _gap(plan: Plan, factors: Factors, p: Potentials) -> Tensor:
         return torch.where(known, u + v - torch.where(known, chunk.cost, 0.0), 0.0)
 
     def unused(chunk: Chunk) -> Tensor:
-        x = factors.on(chunk)
+        x = chunk.values if factors is None else factors.on(chunk)
         return torch.where(x > 0, -slack(chunk) * x, 0.0)
 
     def change(chunk: Chunk) -> Tensor:
@@ -210,8 +212,11 @@ def _gap(plan: Plan, factors: Factors, p: Potentials) -> Tensor:
         log_old = torch.where(chunk.cost.isfinite(), slack(chunk) / problem.epsilon + weights, -math.inf)
         return torch.where(added, new * (new.log() - log_old) - new, near)
 
-    first = plan.sum(unused) if problem.is_exact else problem.epsilon * plan.sum(change)
-    return first + problem.side_gaps(*plan.marginals(factors.on), p)
+    if problem.is_exact:
+        first = plan.sum(unused)
+    else:
+        first = torch.zeros_like(p.lam) if factors is None else problem.epsilon * plan.sum(change)
+    return first + problem.side_gaps(*plan.marginals(None if factors is None else factors.on), p)
 
 
 def _change_cost(x: Tensor) -> Tensor:
@@ -244,12 +249,10 @@ def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
     """
     problem, identity = plan.problem, Factors.identity(plan.problem)
     fixed = problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None
-    there = bool(_exactly(problem, *plan.marginals()).all())
-    starts = [_linear_correction(plan, p)] if fixed and not there else [identity]
-    hard = problem.rows.is_hard or problem.columns.is_hard or problem.mass is not None
-    if hard and not fixed and not there:
-        starts.append(_linear_correction(plan, p))
-    best = None
+    if bool(_exactly(problem, *plan.marginals()).all()):
+        return identity, _feasible(problem, *plan.marginals()), _gap(plan, None, p)
+    corrected = _linear_correction(plan, p)
+    starts, best = [corrected] if fixed else [identity, corrected], None
     for start in starts:
         rounded = _scale_onto(plan, start)
         rounded = _fill(plan, rounded) if fixed else rounded
