@@ -137,8 +137,9 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
         plan = plan_of(double, p, lazy=not (double.rows.is_hard or double.columns.is_hard))
     r, c = plan.marginals()
     rows, columns, mass = double.violations(r, c)
-    known = ~(p.f.isnan().any(-1) | p.g.isnan().any(-1) | p.lam.isnan())
-    entropy = torch.zeros_like(p.lam) if problem.is_exact else double.epsilon * (r.sum(-1) - _product(double))
+    known = ~torch.cat([p.f, p.g, p.lam.unsqueeze(-1)], -1).isnan().any(-1)
+    moved = r.sum(-1)
+    entropy = torch.zeros_like(p.lam) if problem.is_exact else double.epsilon * (moved - double.product)
     sides, scale = double.dual_sides_and_scale(p)
     dual = torch.where(known, sides - entropy if sound else double.dual_at(p), -math.inf)
     scale = scale + entropy.abs()
@@ -155,14 +156,10 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     else:
         primal = torch.where(close, dual + gap, _primal(plan, rounded))
     primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
-    rounding_error = 16 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(r.sum(-1)))
-    numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), r.sum(-1))
+    rounding_error = 16 * torch.finfo(problem.working_dtype).eps * (scale + double.magnitude(moved))
+    numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), moved)
     as_arrays = [x.reshape(problem.batch_shape)[()] for x in torch.stack(numbers).cpu().numpy()]
     return Certificate(*as_arrays, tolerance=tolerance)
-
-
-def _product(problem: Problem) -> Tensor:
-    return problem.a.sum(-1) * problem.b.sum(-1)
 
 
 def _primal(plan: Plan, factors: Factors) -> Tensor:
@@ -279,13 +276,13 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
         return None
     if all(fixed):
         return None
+    if not any(fixed):
+        gap = problem.side_gaps(r, c, p)
+        return (None, gap.isfinite(), gap) if (gap <= enough).all() else None
     a, b = (side.allowed(x, w) for side, x, w in ((problem.rows, r, problem.a), (problem.columns, c, problem.b)))
     off = (a - r).abs().sum(-1) + (b - c).abs().sum(-1)
     if not (off <= _RESOLVED * r.sum(-1)).all():
         return None
-    if not any(fixed):
-        gap = problem.side_gaps(r, c, p)
-        return (None, gap.isfinite(), gap) if (gap <= enough).all() else None
     scale_r, scale_c = _ratio(a, r), _ratio(b, c)
     first = problem.epsilon * ((r * _change_cost(scale_r - 1)).sum(-1) + (c * _change_cost(scale_c - 1)).sum(-1))
     if fixed[0]:

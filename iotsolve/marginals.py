@@ -386,10 +386,10 @@ class KL(Marginal):
         return self.rho * a
 
     def conjugate(self, f: Tensor) -> Tensor:
-        return -self.rho * torch.expm1(-f / self.rho)
+        return torch.expm1(f / -self.rho) * -self.rho
 
     def response(self, f: Tensor) -> Tensor:
-        return torch.exp(-f / self.rho)
+        return torch.exp(f / -self.rho)
 
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         return s * (self.rho / (self.rho + epsilon))
@@ -402,7 +402,7 @@ class KL(Marginal):
         return torch.exp(-f / self.rho) / self.rho
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
-        return self.rho * kl_divergence(r, torch.where(a > 0, a * torch.exp(-f / self.rho), 0.0))
+        return self.rho * kl_divergence(r, torch.where(a > 0, a * self.response(f), 0.0))
 
 
 @dataclass(frozen=True)

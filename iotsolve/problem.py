@@ -223,10 +223,21 @@ class Problem:
         """True if no bin is empty."""
         return all(float(shared(w).min()) > 0 for w in (self.a, self.b))
 
+    @property
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        return self._settled_totals if not (self.a.requires_grad or self.b.requires_grad) else self._summed()
+
     @cached_property
-    def _masses(self) -> Tensor:
-        """``sum a + sum b``, of each problem."""
-        return self.a.sum(-1) + self.b.sum(-1)
+    def _settled_totals(self) -> tuple[Tensor, Tensor]:
+        return self._summed()
+
+    def _summed(self) -> tuple[Tensor, Tensor]:
+        return self.a.sum(-1), self.b.sum(-1)
+
+    @property
+    def product(self) -> Tensor:
+        """``sum a x b`` of each problem."""
+        return self._totals[0] * self._totals[1]
 
     @property
     def is_exact(self) -> bool:
@@ -513,7 +524,7 @@ class Problem:
 
     def magnitude(self, mass: Tensor) -> Tensor:
         """Size of the terms that a value near 0 may be the difference of: the price of no plan, and the entropy's."""
-        return self._empty + self.epsilon * (mass + self.a.sum(-1) * self.b.sum(-1))
+        return self._empty + self.epsilon * (mass + self.product)
 
     @cached_property
     def _empty(self) -> Tensor:
@@ -528,7 +539,7 @@ class Problem:
             with calm(p.f):
                 product = torch.linalg.vecdot if self.is_full else weighted
                 on_rows, on_columns = product(self.a, p.f), product(self.b, p.g)
-                shift = ((on_rows - on_columns) / self._masses).unsqueeze(-1)
+                shift = ((on_rows - on_columns) / (self._totals[0] + self._totals[1])).unsqueeze(-1)
             return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:

@@ -12,7 +12,7 @@ import torch
 
 from iotsolve.accelerated import Accelerated, relaxed_together
 from iotsolve.certificate import Certificate
-from iotsolve.costs import Dense, quiet
+from iotsolve.costs import Dense, Points, quiet
 from iotsolve.distributed import Sharded
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
@@ -236,11 +236,10 @@ class _Automatic:
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
-            second = is_quick(problem.cost)
-            done = iterate(
-                problem, Sinkhorn(max_steps=_QUICK if second or n * m <= _FITS else 10_000, **options), start
-            )
-            done = _continued(problem, done, newton.run) if second else done
+            second, small = is_quick(problem.cost), n * m <= _FITS
+            done = iterate(problem, Sinkhorn(max_steps=_QUICK if second or small else _PATIENT, **options), start)
+            if second or (isinstance(problem.cost, Points) and not small):
+                done = _continued(problem, done, newton.run)
         if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
@@ -270,6 +269,7 @@ _TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # largest epsilon in cost ranges, ratio o
 _LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
+_PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 
 
 def _continued(problem: Problem, done: Outcome, go_on: Callable[[Problem, Potentials], Outcome]) -> Outcome:

@@ -1,6 +1,7 @@
 """Costs between points: whatever is true of a matrix must be true of the points behind it, without the matrix."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -481,6 +482,18 @@ def assert_held(action, blocks):
         held = most_held(action)
     assert costs._BLOCK / 2 < largest.size <= costs._BLOCK
     assert largest.size <= held <= blocks * costs._BLOCK
+
+
+def test_distances_too_many_for_an_interior_point_are_solved_by_second_order(monkeypatch):
+    """As on a device: after the sweeps it has patience for, a solve goes on in blocks of the plan, and is certified."""
+    front = sys.modules["iotsolve.solve"]
+    for name, value in (("_FITS", 100), ("_PATIENT", 20), ("_LAST", 1)):
+        monkeypatch.setattr(front, name, value)
+    problem = Problem(Points(*clouds(60, 50), "euclidean"), epsilon=0.02)
+    solution = solve(problem)
+    assert solution.certificate.holds and 20 < solution.steps < 60
+    monkeypatch.setattr(front.Newton, "run", lambda self, problem, start: solver.iterate(problem, Sinkhorn(max_steps=1), start))
+    assert not solve(problem, throw=False).converged
 
 
 @over_metrics

@@ -104,7 +104,7 @@ def _is_normal(y):
     return y >= _NORMAL and y < np.inf
 
 
-@njit(inline="always", error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def _respond_four(y, i, base, known, side, lam, u, t):
     """:func:`_scaling` by :data:`RESPOND` of four rows at once, whose sums are normal numbers."""
     (slope, low, up, down, high), small = side, 0
