@@ -337,12 +337,9 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         enough = tolerance * scale
         gap = eps * _filled(a, b, r, c, dearest)
         if not (gap <= enough).all():
-            zero = torch.zeros(len(f), dtype=torch.float64)
             system = DualSystem(plan, *plan.sums, *(x > 0 for x in plan.sums), False)
             target = torch.from_numpy(enough / (4 * eps * np.maximum(dearest, 1.0)))
-            u, v, _ = system.solve(*map(torch.from_numpy, (missing_r, missing_c)), zero, enough=target)
-            u, v = u.numpy(), v.numpy()
-            image, back = plan.product(u, v, as_given=True)
+            u, v, image, back = system.corrections(*map(torch.from_numpy, (missing_r, missing_c)), enough=target)
             squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
             there = r + r * u + image, c + c * v + back
             largest = abs(u).max(-1) + abs(v).max(-1)

@@ -55,12 +55,33 @@ class DualSystem:
         consistent right-hand side needs no special case. ``enough`` is a residual, in the unit of the marginals, below which
         nothing is gained.
         """
+        inverse, v, w, _ = self._eliminated(rows, columns, mass, enough)
+        r = self._sums()[0]
+        return inverse * (rows - self._times(v) - r * w.unsqueeze(-1)), v, w
+
+    def corrections(
+        self, rows: Tensor, columns: Tensor, *, enough: Tensor | float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """``u, v`` of :meth:`solve` without ``mass``, of a quick plan, and ``P v, P' u``, which the last pass gives as well."""
+        inverse, v, _, known = self._eliminated(rows, columns, torch.zeros_like(rows[..., 0]), enough)
+        inverse, v = inverse.numpy(), v.numpy()
+        image, pulled = self.plan.product(inverse, v, as_given=False)
+        return inverse * (rows.numpy() - image), v, image, known.numpy() - pulled
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        return self.plan.marginals() if isinstance(self.plan, Plan) else (self.plan.sum(-1), self.plan.sum(-2))
+
+    def _eliminated(
+        self, rows: Tensor, columns: Tensor, mass: Tensor, enough: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``1 / R`` where kept, the solution's ``v`` and ``w``, and ``P' (rows / R)``."""
         keep_u, keep_v = self.keep_rows.to(rows.dtype), self.keep_columns.to(rows.dtype)
-        r, c = self.plan.marginals() if isinstance(self.plan, Plan) else (self.plan.sum(-1), self.plan.sum(-2))
+        r, c = self._sums()
         inverse = keep_u / torch.where(self.keep_rows, self.row_diagonal, 1.0)
         diagonal = torch.where(self.keep_columns, self._diagonal(inverse, r, c), 1.0)
         border = corner = None
-        right = keep_v * (columns - self._times_back(inverse * rows))
+        known = self._times_back(inverse * rows)
+        right = keep_v * (columns - known)
         if self.with_mass:
             border = keep_v * (c - self._times_back(inverse * r))
             corner = (r.sum(-1) - (inverse * r * r).sum(-1)).unsqueeze(-1)
@@ -76,8 +97,7 @@ class DualSystem:
         else:
             x = _conjugate_gradients(_schur(self._normal, *given), right, 1.0 / diagonal, enough)
         v, w = (x[..., :-1], x[..., -1]) if self.with_mass else (x, torch.zeros_like(mass))
-        v = v * keep_v
-        return inverse * (rows - self._times(v) - r * w.unsqueeze(-1)), v, w
+        return inverse, v * keep_v, w, known
 
     def _diagonal(self, inverse: Tensor, r: Tensor, c: Tensor) -> Tensor:
         """Of the system with its rows eliminated, ``S - sum_i P_ij^2 / R_i``, summed from terms that are not negative."""
@@ -85,7 +105,9 @@ class DualSystem:
             spread = self.plan.spread(inverse, self.row_diagonal)
         else:
             spread = (self.plan * inverse.unsqueeze(-1) * (self.row_diagonal.unsqueeze(-1) - self.plan)).sum(-2)
-        held = c - self._times_back(inverse * self.row_diagonal)  # by rows that do not move
+        held = torch.zeros_like(c)  # by rows that do not move
+        if not self.keep_rows.all():
+            held = c - self._times_back(inverse * self.row_diagonal)
         own = (self.column_diagonal - c).clamp(min=0.0) + held.clamp(min=0.0) + spread
         return torch.maximum(own, 1e-8 * self.column_diagonal)
 
