@@ -316,7 +316,8 @@ class Problem:
         if cost.dtype != torch.float64 or not cost.is_compiled:
             return self
         twin = object.__new__(Problem)
-        twin.__dict__.update(self.__dict__, memory=Memory(), is_full=self.is_full)
+        known = {name: x for name, x in self.__dict__.items() if name != "_flat"}  # which has another solve's memory
+        twin.__dict__.update(known, memory=Memory(), is_full=self.is_full)
         return twin
 
     def working(self) -> Problem:
