@@ -1,9 +1,9 @@
 """Passes over a dense cost on a CPU, compiled by numba: serial, without the interpreter's lock, on a range of rows.
 
 Every pass reads its matrix once. A block of four rows is summed against ``v``, a rule turns the four sums into scalings, and
-while the block is still in the cache the scaled rows are added into the sums of the columns: one Sinkhorn iteration, one
-product with the Hessian and one look at the marginals differ in the rule alone. The matrix is a stored kernel (float32 as a
-rule, its column sums flushed to float64 every 128 rows) or the cost itself, exponentiated in float64 on the way.
+while the block is still in the cache the scaled rows are added into the sums of the columns: one Sinkhorn iteration and one
+product with the Hessian differ in the rule alone. That matrix is a stored kernel, in float32 as a rule, its column sums flushed
+to float64 every 128 rows. A look at the marginals reads the cost itself, exponentiated in float64 on the way.
 
 Kernels are in base 2: ``K_ij = 2^(alpha_i + beta_j - scale C_ij)``, ``scale = log2(e) / epsilon``.
 """
@@ -20,7 +20,7 @@ from numba import njit
 from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single, log_double
 
 __all__ = [
-    *("AS_IT_IS", "MATCH", "RESPOND", "SIDE", "TAKE", "WEIGH"),
+    *("MATCH", "RESPOND", "SIDE", "TAKE", "WEIGH"),
     *(
         "build",
         "column_sums",
@@ -37,8 +37,8 @@ __all__ = [
     ),
 ]
 
-MATCH, RESPOND, WEIGH, TAKE, AS_IT_IS = range(5)
-"""Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``; 1."""
+MATCH, RESPOND, WEIGH, TAKE = range(4)
+"""Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``."""
 
 _LANES = 64
 _LOG2E = math.log2(math.e)
@@ -90,8 +90,6 @@ def _scaling(y, i, rule, w, base, known, side, lam):
         return w[i] * y
     if rule == TAKE:
         return w[i]
-    if rule == AS_IT_IS:
-        return 1.0
     if y <= 0.0:
         return 0.0
     slope, low, up, down, high = side
@@ -170,50 +168,49 @@ def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first
 
 
 @_compiled
-def exact_pass(cost, alpha, beta, scale, rule, w, base, known, side, lam, y, u, columns, kept, first, last):
-    """The same with ``v = 1`` and the kernel of the cost itself, in float64; copied to ``kept`` if that is not empty."""
-    m = cost.shape[1]
-    rows = np.empty((2, m))
-    copies = kept.shape[0] > 0
-    for i in range(first, last, 2):
-        two = i + 1 < last
-        k0, k1 = rows[0], rows[1]
-        c0, c1 = cost[i], cost[i + 1 if two else i]
-        a0, a1 = alpha[i], alpha[i + 1] if two else -np.inf
+def exact_pass(cost, alpha, beta, scale, y, columns, kept, first, last):
+    """Row and column sums of ``2^(alpha + beta - scale cost)`` over some rows, in float64, the latter added to ``columns``.
+
+    Its entries are copied to ``kept`` if that is not empty.
+    """
+    m, copies = cost.shape[1], kept.shape[0] > 0
+    for i in range(first, last - 1, 2):
+        c0, c1, a0, a1 = cost[i], cost[i + 1], alpha[i], alpha[i + 1]
         y0, y1 = 0.0, 0.0
-        for j in range(m):
-            x0 = exp2_double(a0 + beta[j] - scale * np.float64(c0[j]))
-            x1 = exp2_double(a1 + beta[j] - scale * np.float64(c1[j]))
-            k0[j] = x0
-            k1[j] = x1
-            y0 += x0
-            y1 += x1
-        y[i] = y0
-        u0 = _scaling(y0, i, rule, w, base, known, side, lam)
-        u[i] = u0
-        u1 = 0.0
-        if two:
-            y[i + 1] = y1
-            u1 = _scaling(y1, i + 1, rule, w, base, known, side, lam)
-            u[i + 1] = u1
-        for j in range(m):
-            columns[j] += u0 * k0[j] + u1 * k1[j]
         if copies:
+            k0, k1 = kept[i], kept[i + 1]
             for j in range(m):
-                kept[i, j] = k0[j]
-            if two:
-                for j in range(m):
-                    kept[i + 1, j] = k1[j]
+                x0 = exp2_double(a0 + beta[j] - scale * np.float64(c0[j]))
+                x1 = exp2_double(a1 + beta[j] - scale * np.float64(c1[j]))
+                y0 += x0
+                y1 += x1
+                columns[j] += x0 + x1
+                k0[j] = x0
+                k1[j] = x1
+        else:
+            for j in range(m):
+                x0 = exp2_double(a0 + beta[j] - scale * np.float64(c0[j]))
+                x1 = exp2_double(a1 + beta[j] - scale * np.float64(c1[j]))
+                y0 += x0
+                y1 += x1
+                columns[j] += x0 + x1
+        y[i], y[i + 1] = y0, y1
+    for i in range(last - (last - first) % 2, last):
+        y0 = 0.0
+        for j in range(m):
+            x0 = exp2_double(alpha[i] + beta[j] - scale * np.float64(cost[i, j]))
+            y0 += x0
+            columns[j] += x0
+            if copies:
+                kept[i, j] = x0
+        y[i] = y0
 
 
 @_compiled
 def exact_each(cost, alpha, beta, scale, y, columns, kept, first, last):
     """Marginals of the plans of some problems of a batch, by :func:`exact_pass`."""
-    n = cost.shape[1]
-    none, u = np.empty(0), np.empty(n)
     for k in range(first, last):
-        shared = (cost[k], alpha[k], beta[k], scale, AS_IT_IS, none, none, none, SIDE, 0.0)
-        exact_pass(*shared, y[k], u, columns[k], kept[k], 0, n)
+        exact_pass(cost[k], alpha[k], beta[k], scale, y[k], columns[k], kept[k], 0, cost.shape[1])
 
 
 @_compiled

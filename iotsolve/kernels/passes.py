@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from iotsolve.kernels.dense import (
-    AS_IT_IS,
     SIDE,
     TAKE,
     WEIGH,
@@ -64,7 +63,7 @@ def marginals(
     count, n, m = cost.shape
     r = np.empty((count, n))
     if count == 1:
-        shared = (cost[0], alpha[0], beta[0], scale, AS_IT_IS, _NONE, _NONE, _NONE, SIDE, 0.0, r[0], np.empty(n))
+        shared = cost[0], alpha[0], beta[0], scale, r[0]
         c = summed(n, m, n * m, lambda total, first, last: exact_pass(*shared, total, kept[0], first, last))
         return r, c[None]
     c = np.zeros((count, m))
