@@ -262,8 +262,8 @@ class StoredPlan(QuickPlan):
 
         if memory is not None:
             values = np.empty(cost.shape)
-            memory.last = kept = Judged(p.arrays(), tuple(map(torch.from_numpy, summed(values))), values)
-            return cls(problem, read, kept.sums, kept)
+            judged = memory.keep(Judged(p.arrays(), tuple(map(torch.from_numpy, summed(values))), values))
+            return cls(problem, read, judged.sums, judged)
         kept = copied if lazy else _Copy(cost.shape, dtype)
         r, c = summed(np.empty((len(cost), 0, 0), dtype) if lazy else kept.values)
         return cls(problem, read, (torch.from_numpy(r), torch.from_numpy(c)), kept)

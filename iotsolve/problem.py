@@ -21,7 +21,8 @@ Gauge: FIXED/FIXED has <f, a> = <g, b>; a FIXED side beside ``mass`` has a poten
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -79,25 +80,41 @@ class Judged:
 
 
 class Memory:
-    """What was last judged of a problem, for whoever asks for it next: its solver, its certificate, and who reads the plan."""
+    """What was last judged of a problem, for whoever asks for it next: its solver, its certificate, and who reads the plan.
+
+    One plan is kept in a process, the last one: solutions that somebody collects hold none.
+    """
 
     def __init__(self) -> None:
-        self.last: Judged | None = None
+        self._last: Callable[[], Judged | None] = _nothing
+
+    def keep(self, judged: Judged) -> Judged:
+        _latest[:] = [judged]
+        self._last = weakref.ref(judged)
+        return judged
 
     def of(self, p: Potentials) -> Judged | None:
         """What is known of these potentials' plan."""
-        last = self.last
+        last = self._last()
         return last if last is not None and last.is_of(p) else None
 
     def take(self, p: Potentials) -> Tensor | None:
         """The plan, which is forgotten: it is the caller's now."""
         if (last := self.of(p)) is None or not float(last.sums[0].sum()) < _SOUND:
             return None
-        self.last = None
+        self._last = _nothing
+        _latest.clear()
         return torch.from_numpy(last.values)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Memory, ()  # a copy begins with nothing
+
+
+_latest: list[Judged] = []
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -425,6 +425,9 @@ def test_a_small_plan_is_computed_once_and_belongs_to_who_asked(side):
     assert again.certificate.holds and certify(second.problem, second.f, second.g).holds
     assert not certify(other.problem, other.f + 0.1, other.g).holds
     assert abs(other.plan.sum() - other.certificate.mass) < 1e-12
+    collected = [solve(problem) for _ in range(3)]
+    assert all(each.certificate.holds for each in collected)
+    assert [each.problem.memory.of(each.potentials) is not None for each in collected] == [False, False, True]
 
 
 def test_rubbish_is_not_certified():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iotsolve import KL, Points, Problem, solve
+from iotsolve import KL, Implicit, Newton, Points, Problem, solve
 from iotsolve.distributed import Sharded
 
 WORKER = """
@@ -185,7 +185,7 @@ def test_everything_is_that_of_one_process(alone, many):
 
 @pytest.mark.parametrize("name", ["balanced", "kl", "semi-relaxed", "semi-unbalanced", "tv", "partial"])
 def test_derivatives_of_potentials_are_those_of_one_process(alone, many, name):
-    expected, close = alone[f"implicit {name}"], 1e-6 if name in ("tv", "partial") else 1e-11
+    expected, close = alone[f"implicit {name}"], 1e-6 if name in ("tv", "partial") else 1e-12
     for rank in many:
         for found, whole in zip(rank[f"implicit {name}"][1:], expected[1:], strict=True):
             torch.testing.assert_close(found, whole, rtol=close, atol=close * float(whole.abs().max()))
@@ -206,6 +206,11 @@ def test_one_process_is_that_of_points(alone):
     a, b = a / a.sum(), b / b.sum()
     solution = solve(Problem(Points(x, y), a, b, epsilon=0.5, rows=KL(2.0), columns=KL(0.5)))
     assert float(solution.value) == pytest.approx(float(alone["sqeuclidean kl Newton"]["value"]), rel=1e-9)
+    full, live = (a + 0.01) / (a + 0.01).sum(), x.clone().requires_grad_()
+    problem = Problem(Points(live, y), full, b, epsilon=0.5, rows=KL(2.0), columns=KL(0.5))
+    paid = solve(problem, Newton(tolerance=1e-13), gradient=Implicit())
+    ((paid.f**2).sum() + (paid.g * torch.arange(45.0)).sum()).backward()
+    torch.testing.assert_close(live.grad, alone["implicit kl"][0], rtol=1e-9, atol=1e-9)
     assert alone["automatic"] == pytest.approx(float(solve(Problem(Points(x, y), a, b, epsilon=0.05)).value), rel=1e-7)
 
 

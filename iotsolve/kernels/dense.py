@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from iotsolve.kernels.numeric import FAST, exp2_double, exp2_single, log_double
+from iotsolve.kernels.numeric import FAST, LOG2E, NORMAL, exp2_double, exp2_single, log_double
 
 __all__ = [
     *("MATCH", "RESPOND", "SIDE", "TAKE", "WEIGH"),
@@ -41,8 +41,6 @@ MATCH, RESPOND, WEIGH, TAKE = range(4)
 """Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``."""
 
 _LANES = 64
-_LOG2E = math.log2(math.e)
-_NORMAL = 2.3e-308
 _FLUSH = 128  # rows whose column sums float32 may add up
 SIDE = (1.0, -math.inf, 0.0, 0.0, 0.0)  # of a rule that asks no side: FIXED's
 
@@ -99,7 +97,7 @@ def _scaling(y, i, rule, w, base, known, side, lam):
 
 @njit(inline="always", error_model="numpy")
 def _is_normal(y):
-    return y >= _NORMAL and y < np.inf
+    return y >= NORMAL and y < np.inf
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -109,13 +107,13 @@ def _respond_four(y, i, base, known, side, lam, u, t):
     for k in range(4):
         t[k] = slope * (base[i + k] - log_double(y[i + k]) - lam)
     for k in range(4):
-        t[k] = (max(min(high, t[k] + up), max(low, t[k] + down)) - known[i + k] + lam) * _LOG2E
+        t[k] = (max(min(high, t[k] + up), max(low, t[k] + down)) - known[i + k] + lam) * LOG2E
     for k in range(4):
         u[i + k] = exp2_double(t[k])
         small += 1 if t[k] < 1000.0 else 0
     if small < 4:  # what is beyond a number must not pass for one
         for k in range(4):
-            u[i + k] = math.exp(t[k] / _LOG2E)
+            u[i + k] = math.exp(t[k] / LOG2E)
 
 
 @_compiled

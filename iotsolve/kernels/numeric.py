@@ -13,7 +13,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["FAST", "exp2_double", "exp2_single", "log_double"]
+__all__ = ["FAST", "LOG2E", "NORMAL", "exp2_double", "exp2_single", "log_double"]
+
+LOG2E = math.log2(math.e)
+NORMAL = 2.3e-308  # the least number of full precision, about
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # never nnan or ninf: an infinite cost must stay one
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from iotsolve.kernels.dense import (
@@ -23,6 +21,7 @@ from iotsolve.kernels.dense import (
     stored_each,
     stored_pass,
 )
+from iotsolve.kernels.numeric import LOG2E
 from iotsolve.kernels.threads import each_piece, pieces, summed
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "softmin_over_rows",
 ]
 
-LOG2E = math.log2(math.e)
 _NONE = np.empty(0)
 
 

@@ -15,8 +15,8 @@ from types import FunctionType
 import numpy as np
 from numba import njit
 
-from iotsolve.kernels.dense import _LOG2E, _NORMAL, MATCH, RESPOND, _compiled, build, stored_pass
-from iotsolve.kernels.numeric import exp2_double, log_double
+from iotsolve.kernels.dense import MATCH, RESPOND, _compiled, build, stored_pass
+from iotsolve.kernels.numeric import LOG2E, NORMAL, exp2_double, log_double
 from iotsolve.kernels.passes import build_kernel, logs
 from iotsolve.kernels.threads import pieces, summed
 
@@ -70,13 +70,13 @@ def propose(columns, q, known, log_b, side, change):
         if not columns[j] > _TINY:
             moved += math.inf if log_b[j] > -math.inf else 0.0
         else:
-            mass = columns[j] * exp2_double(q[j] * _LOG2E)
+            mass = columns[j] * exp2_double(q[j] * LOG2E)
             log_c = log_double(columns[j])
             step = log_b[j] - log_c - q[j]
             if not matches:
                 step = _answer(known[j] + log_b[j] - log_c, side) - known[j] - q[j]
             change[j] = step
-            new = mass * exp2_double(step * _LOG2E)
+            new = mass * exp2_double(step * LOG2E)
             before += mass
             after += new
             moved += abs(new - mass)
@@ -90,9 +90,9 @@ def logarithms(x):
     for i in range(len(x)):
         found[i] = log_double(x[i])
         least = min(least, x[i])
-    if not least >= _NORMAL:
+    if not least >= NORMAL:
         for i in range(len(x)):
-            found[i] = found[i] if x[i] >= _NORMAL else math.log(x[i])
+            found[i] = found[i] if x[i] >= NORMAL else math.log(x[i])
     return found
 
 
@@ -113,9 +113,9 @@ def translation(a, f, b, g, soft_r, soft_c):
         top_c = max(top_c, -soft_c * g[j]) if b[j] > 0.0 else top_c
     total_r, total_c = 0.0, 0.0
     for i in range(len(a)):
-        total_r += a[i] * exp2_double(_LOG2E * (-soft_r * f[i] - top_r)) if a[i] > 0.0 else 0.0
+        total_r += a[i] * exp2_double(LOG2E * (-soft_r * f[i] - top_r)) if a[i] > 0.0 else 0.0
     for j in range(len(b)):
-        total_c += b[j] * exp2_double(_LOG2E * (-soft_c * g[j] - top_c)) if b[j] > 0.0 else 0.0
+        total_c += b[j] * exp2_double(LOG2E * (-soft_c * g[j] - top_c)) if b[j] > 0.0 else 0.0
     return (top_r + math.log(total_r) - top_c - math.log(total_c)) / (soft_r + soft_c)
 
 
@@ -186,7 +186,7 @@ def _scalings(q, v):
     """``v = e^q``, and whether some are so far from 1 that the kernel is to absorb them."""
     far = 0.0
     for j in range(len(q)):
-        v[j] = exp2_double(q[j] * _LOG2E)
+        v[j] = exp2_double(q[j] * LOG2E)
         far += 1.0 if abs(q[j]) > _REACH else 0.0  # a sum vectorises, a maximum does not
     return far > 0.0
 
@@ -274,7 +274,7 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
     q, found = np.zeros(m), np.zeros(n)
     for k in range(first, last):
         for _ in range(_REBUILDS):
-            alpha, beta = (logarithms(a[k]) + f[k]) * _LOG2E, (logarithms(b[k]) + g[k]) * _LOG2E
+            alpha, beta = (logarithms(a[k]) + f[k]) * LOG2E, (logarithms(b[k]) + g[k]) * LOG2E
             build(cost[k], alpha, beta, scale, kernel, 0, n)
             q[:], found[:] = 0.0, f[k]
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]

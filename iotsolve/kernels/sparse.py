@@ -25,7 +25,7 @@ def shortlist(cost, rows, f, g, reach, most, column, count, first, last):
     costs make a well-spread list. ``f``, ``column (k, most)`` and ``count (k,)`` are written, in the order of ``rows``.
     """
     m = cost.shape[1]
-    reduced, tops, near = np.empty(m + _LANES), np.empty(_LANES), np.empty(most + _LANES + 1, np.int32)
+    reduced, tops, near = np.empty(m + _LANES), np.empty(_LANES), np.empty(most + 1, np.int32)
     reduced[m:] = np.inf
     for at in range(first, last):
         i = rows[at]
@@ -40,45 +40,37 @@ def shortlist(cost, rows, f, g, reach, most, column, count, first, last):
         low = tops.min()
         f[at] = low
         found, begin, inner, outer = 0, (i * 7919) % m, low + reach[at] / 5, low + reach[at]
-        known = most + 1  # within reach, as far as there is room
         if low < np.inf:
-            known = 0
-            for part in range(2):
-                lower, upper = (begin, m) if part == 0 else (0, begin)
-                for j in range(lower // _LANES * _LANES, upper, _LANES):
-                    if known > most:
-                        break
-                    within = 0
-                    for lane in range(_LANES):
-                        within += np.int32(1) if reduced[j + lane] <= outer else np.int32(0)
-                    if within > 0:
-                        for k in range(max(j, lower), min(j + _LANES, upper)):
-                            if reduced[k] <= outer:
-                                near[known] = k
-                                known += 1
-        if known <= most:
-            for share in range(2):
-                for k in range(known):
-                    if (reduced[near[k]] <= inner) == (share == 0):
-                        column[at, found] = near[k]
-                        found += 1
-        elif low < np.inf:
-            for share in range(2):
-                above, upto = (-np.inf, inner) if share == 0 else (inner, outer)
-                for part in range(2):
-                    lower, upper = (begin, m) if part == 0 else (0, begin)
-                    for j in range(lower // _LANES * _LANES, upper, _LANES):
-                        if found == most:
-                            break
-                        within = 0
-                        for lane in range(_LANES):
-                            within += np.int32(1) if reduced[j + lane] <= upto else np.int32(0)
-                        if within > 0:
-                            for k in range(max(j, lower), min(j + _LANES, upper)):
-                                if found < most and reduced[k] <= upto and reduced[k] > above:
-                                    column[at, found] = k
-                                    found += 1
+            known = _within(reduced, m, -np.inf, outer, begin, near, most + 1, 0)
+            if known <= most:
+                for share in range(2):
+                    for k in range(known):
+                        if (reduced[near[k]] <= inner) == (share == 0):
+                            column[at, found] = near[k]
+                            found += 1
+            else:
+                found = _within(reduced, m, -np.inf, inner, begin, column[at], most, 0)
+                found = _within(reduced, m, inner, outer, begin, column[at], most, found)
         count[at] = found
+
+
+@_compiled
+def _within(reduced, m, above, upto, begin, into, room, found):
+    """Append the places of numbers in ``(above, upto]``, from ``begin`` on and around, while there is room; their number."""
+    for part in range(2):
+        lower, upper = (begin, m) if part == 0 else (0, begin)
+        for j in range(lower // _LANES * _LANES, upper, _LANES):
+            if found == room:
+                break
+            within = 0
+            for lane in range(_LANES):
+                within += np.int32(1) if reduced[j + lane] <= upto else np.int32(0)
+            if within > 0:
+                for k in range(max(j, lower), min(j + _LANES, upper)):
+                    if found < room and reduced[k] <= upto and reduced[k] > above:
+                        into[found] = k
+                        found += 1
+    return found
 
 
 @_compiled
