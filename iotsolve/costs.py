@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from iotsolve.kernels import bilinear
+from iotsolve.kernels import bilinear, products
 from iotsolve.kernels.threads import allowed, each_piece, torch_on
 
 __all__ = ["METRICS", "Cost", "Dense", "Points", "busy", "calm", "quiet"]
@@ -468,6 +468,23 @@ class Points:
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
         return Dense(self.dense()).gibbs(log_rows, log_columns, epsilon)
+
+    def plan_times(
+        self, log_rows: Tensor, log_columns: Tensor, values: Tensor, epsilon: Scalar, *, axis: int
+    ) -> Float[Tensor, "k c"]:
+        """:meth:`gibbs` times ``values (m, c)``, or with ``axis=-2`` its transpose times ``values (n, c)``: of a bilinear cost,
+        block by block, and differentiable any number of times.
+        """
+        x, y, p, q = self.bilinear_form(epsilon)
+        rows, columns = log_rows.flatten() + p, log_columns.flatten() + q
+        return products.plan_times(x, y, rows, columns, values, self.barred, turned=axis == -2)
+
+    def transport(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Tensor:
+        """``<C, P>`` of :meth:`gibbs`, a number, of a bilinear cost: as :meth:`plan_times`."""
+        x, y, p, q = self.bilinear_form(epsilon)
+        both = torch.cat([y, q.unsqueeze(-1), torch.ones_like(q).unsqueeze(-1)], -1)
+        carried = self.plan_times(log_rows, log_columns, both, epsilon, axis=-1)
+        return -epsilon * ((x * carried[:, :-2]).sum() + carried[:, -2].sum() + p @ carried[:, -1])
 
     def spent(self, plan: Tensor) -> Float[Tensor, "*batch"]:
         return sum(block.spent(plan[..., rows, :]) for rows, block in self.blocks())

@@ -30,6 +30,9 @@ class Alone:
     def gather(self, x: Tensor) -> Tensor:
         return x
 
+    def whole(self, x: Tensor) -> Tensor:
+        return x
+
     def sum(self, x: Tensor) -> Tensor:
         return x
 
@@ -67,6 +70,10 @@ class Ranks:
     def gather(self, x: Tensor) -> Tensor:
         """``x`` of all ranks one after the other, along the first dimension; its derivative is summed over the ranks."""
         return _Gather.apply(x, self) if x.requires_grad else _gathered(x, self)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """As :meth:`gather`, for what every rank then does the same with: the derivative is its own rows'."""
+        return _Whole.apply(x, self)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, of which every rank then uses a part of its own; its derivative is summed over the ranks."""
@@ -329,6 +336,18 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         return ctx.ranks.own(_reduced(upstream, ctx.ranks.group), ctx.per_pair), None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.per_pair = ranks, len(x) // ranks.sizes[ranks.rank]
+        return _gathered(x, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        return ctx.ranks.own(upstream, ctx.per_pair), None
 
 
 class _Sum(torch.autograd.Function):

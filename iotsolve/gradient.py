@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
-from iotsolve.distributed import Alone, Sharded
+from iotsolve.distributed import Alone, Ranks, Sharded
 from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
-from iotsolve.plans import is_quick, quick_plan
+from iotsolve.plans import Plan, is_quick, quick_plan
 from iotsolve.problem import Potentials, Problem, log_scaling, weighted
 from iotsolve.sinkhorn import Sinkhorn
 
@@ -302,7 +302,7 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
     """
     with calm(problem.cost), torch.no_grad():
         eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
-        found = (_of_points if _streams(problem) else _of_blocks)(problem, p, upstream, needed)
+        found = (_of_points if streams(problem) else _of_blocks)(problem, p, upstream, needed)
         r, c = found["r"], found["c"]
         if "a" in needed:
             density = _density(r, problem.a, lifted, problem.cost, problem.b, p.g, eps, axis=-1)
@@ -344,13 +344,10 @@ def _of_blocks(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
 
 def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
     """The same through the soft-minima of a bilinear cost: the rows' marginals are ``a exp((f + lam - s) / eps)``."""
-    cost, shape = problem.cost, p.f.shape[:-1]
-    ranks, own = (cost.ranks, cost.own) if isinstance(cost, Sharded) else (Alone(), slice(None))
-    points = cost.local if isinstance(cost, Sharded) else cost
+    shape = p.f.shape[:-1]
+    ranks, (points, (a, f), (b, g), _) = _ranks(problem), streamed_parts(problem, p)
     named = {"x": points.x, "y": points.y, "epsilon": torch.as_tensor(problem.epsilon, dtype=p.f.dtype)}
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in named.items()}
-    f, g = (p.f + p.lam.unsqueeze(-1)).flatten()[own], p.g.flatten()
-    a, b = problem.a.flatten()[own], problem.b.flatten()
     with torch.enable_grad():
         eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
         live = replace(points, x=leaves["x"], y=leaves["y"])
@@ -445,6 +442,7 @@ def _pull_implicit(
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """The adjoint of the optimality conditions: idle bins first, which depend on the others, then the others by one solve."""
+    ranks = _ranks(problem)
     idle_f, idle_g = _idle(problem, p)
     eliminated: tuple[Tensor | None, ...] = (None,) * len(names)
     if idle_f.any() or idle_g.any():
@@ -454,10 +452,12 @@ def _pull_implicit(
         def of_idle(live: Problem) -> Tensor:
             f, g = _idle_potentials(_smooth_twin(live, p), _moved(live, x))
             total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
-            parts.extend(torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True))
+            total = total / ranks.count  # each has the whole of it, and their derivatives are added
+            slopes = torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True)
+            parts.extend(ranks.sum(slope) for slope in slopes)
             return total
 
-        eliminated = _pull(problem, of_idle, names, needed, tensors, torch.float64)
+        eliminated = _added(ranks, names, _pull(problem, of_idle, names, needed, tensors, torch.float64))
         upstream = Potentials(
             torch.where(idle_f, 0.0, upstream.f) + torch.where(p.f.isfinite(), parts[0], 0.0),
             torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
@@ -466,53 +466,70 @@ def _pull_implicit(
     with calm(problem.cost):
         u, v, w = _adjoint(problem, p, upstream, (_moving(problem.rows, p.f), _moving(problem.columns, p.g)))
 
-    streamed = can_stream(problem)
-    if isinstance(problem.cost, Sharded) and not streamed:
-        raise ValueError(
-            "derivatives of potentials at bins of weight 0 need the cost as a matrix, and its rows are on many ranks. Drop the "
-            "empty bins."
-        )
-
     def asked(live: Problem) -> Tensor:
         total = (u * live.a * live.rows.response(_finite(p.f))).sum(-1)
         total = total + (v * live.b * live.columns.response(_finite(p.g))).sum(-1)
         return (total if live.mass is None else total + w * live.mass).sum()
 
     def had(live: Problem) -> Tensor:
-        if streamed:  # of this process's rows
-            own = live.cost.own if isinstance(live.cost, Sharded) else slice(None)
-            r, c = streamed_marginals(live, _moved(live, p))
-            return ((u.flatten()[own] + w) * r).sum() + (v.flatten() * c).sum()
+        if streams(live) and (twin := _streamed_twin(live, p)) is not None:  # of this process's rows
+            r, c = streamed_marginals(twin, _moved(twin, p))
+            return ((u.flatten()[_own(live.cost)] + w) * r).sum() + (v.flatten() * c).sum()
         plan = live.plan(_moved(live, p))
         return (plan * (u.unsqueeze(-1) + v.unsqueeze(-2) + w[..., None, None])).sum()
 
     found = [_pull(problem, of, names, needed, tensors, torch.float64) for of in (asked, had)]
-    ranks = problem.cost.ranks if isinstance(problem.cost, Sharded) else Alone()
-    taken = [x if name == "x" or x is None else ranks.sum(x) for name, x in zip(names, found[1], strict=True)]
-    found = [_add(x, None if y is None else -y) for x, y in zip(found[0], taken, strict=True)]
+    found = [_add(x, None if y is None else -y) for x, y in zip(found[0], _added(ranks, names, found[1]), strict=True)]
     return tuple(_add(x, y) for x, y in zip(found, eliminated, strict=True))
 
 
-def _streams(problem: Problem) -> bool:
+def _ranks(problem: Problem) -> Ranks | Alone:
+    return problem.cost.ranks if isinstance(problem.cost, Sharded) else Alone()
+
+
+def _added(ranks: Ranks | Alone, names: Sequence[str], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Shares of derivatives over ranks, which have their own rows and all of the rest."""
+    return tuple(z if name == "x" or z is None else ranks.sum(z) for name, z in zip(names, found, strict=True))
+
+
+def streams(problem: Problem) -> bool:
     """Whether plans are read block by block, by one process or by many."""
     return isinstance(problem.cost, Sharded) or (isinstance(problem.cost, Points) and problem.cost.is_bilinear)
 
 
-def can_stream(problem: Problem) -> bool:
-    """Whether :func:`streamed_marginals` has every derivative: at empty bins they are not those of a soft-minimum."""
-    return _streams(problem) and problem.is_full
+def _own(cost: Cost) -> slice:
+    """This process's rows."""
+    return cost.own if isinstance(cost, Sharded) else slice(None)
+
+
+def streamable(problem: Problem, p: Potentials) -> Problem | None:
+    """The problem as a thing whose plan is differentiated block by block, every process its own rows; None if that cannot be.
+
+    With rows on many ranks, what all have is shared among them, for a loss that is the same on every one.
+    """
+    twin = _streamed_twin(problem, p) if streams(problem) else None
+    if twin is None or not isinstance(problem.cost, Sharded):
+        return twin
+    ranks = problem.cost.ranks
+    return twin.with_tensors({name: x if name == "x" else ranks.shared(x) for name, x in twin.tensors().items()})
 
 
 def streamed_marginals(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
     """``(n,)`` and ``(m,)``: the plan's marginals, of which autograd follows the points, the weights and the potentials; of this
     process's rows where they are on many. Through the soft-minima of a bilinear cost, in O((n + m) d) memory.
     """
-    cost, eps = problem.cost, problem.epsilon
-    points, own = (cost.local, cost.own) if isinstance(cost, Sharded) else (cost, slice(None))
-    a, b = problem.a.flatten()[own], problem.b.flatten()
-    f, g = (p.f + p.lam.unsqueeze(-1)).flatten()[own], p.g.flatten()
+    points, (a, f), (b, g), eps = streamed_parts(problem, p)
     s, t = points.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
     return _reached(a, f, s, eps), _reached(b, g, t, eps)
+
+
+def streamed_parts(
+    problem: Problem, p: Potentials
+) -> tuple[Points, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Scalar]:
+    """What a pass over this process's rows reads: points, weights and potentials of the rows and of the columns, epsilon."""
+    cost, own = problem.cost, _own(problem.cost)
+    rows = problem.a.flatten()[own], (p.f + p.lam.unsqueeze(-1)).flatten()[own]
+    return cost.local if isinstance(cost, Sharded) else cost, rows, (problem.b.flatten(), p.g.flatten()), problem.epsilon
 
 
 def _pull_sweeps(
@@ -525,7 +542,7 @@ def _pull_sweeps(
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """The solver's own sweeps, followed by autograd."""
-    solver = Sinkhorn()
+    solver, ranks = Sinkhorn(), _ranks(problem)
     free_f, free_g = _moving(problem.rows, p.f), _moving(problem.columns, p.g)
 
     def scalar(live: Problem) -> Tensor:
@@ -537,9 +554,9 @@ def _pull_sweeps(
         total = (
             torch.where(free_f, upstream.f * found.f, 0.0).sum() + torch.where(free_g, upstream.g * found.g, 0.0).sum()
         )
-        return total + (upstream.lam * found.lam).sum()
+        return (total + (upstream.lam * found.lam).sum()) / ranks.count  # each has the whole of it
 
-    return _pull(problem, scalar, names, needed, tensors, torch.float64)
+    return _added(ranks, names, _pull(problem, scalar, names, needed, tensors, torch.float64))
 
 
 def _adjoint(
@@ -549,7 +566,7 @@ def _adjoint(
     flat = problem.flat()
     f, g, lam = p.f.reshape(flat.a.shape), p.g.reshape(flat.b.shape), p.lam.reshape(-1)
     eps = flat.epsilon
-    if _streams(flat) and is_quick(flat.cost):  # else the plan is held as a matrix
+    if streams(flat) and is_quick(flat.cost):  # else the plan is held as a matrix
         plan = quick_plan(flat, Potentials(f, g, lam)).precise
         r, c = plan.marginals()
     else:
@@ -571,6 +588,25 @@ def _adjoint(
     )
     shapes = (p.f.shape, p.g.shape, p.lam.shape)
     return tuple((eps * x).reshape(shape) for x, shape in zip(solved, shapes, strict=True))
+
+
+# -- products with a plan that is read ---------------------------------------------------------------------------------
+
+
+def linear(plan: Plan, values: Tensor, axis: int) -> Tensor:
+    """``plan.apply``, of which autograd follows the values."""
+    return _Linear.apply(plan, axis, values)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, axis: int, values: Tensor) -> Tensor:
+        ctx.plan, ctx.axis = plan, axis
+        return plan.apply(values, axis=axis)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return None, None, linear(ctx.plan, upstream, -3 - ctx.axis)
 
 
 # -- bins that are held, idle or out of reach --------------------------------------------------------------------------
@@ -614,6 +650,8 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
     at which they carry exactly 0. So do the arcs between two empty bins whose potentials make even that weight count.
     """
+    if streams(problem) and (twin := _streamed_twin(problem, p)) is not None:
+        return twin
     a, b, matrix = problem.a, problem.b, problem.cost.dense()
     empty_a, empty_b = a.detach() <= 0, b.detach() <= 0
     slack, allowed = Dense(matrix.detach()).slack(p.f + p.lam.unsqueeze(-1), p.g)
@@ -622,13 +660,38 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     sizes = [float(torch.where(x.isfinite(), x, 0.0).abs().max()) for x in (matrix.detach(), p.f, p.g, p.lam)]
     one = torch.ones((), dtype=a.dtype, device=a.device)
     softness = [float(side.divergence(0 * one, one).detach().max()) for side in (problem.rows, problem.columns)]
-    return problem.with_tensors(
-        {
-            "cost": torch.where(allowed, matrix, 1e4 * (sum(sizes) + sum(softness) + eps)),
-            "a": a + empty_a.to(a.dtype) * _SPECK,
-            "b": b + empty_b.to(b.dtype) * _SPECK,
-        }
-    )
+    far = 1e4 * (sum(sizes) + sum(softness) + eps)
+    return problem.with_tensors({"cost": torch.where(allowed, matrix, far), **_specks(problem)})
+
+
+def _specks(problem: Problem) -> dict[str, Tensor]:
+    """The weights, in which no bin is empty."""
+    weights = {"a": problem.a, "b": problem.b}
+    return {name: w + (w.detach() <= 0).to(w.dtype) * _SPECK for name, w in weights.items()}
+
+
+def _streamed_twin(problem: Problem, p: Potentials) -> Problem | None:
+    """The same without the cost as a matrix, of what streams: where every bin is within reach, and no two empty ones count for
+    each other. None elsewhere; with rows on many ranks, where nothing is a matrix, an error.
+    """
+    held = not all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam))
+    if not held and problem.is_full:
+        return problem
+    if not held:
+        cost, (a, f), (b, g), _ = streamed_parts(problem.detach(), p.detach())
+        rows, columns = a <= 0, b <= 0
+        points = replace(cost, x=cost.x.flatten(0, -2)[rows], y=cost.y.flatten(0, -2)[columns], barred=None)
+        if rows.any() and columns.any():
+            nearest = points.reduced_min(g[columns], torch.ones_like(g[columns]), axis=-1)
+            held = float((f[rows] - nearest).max()) > _COUNTS * number(problem.epsilon)
+    if isinstance(problem.cost, Sharded):
+        held = bool(problem.cost.ranks.sum(torch.tensor(float(held), device=problem.cost.device)))
+        if held:
+            raise ValueError(
+                "derivatives at bins that nothing can reach, or at empty bins of two sides that are very near each other, need "
+                "the cost as a matrix, and its rows are on many ranks. Drop those bins."
+            )
+    return None if held else problem.with_tensors(_specks(problem))
 
 
 _SPECK = 1e-100  # its square and its inverse's are in range

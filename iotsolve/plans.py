@@ -53,10 +53,10 @@ class Chunk:
         total += x.sum((-2, -1))
 
     def add_times(self, total: Tensor, v: Tensor) -> None:
-        total[..., self.part] += (self.values @ v.unsqueeze(-1)).squeeze(-1)
+        total[..., self.part, :] += self.values @ v
 
     def add_times_back(self, total: Tensor, u: Tensor) -> None:
-        total += (self.values.mT @ u[..., self.part].unsqueeze(-1)).squeeze(-1)
+        total += self.values.mT @ u[..., self.part, :]
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,12 @@ class Arcs(Chunk):
         total.index_put_((self.index[0],), x, accumulate=True)
 
     def add_times(self, total: Tensor, v: Tensor) -> None:
-        self.add_rows(total, self.values * self.columns(v))
+        problem, i, j = self.index
+        total.index_put_((problem, i), self.values.unsqueeze(-1) * v[problem, j], accumulate=True)
 
     def add_times_back(self, total: Tensor, u: Tensor) -> None:
-        self.add_columns(total, self.values * self.rows(u))
+        problem, i, j = self.index
+        total.index_put_((problem, j), self.values.unsqueeze(-1) * u[problem, i], accumulate=True)
 
 
 @dataclass(frozen=True)
@@ -159,21 +161,21 @@ class Plan:
                 chunk.add_columns(c, values)
         return r, c
 
-    def times(self, v: Tensor) -> Tensor:
-        """``P v``, shape ``(B, n)``."""
-        r = torch.zeros_like(self.problem.a)
+    def apply(self, values: Tensor, *, axis: int) -> Tensor:
+        """``P V`` of ``V (B, m, k)``, or with ``axis=-2`` ``P' V`` of ``V (B, n, k)``."""
+        total = values.new_zeros(*(self.problem.a if axis == -1 else self.problem.b).shape, values.shape[-1])
         with busy(self.problem.cost):
             for chunk in self.read():
-                chunk.add_times(r, v)
-        return r
+                (chunk.add_times if axis == -1 else chunk.add_times_back)(total, values)
+        return total
+
+    def times(self, v: Tensor) -> Tensor:
+        """``P v``, shape ``(B, n)``."""
+        return self.apply(v.unsqueeze(-1), axis=-1).squeeze(-1)
 
     def times_back(self, u: Tensor) -> Tensor:
         """``P' u``, shape ``(B, m)``."""
-        c = torch.zeros_like(self.problem.b)
-        with busy(self.problem.cost):
-            for chunk in self.read():
-                chunk.add_times_back(c, u)
-        return c
+        return self.apply(u.unsqueeze(-1), axis=-2).squeeze(-1)
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         """``sum_i P_ij w_i (rows_i - P_ij)``, shape ``(B, m)``: what leaves a column's rows by another one."""
@@ -382,11 +384,8 @@ class _Spread(Plan):
     def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(self.problem.cost.ranks.sum(x) for x in super()._sums(of))
 
-    def times(self, v: Tensor) -> Tensor:
-        return self.problem.cost.ranks.sum(super().times(v))
-
-    def times_back(self, u: Tensor) -> Tensor:
-        return self.problem.cost.ranks.sum(super().times_back(u))
+    def apply(self, values: Tensor, *, axis: int) -> Tensor:
+        return self.problem.cost.ranks.sum(super().apply(values, axis=axis))
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         return self.problem.cost.ranks.sum(super().spread(w, rows))

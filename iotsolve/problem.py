@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from iotsolve.costs import Cost, Dense, Scalar, calm
+from iotsolve.costs import Cost, Dense, Points, Scalar, calm
 from iotsolve.marginals import FIXED, Between, Marginal, kl_divergence, number
 from iotsolve.validation import (
     as_cost,
@@ -466,7 +466,10 @@ class Problem:
 
     def dual_entropy(self, p: Potentials) -> Tensor:
         """``-eps (sum P - sum a sum b)``, differentiable at empty bins too."""
-        if self._traced(p):
+        if self._traced(p) and self.streams_everywhere(p):
+            logs = (log_scaling(w, f, self.epsilon) for w, f in ((self.a, p.f + p.lam.unsqueeze(-1)), (self.b, p.g)))
+            total = self.cost.plan_times(*logs, torch.ones_like(self.b.reshape(-1, 1)), self.epsilon, axis=-1).sum()
+        elif self._traced(p):
             total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
         elif isinstance(self.cost, Dense):
             total = sum(plan.sum((-2, -1)) for _, plan in self.plan_blocks(p))
@@ -530,6 +533,13 @@ class Problem:
         if self.mass is not None:
             lowest, highest = torch.maximum(lowest, self.mass + 0 * rows), torch.minimum(highest, self.mass + 0 * rows)
         return (lowest - highest).clamp(min=0.0), highest
+
+    def streams_everywhere(self, p: Potentials) -> bool:
+        """Whether products of the plan of potentials have every derivative without the cost as a matrix: a bilinear cost, and no
+        bin that is empty or out of reach.
+        """
+        bilinear = isinstance(self.cost, Points) and self.cost.is_bilinear
+        return bilinear and self.is_full and all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam))
 
     def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""

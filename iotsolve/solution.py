@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from iotsolve.certificate import Certificate, certify
-from iotsolve.costs import Dense, Points, calm
+from iotsolve.costs import Dense, calm
+from iotsolve.distributed import Alone, Ranks, Sharded
 from iotsolve.gradient import (
     Envelope,
     Gradient,
     Gradients,
     Implicit,
     as_leaves,
-    can_stream,
     gradients,
+    linear,
+    streamable,
     streamed_marginals,
+    streamed_parts,
+    streams,
 )
 from iotsolve.plans import Plan, in_batch, plan_of
-from iotsolve.problem import Potentials, Problem
+from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.solver import Status
 
 __all__ = ["Solution", "SolveError"]
@@ -125,13 +129,28 @@ class Solution:
         return self.potentials.f, self.potentials.g, self.potentials.lam
 
     @cached_property
+    def _streamed(self) -> tuple[Problem, Potentials, Ranks | Alone] | None:
+        """What a plan is made of that need not be held to be differentiated, and who has a share in it; None of other plans."""
+        if self.exact_plan is not None or isinstance(self.problem.cost, Dense):
+            return None
+        ranks = self.problem.cost.ranks if isinstance(self.problem.cost, Sharded) else Alone()
+        if isinstance(self.differentiation, Envelope):
+            return (self.problem.working(), self.potentials, ranks) if streams(self.problem) else None
+        twin = streamable(self.problem.to(torch.float64), self.potentials.to(torch.float64))
+        if twin is None:
+            return None
+        live = self._live
+        return twin, Potentials(*(ranks.shared(x.double()) for x in (live.f, live.g, live.lam))), ranks
+
+    @cached_property
     def _marginals(self) -> tuple[Tensor, Tensor]:
-        """Those of a plan that is held, or of points, whose plan need not be to be differentiated."""
-        working, batch = self.problem.to(self._live.f.dtype), self.problem.batch_shape
-        if isinstance(self.problem.cost, Points) and self.exact_plan is None and can_stream(working):
-            with calm(working.cost):
-                return tuple(x.reshape(*batch, -1) for x in streamed_marginals(working, self._live))
-        return self._plan.sum(-1), self._plan.sum(-2)
+        """Those of a plan that is held, or of one that need not be."""
+        if self._streamed is None:
+            return self._plan.sum(-1), self._plan.sum(-2)
+        problem, p, ranks = self._streamed
+        with calm(problem.cost):
+            r, c = streamed_marginals(problem, p)
+        return ranks.whole(r).reshape(self.problem.a.shape), ranks.total(c).reshape(self.problem.b.shape)
 
     def _of_plan(self, of_dense: Any, of_read: Any, *shape: int) -> Any:
         if self._read is None:
@@ -161,6 +180,79 @@ class Solution:
         (i, j), values = plan.indices().numpy(), plan.values().numpy()
         return coo_array((values, (i, j)), shape=tuple(plan.shape))
 
+    def apply(self, values: Any, *, axis: int = -1) -> Any:
+        """The plan times a matrix: ``P V`` of ``V`` with a row for every column of the problem, or with ``axis=-2`` ``P' V``.
+
+        What the columns have, carried to the rows: divided by the row marginal it is a mean, of points the barycentric
+        projection, of labels a transfer. Of :class:`iotsolve.Points` that are scalar products at heart the plan is read in
+        blocks, in memory O((n + m) (d + k)), as are the derivatives, which there are of any order in ``V``, and in the
+        problem's data as the choice of ``gradient`` has them. With :class:`iotsolve.distributed.Sharded` rows, ``P V`` has this
+        rank's rows, a loss of which is its share of the whole one, and ``P' V`` takes this rank's and is whole on every rank.
+
+        Args:
+            values: shape ``(..., m)`` or ``(..., m, k)``; with ``axis=-2`` ``(..., n)`` or ``(..., n, k)``.
+            axis: the axis of the plan that is summed over.
+
+        Returns:
+            Shape ``(..., n)`` or ``(..., n, k)``; with ``axis=-2`` with ``m`` for ``n``.
+
+        Raises:
+            ValueError: on values of another shape or an axis other than -1 and -2.
+
+        Example:
+            >>> from iotsolve import Points, Problem, solve
+            >>> x, y = np.array([[0.0], [1.0]]), np.array([[5.0], [7.0]])
+            >>> solution = solve(Problem(Points(x, y)))
+            >>> solution.apply(y) / solution.row_marginal[:, None]
+            array([[5.],
+                   [7.]])
+        """
+        given, single = self._operand(values, axis)
+        with calm(self.problem.cost):
+            if self._streamed is not None:
+                found = self._streamed_product(given, axis)
+            elif self._read is not None:
+                flat = given.reshape(-1, *given.shape[-2:])
+                found = linear(self._read, flat.to(self._read.problem.dtype), axis)
+                found = found.reshape(*given.shape[:-2], *found.shape[-2:])
+            else:
+                plan = self._plan if axis == -1 else self._plan.mT
+                found = plan @ given.to(plan.dtype)
+        if isinstance(self.differentiation, Envelope):
+            found = self.differentiation.plan(self.problem, found)
+        return self.problem.leave(found.squeeze(-1) if single else found)
+
+    def _streamed_product(self, values: Tensor, axis: int) -> Tensor:
+        problem, p, ranks = self._streamed
+        points, (a, f), (b, g), eps = streamed_parts(problem, p)
+        values = values.reshape(-1, values.shape[-1]).to(p.f.dtype)
+        values = ranks.shared(values) if axis == -1 else values
+        found = points.plan_times(log_scaling(a, f, eps), log_scaling(b, g, eps), values, eps, axis=axis)
+        found = found if axis == -1 else ranks.total(found)
+        return found.reshape(*self.problem.batch_shape, *found.shape)
+
+    def _operand(self, values: Any, axis: int) -> tuple[Tensor, bool]:
+        """Values as a matrix, and whether they came as a vector."""
+        if axis not in (-1, -2):
+            raise ValueError(
+                f"axis = {axis!r}: must be -1, which sums over columns and gives P V, or -2, which sums over rows and gives P' V."
+            )
+        cost, batch = self.problem.cost, tuple(self.problem.batch_shape)
+        n, m = (cost.local if isinstance(cost, Sharded) else cost).shape[-2:]
+        size = m if axis == -1 else n
+        try:
+            given = torch.as_tensor(values, device=cost.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"values = {values!r}: must be an array of real numbers.") from error
+        given = given if given.is_floating_point() else given.to(self.problem.dtype)
+        single = tuple(given.shape) == (*batch, size)
+        if not single and (given.dim() != len(batch) + 2 or tuple(given.shape[:-1]) != (*batch, size)):
+            raise ValueError(
+                f"values has shape {tuple(given.shape)}: must be {(*batch, size)}, or that and a number of columns, for axis = "
+                f"{axis} of a plan of shape {tuple(self.problem.shape)}. Is it meant for the other axis?"
+            )
+        return given.unsqueeze(-1) if single else given, single
+
     @property
     def row_marginal(self) -> Any:
         """``P 1``, shape ``(..., n)``."""
@@ -182,6 +274,12 @@ class Solution:
         return self._of_plan(self._spent, lambda plan: plan.sum(lambda chunk: _spent(chunk.values, chunk.cost)))
 
     def _spent(self) -> Tensor:
+        if self._streamed is not None:
+            problem, p, ranks = self._streamed
+            points, (a, f), (b, g), eps = streamed_parts(problem, p)
+            with calm(points):
+                spent = points.transport(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
+            return ranks.total(spent).reshape(self.problem.batch_shape)
         cost = self.problem.cost.dense()
         finite = torch.where(cost.isfinite(), cost, 0.0)  # inside: 0 * inf would be NaN in the gradient
         return (finite * self._plan).sum((-2, -1))

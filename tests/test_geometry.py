@@ -23,6 +23,7 @@ from iotsolve import (
     TV,
     ChiSquared,
     Dense,
+    Envelope,
     Implicit,
     Interior,
     Points,
@@ -35,6 +36,7 @@ from iotsolve import (
     solver,
 )
 from iotsolve.kernels import bilinear
+from iotsolve.kernels.products import plan_times
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "sphere", "dot")
 TIGHT = Interior(tolerance=1e-13, stationary=True)
@@ -219,11 +221,11 @@ def test_the_gradient_of_every_output_flows_to_the_points(metric, of, gradient):
 
 
 @pytest.mark.parametrize("empty", [True, False])
-@pytest.mark.parametrize("of", ["f", "g", "row_marginal", "column_marginal", "mass", "mass_multiplier"])
+@pytest.mark.parametrize("of", ["f", "g", "row_marginal", "column_marginal", "mass", "mass_multiplier", "transport_cost"])
 @over_regimes
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "dot"])
 def test_derivatives_that_stream_are_those_of_the_matrix(metric, regime, of, empty):
-    """In every datum; with empty bins the matrix is made, without them it is not."""
+    """In every datum, at empty bins too."""
     found = []
     for make in (Points, torch_cost):
         x, y = leaves(*clouds())
@@ -240,6 +242,114 @@ def test_derivatives_that_stream_are_those_of_the_matrix(metric, regime, of, emp
         found.append([output.detach(), *slopes])
     for mine, matrix in zip(*found, strict=True):
         torch.testing.assert_close(mine, matrix, rtol=1e-7, atol=1e-8)
+
+
+# -- products with the plan --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit()], ids=["envelope", "implicit"])
+@over_regimes
+@over_metrics
+def test_a_product_with_the_plan_is_one_with_the_matrix(metric, regime, gradient, axis):
+    """Vectors and matrices, and their derivatives: in the values by every choice, in the problem's data where it has them."""
+    (x, y), a, b = clouds(), weights(6, 1, 2), weights(5, 2)
+    drawn, follows = np.random.default_rng(3).normal(size=(5 if axis == -1 else 6, 3)), isinstance(gradient, Implicit)
+    found = []
+    for make, product in ((Points, True), (torch_cost, False)):
+        inputs = [z.requires_grad_(follows) for z in leaves(x, y, a, b)]
+        values = leaves(drawn)[0]
+        problem = Problem(make(*inputs[:2], metric), *inputs[2:], epsilon=0.5, **REGIMES[regime])
+        solution = solve(problem, TIGHT, gradient=gradient)
+        plan = solution.plan if axis == -1 else solution.plan.mT
+        carried = solution.apply(values, axis=axis) if product else plan @ values
+        alone = solution.apply(values[:, 0], axis=axis) if product else plan @ values[:, 0]
+        assert carried.shape == (6 if axis == -1 else 5, 3) and alone.shape == carried.shape[:1]
+        loss = (carried**2).sum() + alone[0]
+        found.append([carried.detach(), *torch.autograd.grad(loss, [values, *(inputs if follows else [])])])
+    if follows and regime == "fixed-fixed":  # only changes that keep the totals equal have a derivative
+        for slopes in found:
+            level = slopes[4].mean()
+            slopes[4:] = [slopes[4] - level, slopes[5] + level]
+    for mine, matrix in zip(*found, strict=True):
+        torch.testing.assert_close(mine, matrix, rtol=1e-7, atol=1e-8)
+
+
+def test_a_product_with_an_exact_plan_reads_its_arcs():
+    (x, y), values = clouds(300, 300), np.random.default_rng(3).normal(size=(300, 2))
+    solution = solve(Problem(Points(x, y)))
+    with Largest() as largest:
+        found, back = solution.apply(values), solution.apply(values[:, 1], axis=-2)
+    assert largest.size < 300 * 10
+    np.testing.assert_allclose(found, solution.plan @ values, atol=1e-14)
+    np.testing.assert_allclose(back, solution.plan.T @ values[:, 1], atol=1e-14)
+    np.testing.assert_allclose(solve(Problem(independent_cost(x, y, "euclidean"))).apply(np.ones(300)), 1 / 300)
+
+
+def test_products_of_a_batch_are_each_problems_own():
+    x, y = (np.stack(z) for z in zip(clouds(seed=0), clouds(seed=1), strict=True))
+    values = np.random.default_rng(3).normal(size=(2, 5, 4))
+    for cost in (Points(x, y), np.stack([cdist(*z) for z in zip(x, y, strict=True)])):
+        solution = solve(Problem(cost, epsilon=0.5))
+        np.testing.assert_allclose(solution.apply(values), solution.plan @ values, rtol=1e-9)
+        np.testing.assert_allclose(solution.apply(values[..., 0]), (solution.plan @ values)[..., 0], rtol=1e-9)
+
+
+def test_the_envelope_does_not_follow_a_product_to_the_problem():
+    x, y = leaves(*clouds())
+    for cost in (Points(x, y), torch_cost(x, y, "sqeuclidean")):
+        found = solve(Problem(cost, epsilon=0.5)).apply(torch.ones(5, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match=r"differentiates solution\.value only"):
+            found.sum().backward()
+
+
+def test_a_product_has_the_accuracy_of_the_points():
+    x, y = (torch.tensor(z).float() for z in clouds())
+    solution = solve(Problem(Points(x, y), epsilon=0.5))
+    found = solution.apply(y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, solution.plan @ y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "axis", "says"),
+    [
+        (np.ones(4), -1, r"values has shape \(4,\): must be \(5,\).*other axis"),
+        (np.ones((5, 2)), -2, r"values has shape \(5, 2\)"),
+        (np.ones(5), 0, "axis = 0: must be -1"),
+        ("all", -1, "must be an array of real numbers"),
+    ],
+)
+def test_products_that_do_not_fit_are_told(values, axis, says):
+    with pytest.raises(ValueError, match=says):
+        solve(Problem(Points(*clouds()), epsilon=0.5)).apply(values, axis=axis)
+
+
+@pytest.mark.parametrize("barred", [None, "mask", "lists"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_products_have_derivatives_of_second_order(pairs, turned, barred, monkeypatch):
+    """In points, exponents, values and factors, by differences; where blocks and slabs end does not matter."""
+    monkeypatch.setattr(bilinear, "_BLOCK", 6)
+    monkeypatch.setattr(bilinear, "_WIDTH", 3)
+    draw = torch.Generator().manual_seed(0)
+    x, y, u, v, left, right, values = (
+        torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 2), (4, 2), (5,), (4,), (5, 2), (4, 2), (5 if turned else 4, 2))
+    )
+    lists = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(5)])
+    mask = torch.zeros(5, 4, dtype=torch.bool)
+    mask = mask.scatter_(1, lists, True) if barred else mask
+    given = {None: None, "mask": mask, "lists": lists}[barred]
+
+    def product(x, y, u, v, values, *pair):
+        return plan_times(x, y, u, v, values, given, turned=turned, factors=(pair,) if pair else ())
+
+    inputs = (x, y, u, v, values, *((left, right) if pairs else ()))
+    plan = (u[:, None] + v + x @ y.mT).exp().masked_fill(mask, 0.0) * (left @ right.mT if pairs else 1.0)
+    torch.testing.assert_close(product(*inputs), (plan.mT if turned else plan) @ values)
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
@@ -464,7 +574,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        self.size = max([self.size, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+        held = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor) and not x.is_sparse]
+        self.size = max([self.size, *(x.numel() for x in held)])
         return made
 
 
@@ -524,13 +635,29 @@ def test_what_is_read_of_a_plan_never_makes_a_matrix(monkeypatch):
     assert solution.certificate.gap < math.inf
 
 
-@pytest.mark.parametrize("of", ["f", "row_marginal"])
-def test_a_derivative_of_potentials_never_makes_a_matrix(of, monkeypatch):
+@pytest.mark.parametrize("gradient", [Implicit(), Unroll(3)], ids=["implicit", "unroll"])
+@pytest.mark.parametrize("empty", [None, 3])
+@pytest.mark.parametrize("of", ["f", "row_marginal", "transport_cost", "apply"])
+def test_a_derivative_of_what_the_potentials_determine_never_makes_a_matrix(of, empty, gradient, monkeypatch):
     for passes in (costs, bilinear):
         monkeypatch.setattr(passes, "_BLOCK", 2**15)
     x = leaves(*clouds(1000, 1000))
-    output = getattr(solve(Problem(Points(*x), epsilon=3.0, rows=KL(1.0)), gradient=Implicit()), of)
+    problem = Problem(Points(*x), weights(1000, 1, empty), weights(1000, 2, empty), epsilon=3.0, rows=KL(1.0))
+    output = getattr(solve(problem, gradient=gradient), of)
+    output = output(x[1]) if of == "apply" else output
     assert_held(lambda: (output**2).sum().backward(), 20)
+    assert all(z.grad.abs().max() > 0 for z in x)
+
+
+@pytest.mark.parametrize("empty", [None, 3])
+def test_a_second_derivative_of_the_value_never_makes_a_matrix(empty, monkeypatch):
+    for passes in (costs, bilinear):
+        monkeypatch.setattr(passes, "_BLOCK", 2**15)
+    x = leaves(*clouds(1000, 1000))
+    value = solve(Problem(Points(*x), weights(1000, 1, empty), epsilon=3.0, rows=KL(1.0))).value
+    slopes = []
+    assert_held(lambda: slopes.append(torch.autograd.grad(value, x, create_graph=True)), 20)
+    assert_held(lambda: (slopes[0][0] ** 2).sum().backward(), 20)
     assert all(z.grad.abs().max() > 0 for z in x)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from iotsolve.kernels import backends
 from iotsolve.kernels.once import final
 
-__all__ = ["log_sums", "plan_product", "plan_spread", "plan_sums"]
+__all__ = ["in_blocks", "in_slabs", "log_sums", "plan_product", "plan_spread", "plan_sums", "shifted"]
 
 
 def log_sums(
@@ -102,8 +102,8 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
 def _log_sums(
     x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    if (slabs := _slabs(y)) is not None:
-        found = [_log_sums(x, y[part], u, _cut(v, part), _shifted(barred, part)) for part in slabs]
+    if (slabs := in_slabs(y)) is not None:
+        found = [_log_sums(x, y[part], u, _cut(v, part), shifted(barred, part)) for part in slabs]
         rows, columns = zip(*found, strict=True)
         return None if v is None else torch.stack(rows).logsumexp(0), None if u is None else torch.cat(columns)
     if _is_tame(x, y, u, v):
@@ -112,7 +112,7 @@ def _log_sums(
     top = None if u is None else x.new_full((len(y),), -math.inf)
     # a sum over very many rows would lose digits in float32, always the same way: blocks are summed in it, and added in float64
     total = None if u is None else x.new_zeros(len(y), dtype=torch.float64)
-    for part, block, spare in _blocks(x, y, barred, spare=u is not None and v is not None):
+    for part, block, spare in in_blocks(x, y, barred, spare=u is not None and v is not None):
         if u is not None:
             exponent = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
             higher = torch.maximum(top, exponent.amax(0))
@@ -145,17 +145,17 @@ def _pull(
     gv = torch.zeros_like(v) if v_wanted and rows else None
     if not (rows or columns):
         return gx, gy, gu, gv
-    if (slabs := _slabs(y)) is not None:
+    if (slabs := in_slabs(y)) is not None:
         for part in slabs:
             own = (sums[0], _cut(sums[1], part)), (upstream[0], _cut(upstream[1], part))
-            found = _pull(x, y[part], u, _cut(v, part), _shifted(barred, part), *own, needed)
+            found = _pull(x, y[part], u, _cut(v, part), shifted(barred, part), *own, needed)
             for whole, piece in zip((gx, _cut(gy, part), gu, _cut(gv, part)), found, strict=True):
                 if whole is not None:
                     whole.add_(piece)
         return gx, gy, gu, gv
     if _is_tame(x, y, u, v):
         return _tame_pull(x, y, u, v, barred, sums, upstream, (gx, gy, gu, gv))
-    for part, block, spare in _blocks(x, y, barred, spare=rows and columns):
+    for part, block, spare in in_blocks(x, y, barred, spare=rows and columns):
         weights = None
         if columns:
             source = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
@@ -197,7 +197,7 @@ def _tame_log_sums(
     rows = None if v is None else x.new_empty(len(x))
     columns = None if u is None else x.new_zeros(len(y), dtype=torch.float64)  # as above
     by_rows, by_columns = (None if w is None else w.exp() for w in (v, u))
-    for part, block, _ in _blocks(x, y, barred, spare=False):
+    for part, block, _ in in_blocks(x, y, barred, spare=False):
         block.exp_()
         if v is not None:
             torch.mv(block, by_rows, out=rows[part])
@@ -228,7 +228,7 @@ def _tame_pull(
     a, b = torch.stack(left, 1), torch.stack(right, 1)
     single = a.shape[1] == 1
     ax, by = (a * x, b * y) if single else (None, None)
-    for part, block, spare in _blocks(x, y, barred, spare=not single):
+    for part, block, spare in in_blocks(x, y, barred, spare=not single):
         block.exp_()
         if gu is not None:
             gu[part] = a[part, -1] * (block @ b[:, -1])
@@ -256,8 +256,8 @@ def _tame_pull(
 
 def plan_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and column sums of ``P_ij = exp(u_i + v_j + x_i . y_j)``."""
-    if (slabs := _slabs(y)) is not None:
-        found = [plan_sums(x, y[part], u, v[part], _shifted(barred, part)) for part in slabs]
+    if (slabs := in_slabs(y)) is not None:
+        found = [plan_sums(x, y[part], u, v[part], shifted(barred, part)) for part in slabs]
         rows, columns = zip(*found, strict=True)
         return torch.stack(rows).sum(0), torch.cat(columns)
     rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
@@ -271,11 +271,11 @@ def plan_product(
     x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, z: Tensor, *, as_given: bool
 ) -> tuple[Tensor, Tensor]:
     """``P z``, with ``P' (w P z)``, or with ``P' w`` if that is ``as_given``: in one pass where a block has whole rows."""
-    if (slabs := _slabs(y)) is not None:
+    if (slabs := in_slabs(y)) is not None:
 
         def each(w: Tensor) -> tuple[Tensor, Tensor]:
             found = [
-                plan_product(x, y[part], u, v[part], _shifted(barred, part), w, z[part], as_given=True)
+                plan_product(x, y[part], u, v[part], shifted(barred, part), w, z[part], as_given=True)
                 for part in slabs
             ]
             rows, columns = zip(*found, strict=True)
@@ -292,8 +292,8 @@ def plan_product(
 
 def plan_spread(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, rows: Tensor) -> Tensor:
     """``sum_i P_ij w_i (rows_i - P_ij)`` for every column."""
-    if (slabs := _slabs(y)) is not None:
-        found = [plan_spread(x, y[part], u, v[part], _shifted(barred, part), w, rows) for part in slabs]
+    if (slabs := in_slabs(y)) is not None:
+        found = [plan_spread(x, y[part], u, v[part], shifted(barred, part), w, rows) for part in slabs]
         return torch.cat(found)
     columns = torch.zeros_like(v)
     for part, plan in _plans(x, y, u, v, barred):
@@ -302,11 +302,11 @@ def plan_spread(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | Non
 
 
 def _plans(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    for part, block, _ in _blocks(x, y, barred, spare=False):
+    for part, block, _ in in_blocks(x, y, barred, spare=False):
         yield part, block.add_(v).add_(u[part, None]).exp_()
 
 
-def _blocks(
+def in_blocks(
     x: Tensor, y: Tensor, barred: Tensor | None, *, spare: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """``x y'`` in blocks of rows, ``-inf`` where barred, each with a second buffer of its size if asked for."""
@@ -328,7 +328,7 @@ def _blocks(
         yield part, block, None if second is None else second[:rows]
 
 
-def _slabs(y: Tensor) -> list[slice] | None:
+def in_slabs(y: Tensor) -> list[slice] | None:
     """The columns in slabs, so that a block of a CPU's cache has rows enough for a matrix product; None if one will do."""
     m = len(y)
     if y.device.type != "cpu" or m <= _WIDTH:
@@ -342,7 +342,7 @@ def _cut(x: Tensor | None, part: slice) -> Tensor | None:
     return None if x is None else x[part]
 
 
-def _shifted(barred: Tensor | None, part: slice) -> Tensor | None:
+def shifted(barred: Tensor | None, part: slice) -> Tensor | None:
     """Of one slab; columns in other slabs stay, out of range."""
     if barred is None or barred.dtype == torch.bool:
         return None if barred is None else barred[:, part]
