@@ -6,13 +6,14 @@
     solution = solve(Problem(cost, a, b, epsilon=0.05, rows=FIXED, columns=KL(1.0)))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from iotsolve.certificate import Certificate, certify
 from iotsolve.costs import Dense, Points
 from iotsolve.divergence import sinkhorn_divergence
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradients, Implicit, Unroll
 from iotsolve.interior import Interior
-from iotsolve.inverse import inverse_loss
 from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared
 from iotsolve.newton import Newton
 from iotsolve.problem import Potentials, Problem
@@ -20,6 +21,9 @@ from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solve import solve
 from iotsolve.solver import Status
+
+if TYPE_CHECKING:
+    from iotsolve.inverse import inverse_loss
 
 __version__ = "0.1.0"
 
@@ -53,3 +57,13 @@ __all__ = [
     "sinkhorn_divergence",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is read of inverse problems, which not everybody has, is imported when asked for."""
+    if name not in ("inverse", "inverse_loss"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    inverse = import_module("iotsolve.inverse")
+    return inverse if name == "inverse" else inverse.inverse_loss
