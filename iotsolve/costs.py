@@ -304,6 +304,11 @@ class Points:
         """Whether passes of :mod:`iotsolve.kernels.bilinear` read this cost: one pair of clouds, a scalar product at heart."""
         return self.metric in _BILINEAR and self.x[..., 0, 0].numel() == 1
 
+    @property
+    def flattened(self) -> tuple[Tensor, Tensor]:
+        """The points of all problems in a row."""
+        return self.x.flatten(0, -2), self.y.flatten(0, -2)
+
     def bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``x, y, p, q`` of shapes ``(n, d), (m, d), (n,), (m,)`` with ``-C_ij / epsilon = x_i . y_j + p_i + q_j``.
 
@@ -317,7 +322,7 @@ class Points:
         return self.__dict__["_form"][1]
 
     def _bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, y = self.x.flatten(0, -2), self.y.flatten(0, -2)
+        x, y = self.flattened
         if self.metric == "sqeuclidean":
             x, y = self._centred(x, y)
             return 2 * x / epsilon, y, -x.square().sum(-1) / epsilon, -y.square().sum(-1) / epsilon
@@ -346,6 +351,15 @@ class Points:
         x = named.get("x", self.x)
         beyond = self.backend == "triton" and x.dtype == torch.float64 != self.dtype  # what is judged in float64 is torch's
         return replace(self, x=x, y=named.get("y", self.y), backend="auto" if beyond else self.backend)
+
+    def rough(self) -> tuple[Points, float] | None:
+        """The same points in the next cheaper precision for sweeps, and its unit roundoff; None where there is none."""
+        if not self.is_bilinear:
+            return None
+        if self.dtype == torch.float64:
+            return self.with_tensors({"x": self.x.float(), "y": self.y.float()}), 2.0**-24
+        on_kernels = self.backend == "triton" or (self.backend == "auto" and self.device.type == "cuda")
+        return (replace(self, precise=False), 2.0**-11) if on_kernels and self.precise else None
 
     @property
     def transposed(self) -> Points:
@@ -506,13 +520,15 @@ _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
 
 
 def calm(cost: Cost | Tensor) -> AbstractContextManager[None]:
-    """One thread for problems too small to gain from more.
+    """One thread of torch's for problems too small to gain from more, and where passes over blocks have threads of their own.
 
     torch's threads spin between operations: beside any other load, two of them make a 200 x 200 problem a hundred times
     slower than one, and on an idle machine they gain nothing at that size.
     """
     small = cost.device.type == "cpu" and math.prod(cost.shape) < _WORTH_THREADS
-    return torch_on(1) if small and torch.get_num_threads() > 1 else nullcontext()
+    points = getattr(cost, "local", cost)
+    apart = isinstance(points, Points) and points.is_bilinear and bilinear.is_worth_compiling(*points.flattened)
+    return torch_on(1) if (small or apart) and torch.get_num_threads() > 1 else nullcontext()
 
 
 def quiet(cost: Cost) -> AbstractContextManager[None]:

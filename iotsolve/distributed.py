@@ -232,6 +232,11 @@ class Sharded:
     def expand(self, batch: tuple[int, ...]) -> Sharded:
         return Sharded.joined(self.local.expand(batch), self.ranks, self.repeat) if batch else self
 
+    def rough(self) -> tuple[Sharded, float] | None:
+        """As of :class:`iotsolve.Points`."""
+        found = self.local.rough()
+        return None if found is None else (Sharded.joined(found[0], self.ranks, self.repeat), found[1])
+
     def all_finite(self) -> bool:
         return self.local.all_finite()
 

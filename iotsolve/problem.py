@@ -294,6 +294,12 @@ class Problem:
         problem.__dict__.update(epsilon=epsilon, memory=None)
         return problem
 
+    def with_cost(self, cost: Cost) -> Problem:
+        """The same problem of a cost of the same size, unvalidated."""
+        problem = self._viewed(self.tensors())
+        problem.__dict__.update(cost=cost, memory=None)
+        return problem
+
     def with_sides(self, rows: Marginal, columns: Marginal) -> Problem:
         """The same problem with other sides, unvalidated."""
         problem = self._viewed(self.tensors())

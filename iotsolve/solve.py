@@ -237,13 +237,38 @@ class _Automatic:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
             second, small = is_quick(problem.cost), n * m <= _FITS
-            done = iterate(problem, Sinkhorn(max_steps=_QUICK if second or small else _PATIENT, **options), start)
+            done = _climbed(problem, Sinkhorn(max_steps=_QUICK if second or small else _PATIENT, **options), start)
             if second or (isinstance(problem.cost, Points) and not small):
                 done = _continued(problem, done, newton.run)
         if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
         return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(max_steps=sweeps, **options), p))
+
+
+def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Outcome:
+    """Sweeps in a precision that is cheaper as far as they are good for, then in the problem's own."""
+    climbs = start is None and isinstance(problem.cost, Points | Sharded) and math.prod(problem.shape) >= _WORTH_CLIMBING
+    rough = problem.cost.rough() if climbs else None
+    if rough is None:
+        return iterate(problem, solver, start)
+    cost, unit = rough
+    reach = float(problem.cost.range().amax()) / number(problem.epsilon)  # largest exponent, whose rounding the sums see
+    enough = max(_LOOSE, _ROUNDINGS * unit * reach)
+    if enough > _WORTHLESS or solver.threshold(problem) >= enough:
+        return iterate(problem, solver, start)
+    below = problem.to(cost.dtype).with_cost(cost)
+    first = _climbed(below, replace(solver, tolerance=enough, stationary=False), None)
+    p = Potentials(*(x.to(problem.dtype) for x in (first.potentials.f, first.potentials.g, first.potentials.lam)))
+    if not all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam)):
+        return iterate(problem, solver, start)
+    taken = max(first.steps)
+    done = iterate(problem, replace(solver, max_steps=max(1, solver.max_steps - taken)), p)
+    return replace(done, steps=[x + taken for x in done.steps])
+
+
+_WORTH_CLIMBING = 2**18  # entries
+_LOOSE, _ROUNDINGS, _WORTHLESS = 1e-5, 4.0, 0.1  # relative errors of marginals at which a cheaper precision stops
 
 
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}

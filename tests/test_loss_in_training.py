@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contrastive import ClipLoss, DCLLoss, Diagnostics, InfoNCELoss, NTXentLoss, SinkhornNCELoss, SupConLoss, diagnose
 from iotsolve import Unroll
-from iotsolve.kernels import bilinear
+from iotsolve.kernels import bilinear, threads
 
 CLOSED = {"infonce": InfoNCELoss, "clip": ClipLoss, "ntxent": NTXentLoss, "dcl": DCLLoss}
 LOSSES = {**CLOSED, "sinkhorn": SinkhornNCELoss}
@@ -71,7 +71,7 @@ def test_both_ways_to_take_exponentials_agree(name, t, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_no_temporary_is_as_large_as_the_matrix(name):
+def test_no_temporary_is_as_large_as_the_matrix(name, monkeypatch):
     """The largest tensor made, forward and backward, is a block."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,9 +86,10 @@ def test_no_temporary_is_as_large_as_the_matrix(name):
             return out
 
     inputs = batch(4096, 8)
+    monkeypatch.setattr(threads, "allowed", lambda: 1)  # other threads' blocks would not be seen
     with Largest() as largest:
         CLOSED[name](0.2)(*inputs).backward()
-    assert 2**20 < largest.size <= 2**21
+    assert 2**18 < largest.size <= 2**19
 
 
 @pytest.mark.parametrize("name", LOSSES)

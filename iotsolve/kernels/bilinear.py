@@ -8,7 +8,7 @@ again. Costs that are a scalar product up to terms of ``i`` and of ``j`` alone c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from iotsolve.kernels import backends
 from iotsolve.kernels.once import final
+from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
-__all__ = ["in_blocks", "in_slabs", "log_sums", "plan_product", "plan_spread", "plan_sums", "shifted"]
+__all__ = [
+    *("log_sums", "plan_product", "plan_spread", "plan_sums"),
+    *("accumulators", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
+]
 
 
 def log_sums(
@@ -106,24 +110,39 @@ def _log_sums(
         found = [_log_sums(x, y[part], u, _cut(v, part), shifted(barred, part)) for part in slabs]
         rows, columns = zip(*found, strict=True)
         return None if v is None else torch.stack(rows).logsumexp(0), None if u is None else torch.cat(columns)
-    if _is_tame(x, y, u, v):
-        return _tame_log_sums(x, y, u, v, barred)
-    of_rows = None if v is None else x.new_empty(len(x))
-    top = None if u is None else x.new_full((len(y),), -math.inf)
+    rows = None if v is None else x.new_empty(len(x))
     # a sum over very many rows would lose digits in float32, always the same way: blocks are summed in it, and added in float64
-    total = None if u is None else x.new_zeros(len(y), dtype=torch.float64)
-    for part, block, spare in in_blocks(x, y, barred, spare=u is not None and v is not None):
+    worth = is_worth_compiling(x, y)
+    totals = None if u is None else accumulators(worth, y)
+    if _is_tame(x, y, u, v):
+        of_rows, of_columns = (None if w is None else w.exp() for w in (u, v))
+
+        def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
+            _weigh(worth, block, _cut(of_rows, part), of_columns, _cut(rows, part), _cut(totals, k))
+
+        each_block(worth, x, y, barred, visit)
+        return None if v is None else rows.log_(), None if u is None else totals.sum(0).log_().to(x.dtype)
+    ones = x.new_ones(max(len(x), len(y)))
+    tops = None if u is None else x.new_full(totals.shape, -math.inf)
+
+    def visit_far(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
         if u is not None:
             exponent = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
-            higher = torch.maximum(top, exponent.amax(0))
-            total.mul_((top - _finite(higher)).exp_())
-            total.add_(exponent.sub_(_finite(higher)).exp_().sum(0))
-            top = higher
+            higher = torch.maximum(tops[k], exponent.amax(0))
+            totals[k].mul_((tops[k] - _finite(higher)).exp_())
+            _weigh(worth, exponent.sub_(_finite(higher)), ones[: len(block)], None, None, totals[k])
+            tops[k] = higher
         if v is not None:
             exponent = block.add_(v)
             highest = _finite(exponent.amax(1))
-            of_rows[part] = exponent.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
-    return of_rows, None if u is None else total.log().to(x.dtype) + _finite(top)
+            _weigh(worth, exponent.sub_(highest[:, None]), None, ones[: len(y)], rows[part], None)
+            rows[part] = rows[part].log().add_(highest)
+
+    each_block(worth, x, y, barred, visit_far, spare=u is not None and v is not None)
+    if u is None:
+        return rows, None
+    top = _finite(tops.amax(0))
+    return rows, totals.mul_((tops - top).exp_()).sum(0).log_().to(x.dtype) + top
 
 
 def _pull(
@@ -153,25 +172,48 @@ def _pull(
                 if whole is not None:
                     whole.add_(piece)
         return gx, gy, gu, gv
-    if _is_tame(x, y, u, v):
-        return _tame_pull(x, y, u, v, barred, sums, upstream, (gx, gy, gu, gv))
-    for part, block, spare in in_blocks(x, y, barred, spare=rows and columns):
+    worth = is_worth_compiling(x, y, 1 if gy is None else y.shape[1])
+    of_y = None if gy is None else accumulators(worth, y, y.shape[1], dtype=x.dtype)
+    of_v = None if gv is None else accumulators(worth, y, dtype=x.dtype)
+    into = gx, of_y, gu, of_v
+    gx, of_y, gu, of_v = (_tame_pull if _is_tame(x, y, u, v) else _far_pull)(worth, x, y, u, v, barred, sums, upstream, into)
+    return gx, None if gy is None else of_y.sum(0), gu, None if gv is None else of_v.sum(0)
+
+
+def _far_pull(
+    worth: bool,
+    x: Tensor,
+    y: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    sums: tuple[Tensor | None, Tensor | None],
+    upstream: tuple[Tensor | None, Tensor | None],
+    into: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    gx, gy, gu, gv = into
+    rows, columns = v is not None and upstream[0] is not None, u is not None and upstream[1] is not None
+
+    def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
         weights = None
         if columns:
             source = torch.add(block, u[part, None], out=spare) if spare is not None else block.add_(u[part, None])
-            weights = source.sub_(_finite(sums[1])).exp_().mul_(upstream[1])
+            weights = exponential(worth, source.sub_(_finite(sums[1]))).mul_(upstream[1])
             if gu is not None:
                 gu[part] = weights.sum(1)
         if rows:
-            own = block.add_(v).sub_(_finite(sums[0][part])[:, None]).exp_().mul_(upstream[0][part, None])
+            own = block.add_(v).sub_(_finite(sums[0][part])[:, None])
+            own = exponential(worth, own).mul_(upstream[0][part, None])
             if gv is not None:
-                gv.add_(own.sum(0))
+                gv[k].add_(own.sum(0))
             weights = own if weights is None else weights.add_(own)
         if gx is not None:
             torch.mm(weights, y, out=gx[part])
         if gy is not None:
-            gy.addmm_(weights.mT, x[part])
-    return gx, gy, gu, gv
+            gy[k].addmm_(weights.mT, x[part])
+
+    each_block(worth, x, y, barred, visit, spare=rows and columns)
+    return into
 
 
 # -- where exponentials stay in range ------------------------------------------------------------------------------------
@@ -191,22 +233,8 @@ def _is_tame(x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None) -> bool:
 _TAME = {torch.float32: 38.0, torch.float64: 300.0}
 
 
-def _tame_log_sums(
-    x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None, barred: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    rows = None if v is None else x.new_empty(len(x))
-    columns = None if u is None else x.new_zeros(len(y), dtype=torch.float64)  # as above
-    by_rows, by_columns = (None if w is None else w.exp() for w in (v, u))
-    for part, block, _ in in_blocks(x, y, barred, spare=False):
-        block.exp_()
-        if v is not None:
-            torch.mv(block, by_rows, out=rows[part])
-        if u is not None:
-            columns.add_(torch.mv(block.mT, by_columns[part]))
-    return None if v is None else rows.log_(), None if u is None else columns.log_().to(x.dtype)
-
-
 def _tame_pull(
+    worth: bool,
     x: Tensor,
     y: Tensor,
     u: Tensor | None,
@@ -228,23 +256,26 @@ def _tame_pull(
     a, b = torch.stack(left, 1), torch.stack(right, 1)
     single = a.shape[1] == 1
     ax, by = (a * x, b * y) if single else (None, None)
-    for part, block, spare in in_blocks(x, y, barred, spare=not single):
-        block.exp_()
+
+    def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
+        exponential(worth, block)
         if gu is not None:
             gu[part] = a[part, -1] * (block @ b[:, -1])
         if gv is not None:
-            gv.addmv_(block.mT, a[part, 0])
+            gv[k].addmv_(block.mT, a[part, 0])
         if single:
             if gx is not None:
                 torch.mm(block, by, out=gx[part])
             if gy is not None:
-                gy.addmm_(block.mT, ax[part])
-            continue
+                gy[k].addmm_(block.mT, ax[part])
+            return
         block.mul_(torch.mm(a[part], b.mT, out=spare))
         if gx is not None:
             torch.mm(block, y, out=gx[part])
         if gy is not None:
-            gy.addmm_(block.mT, x[part])
+            gy[k].addmm_(block.mT, x[part])
+
+    each_block(worth, x, y, barred, visit, spare=not single)
     if single:
         gx = None if gx is None else gx.mul_(a)
         gy = None if gy is None else gy.mul_(b)
@@ -260,11 +291,14 @@ def plan_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None)
         found = [plan_sums(x, y[part], u, v[part], shifted(barred, part)) for part in slabs]
         rows, columns = zip(*found, strict=True)
         return torch.stack(rows).sum(0), torch.cat(columns)
-    rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
-    for part, plan in _plans(x, y, u, v, barred):
-        torch.sum(plan, 1, out=rows[part])
-        columns.add_(plan.sum(0))
-    return rows, columns
+    worth = is_worth_compiling(x, y)
+    rows, totals, ones = x.new_empty(len(x)), accumulators(worth, y), x.new_ones(max(len(x), len(y)))
+
+    def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
+        _weigh(worth, block, ones[: len(block)], ones[: len(y)], rows[part], totals[k])
+
+    each_block(worth, x, y, barred, visit, added=(u, v))
+    return rows, totals.sum(0).to(x.dtype)
 
 
 def plan_product(
@@ -283,11 +317,16 @@ def plan_product(
 
         rows, columns = each(w)
         return rows, columns if as_given else each(w * rows)[1]
-    rows, columns = x.new_empty(len(x)), torch.zeros_like(v)
-    for part, plan in _plans(x, y, u, v, barred):
+    worth = is_worth_compiling(x, y)
+    rows, totals = x.new_empty(len(x)), accumulators(worth, y, dtype=x.dtype)
+
+    def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
+        plan = exponential(worth, block)
         torch.mv(plan, z, out=rows[part])
-        columns.addmv_(plan.mT, w[part] if as_given else w[part] * rows[part])
-    return rows, columns
+        totals[k].addmv_(plan.mT, w[part] if as_given else w[part] * rows[part])
+
+    each_block(worth, x, y, barred, visit, added=(u, v))
+    return rows, totals.sum(0)
 
 
 def plan_spread(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None, w: Tensor, rows: Tensor) -> Tensor:
@@ -295,23 +334,108 @@ def plan_spread(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | Non
     if (slabs := in_slabs(y)) is not None:
         found = [plan_spread(x, y[part], u, v[part], shifted(barred, part), w, rows) for part in slabs]
         return torch.cat(found)
-    columns = torch.zeros_like(v)
-    for part, plan in _plans(x, y, u, v, barred):
-        columns.addmv_((rows[part, None] - plan).mul_(plan).mT, w[part])
-    return columns
+    worth = is_worth_compiling(x, y)
+    totals = accumulators(worth, y, dtype=x.dtype)
+
+    def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
+        plan = exponential(worth, block)
+        totals[k].addmv_((rows[part, None] - plan).mul_(plan).mT, w[part])
+
+    each_block(worth, x, y, barred, visit, added=(u, v))
+    return totals.sum(0)
 
 
-def _plans(x: Tensor, y: Tensor, u: Tensor, v: Tensor, barred: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    for part, block, _ in in_blocks(x, y, barred, spare=False):
-        yield part, block.add_(v).add_(u[part, None]).exp_()
+# -- blocks --------------------------------------------------------------------------------------------------------------
+
+Visit = Callable[[int, slice, Tensor, Tensor | None], None]
 
 
-def in_blocks(
-    x: Tensor, y: Tensor, barred: Tensor | None, *, spare: bool
+def is_worth_compiling(x: Tensor, y: Tensor, width: int = 1) -> bool:
+    """Whether threads of our own make blocks, with compiled exponentials, and each adds up ``width`` numbers a column: torch's
+    take twice as long, and ten times where they are denormal, as at a small epsilon most are.
+    """
+    ours = x.device.type == "cpu" and x.dtype in _TAME and len(x) * len(y) >= _WORTH_COMPILING
+    return ours and PIECES * len(y) * width <= _SHARED
+
+
+def exponential(worth: bool, block: Tensor) -> Tensor:
+    """``exp(block)``, in place."""
+    if not worth:
+        return block.exp_()
+    from iotsolve.kernels.blocks import exponentiate  # numba is imported where it runs
+
+    exponentiate(block.numpy())
+    return block
+
+
+def _weigh(
+    worth: bool,
+    block: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    sums: Tensor | None,
+    totals: Tensor | None,
+) -> None:
+    """``sums_i = sum_j exp(b_ij) columns_j`` and ``totals_j += sum_i exp(b_ij) rows_i``, of which one may not be wanted; uses the
+    block up.
+    """
+    if not worth:
+        block.exp_()
+        if sums is not None:
+            torch.mv(block, columns, out=sums)
+        if totals is not None:
+            totals.add_(torch.mv(block.mT, rows))
+        return
+    from iotsolve.kernels.blocks import weigh
+
+    n, m = block.shape
+    rows, sums = (block.new_zeros(n) if z is None else z for z in (rows, sums))
+    columns = block.new_zeros(m) if columns is None else columns
+    totals = block.new_zeros(m, dtype=torch.float64) if totals is None else totals
+    weigh(*(z.numpy() for z in (block, rows, columns, sums, totals)))
+
+
+def accumulators(worth: bool, y: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Zeros for what every thread adds up of the columns, to be summed over the first dimension."""
+    return y.new_zeros(PIECES if worth else 1, len(y), *shape, dtype=dtype)
+
+
+def each_block(
+    worth: bool,
+    x: Tensor,
+    y: Tensor,
+    barred: Tensor | None,
+    visit: Visit,
+    *,
+    spare: bool = False,
+    added: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """``visit(piece, rows, block, spare)`` for all blocks of rows of ``x y'``, plus ``u_i + v_j`` if these are ``added``, with
+    ``-inf`` where barred, and a second buffer of its size if asked for. If ``worth``, a block is made by who visits it.
+    """
+    if added is not None:  # by two more features, which cost less than two more looks at a block
+        u, v = (z.unsqueeze(-1) for z in added)
+        x, y = torch.cat([x, torch.ones_like(u), u], -1), torch.cat([y, v, torch.ones_like(v)], -1)
+    if not worth:
+        for part, block, second in _blocks(x, y, barred, spare, _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE):
+            visit(0, part, block, second)
+        return
+
+    def work(k: int, first: int, last: int) -> None:
+        torch.set_num_threads(1)  # of this thread
+        with torch.no_grad():
+            for part, block, second in _blocks(x[first:last], y, _cut(barred, slice(first, last)), spare, _BLOCK // 4):
+                visit(k, slice(first + part.start, first + part.stop), block, second)
+
+    with torch_on(1):
+        each_piece(len(x), 4 * len(x) * len(y), work)  # four times the work of the passes it counts by
+
+
+def _blocks(
+    x: Tensor, y: Tensor, barred: Tensor | None, spare: bool, most: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """``x y'`` in blocks of rows, ``-inf`` where barred, each with a second buffer of its size if asked for."""
     n, m = len(x), len(y)
-    size = min(n, max(1, (_BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE) // max(m, 1)))
+    size = min(n, max(1, most // max(m, 1)))
     buffer, second = x.new_empty(size, m), x.new_empty(size, m) if spare else None
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
@@ -338,7 +462,7 @@ def in_slabs(y: Tensor) -> list[slice] | None:
     return [slice(start, min(start + width, m)) for start in range(0, m, width)]
 
 
-def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+def _cut(x: Tensor | None, part: slice | int) -> Tensor | None:
     return None if x is None else x[part]
 
 
@@ -352,6 +476,8 @@ def shifted(barred: Tensor | None, part: slice) -> Tensor | None:
 _WIDTH = 2**13  # columns
 _BLOCK = 2**21  # entries: with its spare it stays in a CPU's last cache
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch
+_WORTH_COMPILING = 2**18  # entries
+_SHARED = 2**23  # numbers of all threads together
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ Kernels are in base 2: ``K_ij = 2^(alpha_i + beta_j - scale C_ij)``, ``scale = l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numba import njit
 
-from iotsolve.kernels.numeric import FAST, LOG2E, NORMAL, exp2_double, exp2_single, log_double
+from iotsolve.kernels.numeric import FAST, LOG2E, NORMAL, compiled, exp2_double, exp2_single, log_double
 
 __all__ = [
     *("MATCH", "RESPOND", "SIDE", "TAKE", "WEIGH"),
@@ -45,16 +43,7 @@ _FLUSH = 128  # rows whose column sums float32 may add up
 SIDE = (1.0, -math.inf, 0.0, 0.0, 0.0)  # of a rule that asks no side: FIXED's
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when first called, and cached on disk where there is a place to write."""
-    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no directory for its cache
-        return njit(**options)(function)
-
-
-@_compiled
+@compiled
 def build(cost, alpha, beta, scale, kernel, first, last):
     """``kernel = 2^(alpha + beta - scale cost)``, in the kernel's precision from exponents in float64."""
     m = cost.shape[1]
@@ -116,7 +105,7 @@ def _respond_four(y, i, base, known, side, lam, u, t):
             u[i + k] = math.exp(t[k] / LOG2E)
 
 
-@_compiled
+@compiled
 def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first, last):
     """``y = K v``, ``u`` by the rule, and ``columns += u K`` over some rows; ``v`` in the kernel's precision."""
     m = kernel.shape[1]
@@ -165,7 +154,7 @@ def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first
         columns[j] += part[j]
 
 
-@_compiled
+@compiled
 def exact_pass(cost, alpha, beta, scale, y, columns, kept, first, last):
     """Row and column sums of ``2^(alpha + beta - scale cost)`` over some rows, in float64, the latter added to ``columns``.
 
@@ -204,14 +193,14 @@ def exact_pass(cost, alpha, beta, scale, y, columns, kept, first, last):
         y[i] = y0
 
 
-@_compiled
+@compiled
 def exact_each(cost, alpha, beta, scale, y, columns, kept, first, last):
     """Marginals of the plans of some problems of a batch, by :func:`exact_pass`."""
     for k in range(first, last):
         exact_pass(cost[k], alpha[k], beta[k], scale, y[k], columns[k], kept[k], 0, cost.shape[1])
 
 
-@_compiled
+@compiled
 def stored_each(kernel, v, rule, w, y, columns, first, last):
     """``y = K v`` and ``columns = (w y) K`` for some problems of a batch, or ``w K``, by the rule."""
     n, m = kernel.shape[1:]
@@ -222,7 +211,7 @@ def stored_each(kernel, v, rule, w, y, columns, first, last):
         stored_pass(kernel[k], single, rule, w[k], none, none, SIDE, 0.0, y[k], u, columns[k], 0, n)
 
 
-@_compiled
+@compiled
 def spread_pass(kernel, w, rows, columns, first, last):
     """``columns_j += sum_i K_ij w_i (rows_i - K_ij)`` over some rows."""
     m = kernel.shape[1]
@@ -233,7 +222,7 @@ def spread_pass(kernel, w, rows, columns, first, last):
             columns[j] += x * share * (whole - x)
 
 
-@_compiled
+@compiled
 def spread_each(kernel, w, rows, columns, first, last):
     """:func:`spread_pass` for some problems of a batch."""
     for k in range(first, last):
@@ -250,7 +239,7 @@ def _larger(x, y):
     return x if x > y else y
 
 
-@_compiled
+@compiled
 def row_tops(cost, beta, scale, found, first, last):
     """``max_j beta_j - scale C_ij`` for some rows of a problem.
 
@@ -281,7 +270,7 @@ def row_tops(cost, beta, scale, found, first, last):
         found[i] = top
 
 
-@_compiled
+@compiled
 def row_sums(cost, beta, scale, found, first, last):
     """``log2 sum_j 2^(beta_j - scale C_ij)`` for some rows of a problem."""
     m = cost.shape[1]
@@ -306,7 +295,7 @@ def row_sums(cost, beta, scale, found, first, last):
         found[i] = top + math.log2(total)
 
 
-@_compiled
+@compiled
 def raise_to(cost, alpha, scale, tops, first, last):
     """``tops_j`` at least ``alpha_i - scale C_ij`` for some rows."""
     m = cost.shape[1]
@@ -317,7 +306,7 @@ def raise_to(cost, alpha, scale, tops, first, last):
             tops[j] = x if x > tops[j] else tops[j]
 
 
-@_compiled
+@compiled
 def column_sums(cost, alpha, scale, tops, total, first, last):
     """``total_j += 2^(alpha_i - scale C_ij - tops_j)`` for some rows."""
     m = cost.shape[1]
@@ -327,7 +316,7 @@ def column_sums(cost, alpha, scale, tops, total, first, last):
             total[j] += exp2_double(a - tops[j] - scale * np.float64(row[j]))
 
 
-@_compiled
+@compiled
 def lowest_each(cost, rows, columns, f, g, first, last):
     """``f_i = min_j C_ij`` over columns that count, then ``g_j = min_i C_ij - f_i`` over rows, for some problems of a batch.
 

@@ -100,14 +100,19 @@ def _times(
         ]
         return torch.cat(found) if turned else torch.stack(found).sum(0)
     width = values.shape[1]
+    worth = bilinear.is_worth_compiling(x, y, width if turned else 1)
     # as sums over very many rows everywhere: each block's in its own precision, added in float64
-    found = x.new_zeros(len(y), width, dtype=torch.float64) if turned else x.new_empty(len(x), width)
-    for part, block, spare in bilinear.in_blocks(x, y, barred, spare=bool(factors)):
-        plan = block.add_(v).add_(u[part, None]).exp_()
+    totals = bilinear.accumulators(worth, y, width) if turned else None
+    rows = None if turned else x.new_empty(len(x), width)
+
+    def visit(k: int, part: slice, block: Tensor, spare: Tensor | None) -> None:
+        plan = bilinear.exponential(worth, block)
         for left, right in factors:
             plan.mul_(torch.mm(left[part], right.mT, out=spare))
         if turned:
-            found.add_(plan.mT @ values[part])
+            totals[k].add_(plan.mT @ values[part])
         else:
-            torch.mm(plan, values, out=found[part])
-    return found.to(x.dtype)
+            torch.mm(plan, values, out=rows[part])
+
+    bilinear.each_block(worth, x, y, barred, visit, spare=bool(factors), added=(u, v))
+    return totals.sum(0).to(x.dtype) if turned else rows

@@ -15,8 +15,8 @@ from types import FunctionType
 import numpy as np
 from numba import njit
 
-from iotsolve.kernels.dense import MATCH, RESPOND, _compiled, build, stored_pass
-from iotsolve.kernels.numeric import LOG2E, NORMAL, exp2_double, log_double
+from iotsolve.kernels.dense import MATCH, RESPOND, build, stored_pass
+from iotsolve.kernels.numeric import LOG2E, NORMAL, compiled, exp2_double, log_double
 from iotsolve.kernels.passes import build_kernel, logs
 from iotsolve.kernels.threads import pieces, summed
 
@@ -57,7 +57,7 @@ def _answer(s, side):
     return max(min(high, s + up), max(low, s + down))
 
 
-@_compiled
+@compiled
 def propose(columns, q, known, log_b, side, change):
     """What the columns would change ``q`` by, the mass that this would move, and the masses before and after.
 
@@ -83,7 +83,7 @@ def propose(columns, q, known, log_b, side, change):
     return moved, before, after
 
 
-@_compiled
+@compiled
 def logarithms(x):
     """Natural logarithms of weights, ``-inf`` of 0."""
     found, least = np.empty(len(x)), math.inf
@@ -96,14 +96,14 @@ def logarithms(x):
     return found
 
 
-@_compiled
+@compiled
 def respond(sums, base, side, lam, found):
     """The potentials that rows of these sums ask for, exactly at a kink where they are at one."""
     for i in range(len(sums)):
         found[i] = _answer(base[i] - math.log(sums[i]) - lam, side) if sums[i] > 0.0 else found[i]
 
 
-@_compiled
+@compiled
 def translation(a, f, b, g, soft_r, soft_c):
     """``t`` for which ``(f + t, g - t)`` is best: the total masses that exponential sides ask for meet."""
     top_r, top_c = 0.0, 0.0
@@ -119,7 +119,7 @@ def translation(a, f, b, g, soft_r, soft_c):
     return (top_r + math.log(total_r) - top_c - math.log(total_c)) / (soft_r + soft_c)
 
 
-@_compiled
+@compiled
 def mix(x, r, weights, memory, gram, count, window):
     """The next iterate, written into ``x``, from the map's residual ``r`` there and the differences of earlier steps.
 
@@ -181,7 +181,7 @@ def mix(x, r, weights, memory, gram, count, window):
             x[j] -= share * (dx[j] + dr[j])
 
 
-@_compiled
+@compiled
 def _scalings(q, v):
     """``v = e^q``, and whether some are so far from 1 that the kernel is to absorb them."""
     far = 0.0
@@ -191,13 +191,13 @@ def _scalings(q, v):
     return far > 0.0
 
 
-@_compiled
+@compiled
 def _sweep(kernel, v, rule, w, base, known, side, lam, y, u, columns):
     columns[:] = 0.0
     stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, 0, kernel.shape[0])
 
 
-@_compiled
+@compiled
 def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     """Iterate from ``q`` until the marginal error is within tolerance, relative to the mass moved, or hopeless.
 
@@ -255,13 +255,13 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     return end, steps, best, best_lam
 
 
-@_compiled
+@compiled
 def _demand(weights, potential, soft, mass):
     """By how much a potential of an exponential side must rise for it to ask for ``mass``."""
     return translation(weights, potential, np.full(1, mass), np.zeros(1), soft, 0.0)
 
 
-@_compiled
+@compiled
 def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps, errors, first, last):
     """:func:`relax` for some problems of a batch, each on a kernel of its own that stays in the cache.
 

@@ -10,14 +10,14 @@ import math
 
 import numpy as np
 
-from iotsolve.kernels.dense import _compiled
+from iotsolve.kernels.numeric import compiled
 
 __all__ = ["assign", "lowest_arcs", "plant", "reprice", "settle_flows", "shortlist", "simplex"]
 
 _LANES = 64
 
 
-@_compiled
+@compiled
 def shortlist(cost, rows, f, g, reach, most, column, count, first, last):
     """The cheapest arcs of ``rows[first:last]``: at most ``most`` with ``C_ij - g_j <= f_i + reach_i``, ``f_i`` the least.
 
@@ -54,7 +54,7 @@ def shortlist(cost, rows, f, g, reach, most, column, count, first, last):
         count[at] = found
 
 
-@_compiled
+@compiled
 def _within(reduced, m, above, upto, begin, into, room, found):
     """Append the places of numbers in ``(above, upto]``, from ``begin`` on and around, while there is room; their number."""
     for part in range(2):
@@ -73,7 +73,7 @@ def _within(reduced, m, above, upto, begin, into, room, found):
     return found
 
 
-@_compiled
+@compiled
 def lowest_arcs(cost, f, columns, row):
     """For some columns the row in which ``C_ij - f_i`` is least; -1 where there is none."""
     for k in range(len(columns)):
@@ -85,7 +85,7 @@ def lowest_arcs(cost, f, columns, row):
                 best, row[k] = x, i
 
 
-@_compiled
+@compiled
 def assign(start, column, cost, v, row_of, column_of, free, dear, budget):
     """Match the rows in ``free`` along shortest augmenting paths; all arrays are kept up to date.
 
@@ -196,7 +196,7 @@ def assign(start, column, cost, v, row_of, column_of, free, dear, budget):
     return failed
 
 
-@_compiled
+@compiled
 def _push(key, heap, size, x, j):
     k = size
     while k > 0:
@@ -209,7 +209,7 @@ def _push(key, heap, size, x, j):
     return size + 1
 
 
-@_compiled
+@compiled
 def _pop(key, heap, size):
     size -= 1
     x, j, k = key[size], heap[size], 0
@@ -227,7 +227,7 @@ def _pop(key, heap, size):
     return size
 
 
-@_compiled
+@compiled
 def plant(a, b, tail, head, price, order, dear, flow, parent, arc, size, after, before, pi):
     """A first tree of the network simplex: arcs in the given order take what both their ends still have.
 
@@ -313,7 +313,7 @@ def plant(a, b, tail, head, price, order, dear, flow, parent, arc, size, after, 
 _USUAL = 12  # arcs a node for which a block is the square root of their number; of fewer ones it sees more nodes
 
 
-@_compiled
+@compiled
 def simplex(tail, head, price, flow, parent, arc, size, after, before, pi, tolerance, max_steps):
     """Primal network simplex from a tree (:func:`plant`) until no arc of the list is cheaper than its potentials; its pivots.
 
@@ -423,12 +423,12 @@ def simplex(tail, head, price, flow, parent, arc, size, after, before, pi, toler
     return steps
 
 
-@_compiled
+@compiled
 def _chain(u, w, after, before):
     after[u], before[w] = w, u
 
 
-@_compiled
+@compiled
 def reprice(tail, price, parent, arc, after, pi, dear):
     """The potentials anew where an artificial arc costs ``dear``."""
     nodes = len(parent) - 1
@@ -441,7 +441,7 @@ def reprice(tail, price, parent, arc, after, pi, dear):
         u = after[u]
 
 
-@_compiled
+@compiled
 def settle_flows(a, b, tail, head, flow, parent, arc, size):
     """The flows of the tree anew from the weights alone, without what pivots have rounded."""
     n, nodes = len(a), len(parent) - 1

@@ -17,10 +17,10 @@ from itertools import count, pairwise
 import numpy as np
 import torch
 
-__all__ = ["allowed", "each_piece", "pieces", "summed", "torch_on"]
+__all__ = ["PIECES", "allowed", "each_piece", "pieces", "summed", "torch_on"]
 
 _SERIAL = 2**20  # entries that one thread reads before another one could start
-_PIECES = 8
+PIECES = 8
 _kept = threading.local()
 
 
@@ -49,7 +49,7 @@ def pieces(rows: int, entries: int) -> list[tuple[int, int]]:
     """Where to cut ``rows`` rows with ``entries`` entries in all: at multiples of four."""
     if entries < _SERIAL:
         return [(0, rows)] if rows else []
-    number = min(_PIECES, max(1, rows // 4))
+    number = min(PIECES, max(1, rows // 4))
     cuts = [4 * (rows * k // (4 * number)) for k in range(number)] + [rows]
     return [(first, last) for first, last in pairwise(cuts) if first < last]
 
