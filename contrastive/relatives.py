@@ -16,6 +16,7 @@ from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks
 from iotsolve.exact import Exact
 from iotsolve.kernels.bilinear import log_sums
+from iotsolve.kernels.precision import product
 from iotsolve.marginals import FIXED, FREE, number
 from iotsolve.problem import Problem, log_scaling
 from iotsolve.solve import run
@@ -132,7 +133,7 @@ class HardNegativeLoss(IOTLoss):
     def _tilt(self, points: Points, allowed: Tensor) -> Tensor:
         """``log b + g / hardness`` of the coupling of anchors and negatives: what its rows are a softmax of, beside the cost."""
         with torch.no_grad():
-            cost = torch.where(allowed, 1.0 - points.x @ points.y.mT, math.inf)
+            cost = torch.where(allowed, 1.0 - product(points.x, points.y.mT), math.inf)
             a, b = (allowed.any(axis).to(cost.dtype) for axis in (1, 0))
             problem = Problem.unchecked(
                 Dense(cost), a / a.sum(), b / b.sum(), epsilon=self.hardness, rows=FIXED, columns=FIXED, mass=None

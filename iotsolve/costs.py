@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.kernels import bilinear, products
+from iotsolve.kernels.precision import product
 from iotsolve.kernels.threads import allowed, each_piece, torch_on
 
 __all__ = ["METRICS", "Cost", "Dense", "Points", "busy", "calm", "quiet"]
@@ -390,15 +391,15 @@ class Points:
     def _unmasked(self) -> Float[Tensor, "*batch n m"]:
         x, y = self.x, self.y
         if self.metric == "cosine":
-            return 1 - (x / x.norm(dim=-1, keepdim=True)) @ (y / y.norm(dim=-1, keepdim=True)).mT
+            return 1 - product(x / x.norm(dim=-1, keepdim=True), (y / y.norm(dim=-1, keepdim=True)).mT)
         if self.metric in _PRODUCTS:
-            return _PRODUCTS[self.metric] - x @ y.mT
+            return _PRODUCTS[self.metric] - product(x, y.mT)
         if x.shape[-1] == 1:
             return (self.metric if callable(self.metric) else _OF_DIFFERENCES[self.metric])(x - y.mT)
         if self.metric == "euclidean":
             return METRICS["euclidean"](x.unsqueeze(-2), y.unsqueeze(-3))
         x, y = self._centred(x, y)
-        squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+        squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - product(2 * x, y.mT)
         return squared - squared.detach().clamp(max=0.0)  # not below 0, with the derivatives of what is not clamped
 
     def blocks(self) -> Iterator[tuple[slice, Dense]]:

@@ -23,7 +23,7 @@ from iotsolve.distributed import Alone, Ranks, Sharded
 from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
-from iotsolve.plans import Plan, is_quick, quick_plan
+from iotsolve.plans import Plan, quick_plan, streams
 from iotsolve.problem import Potentials, Problem, log_scaling, weighted
 from iotsolve.sinkhorn import Sinkhorn
 
@@ -302,7 +302,7 @@ def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str
     """
     with calm(problem.cost), torch.no_grad():
         eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
-        found = (_of_points if streams(problem) else _of_blocks)(problem, p, upstream, needed)
+        found = (_of_points if streams(problem.cost) else _of_blocks)(problem, p, upstream, needed)
         r, c = found["r"], found["c"]
         if "a" in needed:
             density = _density(r, problem.a, lifted, problem.cost, problem.b, p.g, eps, axis=-1)
@@ -472,7 +472,7 @@ def _pull_implicit(
         return (total if live.mass is None else total + w * live.mass).sum()
 
     def had(live: Problem) -> Tensor:
-        if streams(live) and (twin := _streamed_twin(live, p)) is not None:  # of this process's rows
+        if streams(live.cost) and (twin := _streamed_twin(live, p)) is not None:  # of this process's rows
             r, c = streamed_marginals(twin, _moved(twin, p))
             return ((u.flatten()[_own(live.cost)] + w) * r).sum() + (v.flatten() * c).sum()
         plan = live.plan(_moved(live, p))
@@ -492,11 +492,6 @@ def _added(ranks: Ranks | Alone, names: Sequence[str], found: Sequence[Tensor | 
     return tuple(z if name == "x" or z is None else ranks.sum(z) for name, z in zip(names, found, strict=True))
 
 
-def streams(problem: Problem) -> bool:
-    """Whether plans are read block by block, by one process or by many."""
-    return isinstance(problem.cost, Sharded) or (isinstance(problem.cost, Points) and problem.cost.is_bilinear)
-
-
 def _own(cost: Cost) -> slice:
     """This process's rows."""
     return cost.own if isinstance(cost, Sharded) else slice(None)
@@ -507,7 +502,7 @@ def streamable(problem: Problem, p: Potentials) -> Problem | None:
 
     With rows on many ranks, what all have is shared among them, for a loss that is the same on every one.
     """
-    twin = _streamed_twin(problem, p) if streams(problem) else None
+    twin = _streamed_twin(problem, p) if streams(problem.cost) else None
     if twin is None or not isinstance(problem.cost, Sharded):
         return twin
     ranks = problem.cost.ranks
@@ -566,7 +561,7 @@ def _adjoint(
     flat = problem.flat()
     f, g, lam = p.f.reshape(flat.a.shape), p.g.reshape(flat.b.shape), p.lam.reshape(-1)
     eps = flat.epsilon
-    if streams(flat) and is_quick(flat.cost):  # else the plan is held as a matrix
+    if streams(flat.cost):  # else the plan is held as a matrix
         plan = quick_plan(flat, Potentials(f, g, lam)).precise
         r, c = plan.marginals()
     else:
@@ -650,7 +645,7 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
     at which they carry exactly 0. So do the arcs between two empty bins whose potentials make even that weight count.
     """
-    if streams(problem) and (twin := _streamed_twin(problem, p)) is not None:
+    if streams(problem.cost) and (twin := _streamed_twin(problem, p)) is not None:
         return twin
     a, b, matrix = problem.a, problem.b, problem.cost.dense()
     empty_a, empty_b = a.detach() <= 0, b.detach() <= 0

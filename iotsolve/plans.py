@@ -17,10 +17,11 @@ from torch import Tensor
 from iotsolve.costs import Cost, Dense, Points, busy
 from iotsolve.distributed import Sharded
 from iotsolve.kernels import bilinear
+from iotsolve.kernels.precision import in_full
 from iotsolve.marginals import number
 from iotsolve.problem import Judged, Potentials, Problem, log_scaling
 
-__all__ = ["Chunk", "Factors", "Plan", "QuickPlan", "is_quick", "plan_of", "quick_plan"]
+__all__ = ["Chunk", "Factors", "Plan", "QuickPlan", "is_quick", "plan_of", "quick_plan", "streams"]
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,14 @@ class Plan:
     def apply(self, values: Tensor, *, axis: int) -> Tensor:
         """``P V`` of ``V (B, m, k)``, or with ``axis=-2`` ``P' V`` of ``V (B, n, k)``."""
         total = values.new_zeros(*(self.problem.a if axis == -1 else self.problem.b).shape, values.shape[-1])
-        with busy(self.problem.cost):
+        with busy(self.problem.cost), in_full():
             for chunk in self.read():
                 (chunk.add_times if axis == -1 else chunk.add_times_back)(total, values)
         return total
+
+    def normal(self, w: Tensor, v: Tensor) -> Tensor:
+        """``P' (w P v)``, shape ``(B, m)``."""
+        return self.times_back(w * self.times(v))
 
     def times(self, v: Tensor) -> Tensor:
         """``P v``, shape ``(B, n)``."""
@@ -187,12 +192,17 @@ class Plan:
 
 
 class QuickPlan(Plan):
-    """A plan on a CPU whose marginals are known, in float64, and whose products are quick, with an error of their own.
+    """A plan whose marginals are known, in float64, and whose products are quick, with an error of their own.
 
     The products are for what is small already, corrections and directions.
     """
 
     sums: tuple[Tensor, Tensor]
+
+    @property
+    def in_numpy(self) -> bool:
+        """Whether :meth:`product` serves it: on a CPU, where small vectors cost a tenth in NumPy."""
+        return self.sums[0].device.type == "cpu"
 
     @property
     def _marginals(self) -> tuple[Tensor, Tensor]:
@@ -321,10 +331,23 @@ class StreamedPlan(QuickPlan):
         """The same plan with products in float64."""
         return replace(self, form=self.double)
 
-    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
-        given = (torch.from_numpy(z[0]).to(self.form[0].dtype) for z in (w, v))
+    def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`product` of tensors, on their device."""
+        given = (z[0].to(self.form[0].dtype) for z in (w, v))
         found = bilinear.plan_product(*self.form, self.problem.cost.barred, *given, as_given=as_given)
-        return tuple(z.double().numpy()[None] for z in found)
+        return tuple(z.double()[None] for z in found)
+
+    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(z.numpy() for z in self.pair(*map(torch.from_numpy, (w, v)), as_given=as_given))
+
+    def normal(self, w: Tensor, v: Tensor) -> Tensor:
+        return self.pair(w, v, as_given=False)[1]
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.pair(torch.zeros_like(self.sums[0]), v, as_given=True)[0]
+
+    def times_back(self, u: Tensor) -> Tensor:
+        return self.pair(u, torch.zeros_like(self.sums[1]), as_given=True)[1]
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         given = (z[0].to(self.form[0].dtype) for z in (w, rows))
@@ -363,11 +386,10 @@ class ShardedPlan(StreamedPlan):
     def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
         return self.exact._sums(of)
 
-    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+    def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
         cost = self.problem.cost
-        rows, columns = super().product(w[..., cost.own], v, as_given=as_given)
-        rows = cost.ranks.gather(torch.from_numpy(rows[0])).numpy()[None]
-        return rows, cost.ranks.sum(torch.from_numpy(columns)).numpy()
+        rows, columns = super().pair(w[..., cost.own], v, as_given=as_given)
+        return cost.ranks.gather(rows[0])[None], cost.ranks.sum(columns)
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         own = self.problem.cost.own
@@ -391,17 +413,18 @@ class _Spread(Plan):
         return self.problem.cost.ranks.sum(super().spread(w, rows))
 
 
+def streams(cost: Cost) -> bool:
+    """Whether plans of this cost are read block by block, by one process or by many: points, bilinear."""
+    return isinstance(cost, Sharded) or (isinstance(cost, Points) and cost.is_bilinear)
+
+
 def is_quick(cost: Cost) -> bool:
-    """Whether :func:`quick_plan` has a plan for this cost."""
-    if isinstance(cost, Sharded):
-        return cost.device.type == "cpu"
-    if isinstance(cost, Dense):
-        return cost.is_compiled
-    return isinstance(cost, Points) and cost.is_bilinear and cost.device.type == "cpu"
+    """Whether :func:`quick_plan` has a plan for this cost whose products are as quick as sweeps: on a CPU."""
+    return cost.is_compiled if isinstance(cost, Dense) else streams(cost) and cost.device.type == "cpu"
 
 
 def quick_plan(problem: Problem, p: Potentials, *, single: bool = False, lazy: bool = False) -> QuickPlan:
-    """The plan of potentials in float64, of a flat problem with a quick cost; the options are those of a stored plan."""
+    """The plan of potentials in float64, of a flat problem whose cost is quick or streams; the options are a stored plan's."""
     if isinstance(problem.cost, Dense):
         return StoredPlan.of(problem, p, single=single, lazy=lazy)
     return (ShardedPlan if isinstance(problem.cost, Sharded) else StreamedPlan).of(problem, p)
@@ -409,7 +432,8 @@ def quick_plan(problem: Problem, p: Potentials, *, single: bool = False, lazy: b
 
 def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, lazy: bool = False) -> Plan:
     """The plan of potentials, or an exact one, dense or sparse, of a flat problem; ``lazy`` if only its sums are wanted."""
-    if exact is None and is_quick(problem.cost) and (isinstance(problem.cost, Dense) or p.f.dtype == torch.float64):
+    streamed = streams(problem.cost) and p.f.dtype == torch.float64
+    if exact is None and (streamed or (isinstance(problem.cost, Dense) and is_quick(problem.cost))):
         return quick_plan(problem, p, lazy=lazy)
     if exact is None:
 

@@ -24,9 +24,9 @@ from iotsolve.gradient import (
     streamable,
     streamed_marginals,
     streamed_parts,
-    streams,
 )
-from iotsolve.plans import Plan, in_batch, plan_of
+from iotsolve.kernels.precision import product
+from iotsolve.plans import Plan, in_batch, plan_of, streams
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.solver import Status
 
@@ -117,8 +117,8 @@ class Solution:
     def _read(self) -> Plan | None:
         """The plan to be read without holding it, where it is large and nothing but the value is to be differentiated."""
         sparse = self.exact_plan is not None and self.exact_plan.is_sparse
-        streams = not isinstance(self.problem.cost, Dense) and self.exact_plan is None
-        if not sparse and not (streams and isinstance(self.differentiation, Envelope)):
+        never_held = not isinstance(self.problem.cost, Dense) and self.exact_plan is None
+        if not sparse and not (never_held and isinstance(self.differentiation, Envelope)):
             return None
         flat = self.problem.detach().to(self.potentials.f.dtype).flat()
         p = Potentials(*(x.reshape(y.shape) for x, y in zip(self._frozen, (flat.a, flat.b, flat.a[:, 0]), strict=True)))
@@ -135,7 +135,7 @@ class Solution:
             return None
         ranks = self.problem.cost.ranks if isinstance(self.problem.cost, Sharded) else Alone()
         if isinstance(self.differentiation, Envelope):
-            return (self.problem.working(), self.potentials, ranks) if streams(self.problem) else None
+            return (self.problem.working(), self.potentials, ranks) if streams(self.problem.cost) else None
         twin = streamable(self.problem.to(torch.float64), self.potentials.to(torch.float64))
         if twin is None:
             return None
@@ -217,7 +217,7 @@ class Solution:
                 found = found.reshape(*given.shape[:-2], *found.shape[-2:])
             else:
                 plan = self._plan if axis == -1 else self._plan.mT
-                found = plan @ given.to(plan.dtype)
+                found = product(plan, given.to(plan.dtype))
         if isinstance(self.differentiation, Envelope):
             found = self.differentiation.plan(self.problem, found)
         return self.problem.leave(found.squeeze(-1) if single else found)

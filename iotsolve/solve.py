@@ -238,7 +238,7 @@ class _Automatic:
         else:
             second, small = is_quick(problem.cost), n * m <= _FITS
             done = _climbed(problem, Sinkhorn(max_steps=_QUICK if second or small else _PATIENT, **options), start)
-            if second or (isinstance(problem.cost, Points) and not small):
+            if second or (isinstance(problem.cost, Points | Sharded) and not small):
                 done = _continued(problem, done, newton.run)
         if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))

@@ -26,6 +26,7 @@ from iotsolve import (
     Envelope,
     Implicit,
     Interior,
+    Newton,
     Points,
     Problem,
     Sinkhorn,
@@ -37,6 +38,7 @@ from iotsolve import (
 )
 from iotsolve.kernels import bilinear, threads
 from iotsolve.kernels.products import plan_times
+from iotsolve.plans import QuickPlan
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "sphere", "dot")
 TIGHT = Interior(tolerance=1e-13, stationary=True)
@@ -606,6 +608,44 @@ def test_distances_too_many_for_an_interior_point_are_solved_by_second_order(mon
     assert solution.certificate.holds and 20 < solution.steps < 60
     monkeypatch.setattr(front.Newton, "run", lambda self, problem, start: solver.iterate(problem, Sinkhorn(max_steps=1), start))
     assert not solve(problem, throw=False).converged
+
+
+@pytest.mark.parametrize("sides", [{}, {"rows": KL(1.0)}, {"rows": AT_MOST, "columns": AT_MOST, "mass": 0.7}], ids=str)
+def test_second_order_in_tensors_is_that_in_numpy(sides, monkeypatch):
+    """As on a device, where nothing is NumPy's: steps, and derivatives by their linear system."""
+    found, drawn = [], np.random.default_rng(1).normal(size=60)
+    for in_numpy in (True, False):
+        asked = []
+        monkeypatch.setattr(QuickPlan, "in_numpy", property(lambda plan, is_so=in_numpy, asked=asked: asked.append(1) or is_so))
+        x, y = leaves(*clouds(60, 50))
+        solution = solve(Problem(Points(x, y), epsilon=0.2, **sides), Newton(tolerance=1e-12), gradient=Implicit())
+        (solution.f * torch.tensor(drawn)).sum().backward()
+        assert asked and solution.converged
+        found.append([solution.f.detach(), solution.g.detach(), x.grad, y.grad])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_double_points_begin_in_single_precision(monkeypatch):
+    """And end where they would have: the first sweeps are half the work."""
+    front, seen = sys.modules["iotsolve.solve"], []
+    step = front.iterate
+
+    def counted(problem, solver, start):
+        done = step(problem, solver, start)
+        seen.append((problem.dtype, max(done.steps)))
+        return done
+
+    monkeypatch.setattr(front, "iterate", counted)
+    cost = Points(*clouds(600, 600))
+    climbed = solve(Problem(cost, epsilon=1.0), tolerance=1e-10)
+    assert [dtype for dtype, _ in seen] == [torch.float32, torch.float64] and seen[1][1] < seen[0][1] + 20
+    assert climbed.steps == sum(steps for _, steps in seen) and climbed.certificate.holds
+    direct = solve(Problem(cost, epsilon=1.0), Sinkhorn(tolerance=1e-10))
+    np.testing.assert_allclose(climbed.value, direct.value, rtol=1e-9)
+    seen.clear()
+    front._climbed(Problem(cost, epsilon=1e-7).flat(), Sinkhorn(max_steps=1), None)
+    assert [dtype for dtype, _ in seen] == [torch.float64]  # single precision has no digit of such exponents
 
 
 @over_metrics

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from iotsolve.kernels import backends
 from iotsolve.kernels.once import final
+from iotsolve.kernels.precision import in_full
 from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
 __all__ = [
@@ -417,8 +418,9 @@ def each_block(
         u, v = (z.unsqueeze(-1) for z in added)
         x, y = torch.cat([x, torch.ones_like(u), u], -1), torch.cat([y, v, torch.ones_like(v)], -1)
     if not worth:
-        for part, block, second in _blocks(x, y, barred, spare, _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE):
-            visit(0, part, block, second)
+        with in_full():
+            for part, block, second in _blocks(x, y, barred, spare, _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE):
+                visit(0, part, block, second)
         return
 
     def work(k: int, first: int, last: int) -> None:
@@ -427,7 +429,7 @@ def each_block(
             for part, block, second in _blocks(x[first:last], y, _cut(barred, slice(first, last)), spare, _BLOCK // 4):
                 visit(k, slice(first + part.start, first + part.stop), block, second)
 
-    with torch_on(1):
+    with torch_on(1), in_full():
         each_piece(len(x), 4 * len(x) * len(y), work)  # four times the work of the passes it counts by
 
 

@@ -1,0 +1,80 @@
+"""Products of float32 numbers in float32: never in tf32 or bfloat16, whatever torch was told for the networks beside us."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_full", "product"]
+
+_EXACT = ("none", "ieee")
+
+
+def _settings() -> tuple[tuple[Any, str], ...]:
+    """Where torch keeps the precision of products of float32 numbers; it has moved."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return ()
+    return tuple((owner, "fp32_precision") for owner in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))
+
+
+def _is_loose() -> bool:
+    if not (settings := _settings()):
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(getattr(*setting) not in _EXACT for setting in settings) or torch.backends.fp32_precision not in _EXACT
+
+
+class in_full:
+    """``with in_full():`` products in the precision of their numbers. The setting is the process's: whoever comes first sets it,
+    and who leaves last puts it back.
+    """
+
+    _lock, _inside = threading.Lock(), 0
+    _before: list[Any]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if in_full._inside == 0:
+                in_full._before = self._tightened() if _is_loose() else []
+            in_full._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            in_full._inside -= 1
+            if in_full._inside == 0:
+                for put_back in in_full._before:
+                    put_back()
+
+    def _tightened(self) -> list[Any]:
+        if not (settings := _settings()):
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            return [lambda: torch.set_float32_matmul_precision(before)]
+        known = [(*setting, getattr(*setting)) for setting in settings]
+        for owner, name, _ in known:
+            setattr(owner, name, "ieee")
+        return [lambda owner=owner, name=name, value=value: setattr(owner, name, value) for owner, name, value in known]
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` in the precision of its numbers, as are the derivatives of any order."""
+    loose = x.dtype == torch.float32 and _is_loose()
+    return _Product.apply(x, y) if loose else x @ y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        with in_full():
+            return x @ y
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, y = ctx.saved_tensors
+        of_x, of_y = ctx.needs_input_grad
+        gx = _Product.apply(upstream, y.mT) if of_x else None
+        gy = _Product.apply(x.mT, upstream) if of_y else None
+        return None if gx is None else gx.sum_to_size(x.shape), None if gy is None else gy.sum_to_size(y.shape)

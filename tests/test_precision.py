@@ -1,0 +1,127 @@
+"""Products of float32 numbers are made in float32, whatever torch was told to do for the networks beside us."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contrastive import ClipLoss, DCLLoss, InfoNCELoss, MatchingGapLoss, SinkhornNCELoss
+from iotsolve import KL, Implicit, Points, Problem, solve
+from iotsolve.kernels import threads
+from iotsolve.kernels.precision import in_full, product
+
+HAS_BACKENDS = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+OURS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}  # what tensor cores would take
+
+
+def told():
+    """What torch makes products in, on a GPU and on a CPU."""
+    if not HAS_BACKENDS:
+        return (torch.get_float32_matmul_precision(),)
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+class Products(TorchDispatchMode):
+    """The settings under which products of float32 numbers are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in OURS and any(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in args):
+            self.seen.append(told())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["high", "medium"])
+def loose(request, monkeypatch):
+    monkeypatch.setattr(threads, "allowed", lambda: 1)  # what other threads do would not be seen
+    torch.set_float32_matmul_precision(request.param)
+    before = told()
+    yield before
+    assert told() == before and torch.get_float32_matmul_precision() == request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def clouds(n=600, m=600, d=8):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(k, d, generator=draw).requires_grad_() for k in (n, m)]
+
+
+def potentials():
+    x, y = clouds()
+    solution = solve(Problem(Points(x, y), epsilon=4.0), gradient=Implicit())
+    (solution.f.sum() + solution.apply(y).sum() + solution.transport_cost).backward()
+    assert solution.certificate.holds
+
+
+def dense():
+    x, y = clouds(40, 30)
+    solution = solve(Problem(Points(x, y, "cosine").dense(), epsilon=0.5, rows=KL(1.0)), gradient=Implicit())
+    (solution.value + solution.apply(y).sum()).backward()
+
+
+def loss(kind):
+    def made():
+        kind(0.2)(*clouds()).backward()
+
+    return made
+
+
+WORK = {"points": potentials, "dense": dense} | {
+    kind.__name__: loss(kind) for kind in (InfoNCELoss, ClipLoss, DCLLoss, SinkhornNCELoss, MatchingGapLoss)
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_no_product_is_made_in_less_than_float32(name, loose):
+    with Products() as products:
+        WORK[name]()
+    assert products.seen
+    assert all(set(seen) <= {"highest", "ieee", "none"} for seen in products.seen)
+
+
+def test_the_count_sees_a_product_in_less(loose):
+    with Products() as products:
+        torch.ones(3, 3) @ torch.ones(3, 3)
+    assert products.seen == [loose]
+
+
+def test_a_product_has_the_derivatives_of_torchs(loose):
+    x, y = (torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True))
+    for first, second in ((product(x, y), x @ y),):
+        torch.testing.assert_close(first, second)
+        mine, theirs = (torch.autograd.grad(z.square().sum(), (x, y), create_graph=True) for z in (first, second))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+        again = [torch.autograd.grad(sum(z.square().sum() for z in found), (x, y)) for found in (mine, theirs)]
+        for a, b in zip(*again, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_who_leaves_last_puts_the_setting_back(loose):
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with in_full():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with in_full():
+        thread.start()
+        assert inside.wait(10)
+    assert told() != loose  # one is still at it
+    leave.set()
+    thread.join()
+    assert told() == loose
+
+
+def test_where_torch_is_exact_nothing_is_touched():
+    before = told()
+    with in_full():
+        assert told() == before
+    np.testing.assert_array_equal(product(torch.eye(2), torch.eye(2)), np.eye(2))
