@@ -492,7 +492,7 @@ class Points:
         """
         x, y, p, q = self.bilinear_form(epsilon)
         rows, columns = log_rows.flatten() + p, log_columns.flatten() + q
-        return products.plan_times(x, y, rows, columns, values, self.barred, turned=axis == -2)
+        return products.plan_times(x, y, rows, columns, values, self.barred, turned=axis == -2, backend=self.backend)
 
     def transport(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Tensor:
         """``<C, P>`` of :meth:`gibbs`, a number, of a bilinear cost: as :meth:`plan_times`."""

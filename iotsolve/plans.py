@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, busy
 from iotsolve.distributed import Sharded
-from iotsolve.kernels import bilinear
+from iotsolve.kernels import bilinear, products
 from iotsolve.kernels.precision import in_full
 from iotsolve.marginals import number
 from iotsolve.problem import Judged, Potentials, Problem, log_scaling
@@ -331,8 +331,13 @@ class StreamedPlan(QuickPlan):
         """The same plan with products in float64."""
         return replace(self, form=self.double)
 
+    def one(self, z: Tensor, *, turned: bool) -> Tensor:
+        """``P z``, or ``P' z``, by kernels where they serve."""
+        column = z[0].to(self.form[0].dtype).unsqueeze(-1)
+        return products.plan_times(*self.form, column, self.problem.cost.barred, turned=turned)[:, 0].double()[None]
+
     def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
-        """:meth:`product` of tensors, on their device."""
+        """:meth:`product` of tensors."""
         given = (z[0].to(self.form[0].dtype) for z in (w, v))
         found = bilinear.plan_product(*self.form, self.problem.cost.barred, *given, as_given=as_given)
         return tuple(z.double()[None] for z in found)
@@ -341,13 +346,13 @@ class StreamedPlan(QuickPlan):
         return tuple(z.numpy() for z in self.pair(*map(torch.from_numpy, (w, v)), as_given=as_given))
 
     def normal(self, w: Tensor, v: Tensor) -> Tensor:
-        return self.pair(w, v, as_given=False)[1]
+        return self.pair(w, v, as_given=False)[1] if self.in_numpy else super(QuickPlan, self).normal(w, v)
 
     def times(self, v: Tensor) -> Tensor:
-        return self.pair(torch.zeros_like(self.sums[0]), v, as_given=True)[0]
+        return self.one(v, turned=False)
 
     def times_back(self, u: Tensor) -> Tensor:
-        return self.pair(u, torch.zeros_like(self.sums[1]), as_given=True)[1]
+        return self.one(u, turned=True)
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         given = (z[0].to(self.form[0].dtype) for z in (w, rows))
@@ -385,6 +390,12 @@ class ShardedPlan(StreamedPlan):
 
     def _sums(self, of: Callable[[Chunk], Tensor]) -> tuple[Tensor, Tensor]:
         return self.exact._sums(of)
+
+    def one(self, z: Tensor, *, turned: bool) -> Tensor:
+        cost = self.problem.cost
+        if turned:
+            return cost.ranks.sum(super().one(z[..., cost.own], turned=True))
+        return cost.ranks.gather(super().one(z, turned=False)[0])[None]
 
     def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
         cost = self.problem.cost

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from iotsolve.kernels import bilinear, streamed
+from iotsolve.kernels.products import plan_times
 
 torch.set_default_device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
@@ -129,6 +130,24 @@ def test_a_point_far_away_spoils_nothing(weight):
     ours = streamed.pull(x, y, u, v, None, [s.float() for s in expected], upstream, (True,) * 4)
     for one, other, kept in zip(ours[:2], exact[:2], near, strict=True):
         assert_near(one[kept], other[kept], 1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("barred", [None, "list"])
+@pytest.mark.parametrize("large", [1e4, 0.0])
+def test_products_with_a_plan(large, barred, turned):
+    """Values of another size than the points cost no digits of either; derivatives in them are products too."""
+    x, y, u, v, mask = case(40, 70, 9, torch.float32, barred)
+    values = large * torch.randn(40 if turned else 70, 5)
+    wide = x.double(), y.double(), u.double(), v.double()
+    live, exact = values.clone().requires_grad_(), values.double().requires_grad_()
+    found = plan_times(x, y, u, v, live, mask, turned=turned, backend="triton")
+    expected = plan_times(*wide, exact, mask, turned=turned)
+    size = float(torch.exp(torch.stack(bilinear._log_sums(*wide, mask)[turned : turned + 1]).amax())) * max(large, 1e-30)
+    assert_near(found.detach() / max(large, 1.0), expected.detach() / max(large, 1.0), 1e-5, size / max(large, 1.0))
+    drawn = torch.randn(found.shape)
+    (mine,), (theirs,) = (torch.autograd.grad((drawn.to(z.dtype) * z).sum(), at) for z, at in ((found, live), (expected, exact)))
+    assert_near(mine, theirs, 1e-5, float(theirs.abs().max()))
 
 
 def test_points_are_halved_once(monkeypatch):

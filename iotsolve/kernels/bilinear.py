@@ -23,7 +23,7 @@ from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
 __all__ = [
     *("log_sums", "plan_product", "plan_spread", "plan_sums"),
-    *("accumulators", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
+    *("accumulators", "agrees", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
 ]
 
 
@@ -69,7 +69,7 @@ class _LogSums(torch.autograd.Function):
         backend: str,
         how: dict[str, bool],
     ):
-        kernels = backends.chosen(backend, x, _agrees)
+        kernels = backends.chosen(backend, x, agrees)
         log_sums, ctx.pull = _log_sums, _pull
         if kernels is not None:
             log_sums, ctx.pull = partial(kernels.log_sums, **how), partial(kernels.pull, **how)
@@ -91,7 +91,7 @@ _ONCE = (
 )
 
 
-def _agrees(kernels: ModuleType, device: torch.device) -> bool:
+def agrees(kernels: ModuleType, device: torch.device) -> bool:
     """Whether kernels give what the code below gives, on a small case without a friendly size."""
     draw = torch.Generator().manual_seed(0)
     x, y, u, v, *upstream = (

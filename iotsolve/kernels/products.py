@@ -6,11 +6,13 @@ with a column's: one function is closed under differentiation, and no order of i
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iotsolve.kernels import bilinear
+from iotsolve.kernels import backends, bilinear
 
 __all__ = ["plan_times"]
 
@@ -27,6 +29,7 @@ def plan_times(
     *,
     turned: bool = False,
     factors: Pairs = (),
+    backend: str = "auto",
 ) -> Tensor:
     """``P values``, or ``P' values`` if ``turned``, of ``P_ij = exp(u_i + v_j + x_i . y_j) prod_k (l^k_i . r^k_j)``.
 
@@ -38,20 +41,34 @@ def plan_times(
         values: shape ``(m, k)``, or ``(n, k)`` if ``turned``.
         barred: entries left out, as in :func:`iotsolve.kernels.bilinear.log_sums`.
         factors: pairs ``l^k, r^k`` of shapes ``(n, c)`` and ``(m, c)``.
+        backend: see :func:`iotsolve.kernels.backends.chosen`; what has factors is torch's.
 
     Returns:
         Shape ``(n, k)``, or ``(m, k)``; differentiable any number of times in everything but ``barred``.
     """
-    return _Times.apply(barred, turned, x, y, u, v, values, *(z for pair in factors for z in pair))
+    return _Times.apply(barred, turned, backend, x, y, u, v, values, *(z for pair in factors for z in pair))
 
 
 class _Times(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, barred: Tensor | None, turned: bool, x: Tensor, y: Tensor, u: Tensor, v: Tensor, values: Tensor, *flat: Tensor
+        ctx,
+        barred: Tensor | None,
+        turned: bool,
+        backend: str,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor,
+        v: Tensor,
+        values: Tensor,
+        *flat: Tensor,
     ) -> Tensor:
-        product = _times(x, y, u, v, values, barred, turned, _paired(flat))
-        ctx.barred, ctx.turned = barred, turned
+        kernels = None if flat else backends.chosen(backend, x, bilinear.agrees)
+        if kernels is None:
+            product = _times(x, y, u, v, values, barred, turned, _paired(flat))
+        else:
+            product = _as_derivative(kernels, x, y, u, v, values, barred, turned)
+        ctx.barred, ctx.turned, ctx.backend = barred, turned, backend
         ctx.save_for_backward(product, x, y, u, v, values, *flat)
         return product
 
@@ -59,11 +76,11 @@ class _Times(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         product, x, y, u, v, values, *flat = ctx.saved_tensors
         turned, factors = ctx.turned, _paired(flat)
-        _, _, of_x, of_y, of_u, of_v, of_values, *of_flat = ctx.needs_input_grad
+        _, _, _, of_x, of_y, of_u, of_v, of_values, *of_flat = ctx.needs_input_grad
         more = ((values, upstream) if turned else (upstream, values),)
 
         def times(z: Tensor, to_columns: bool, factors: Pairs) -> Tensor:
-            return plan_times(x, y, u, v, z, ctx.barred, turned=to_columns, factors=factors)
+            return plan_times(x, y, u, v, z, ctx.barred, turned=to_columns, factors=factors, backend=ctx.backend)
 
         back = None
         if of_values or (of_u if turned else of_v):
@@ -80,11 +97,39 @@ class _Times(torch.autograd.Function):
             others = (*factors[:k], *factors[k + 1 :], *more)
             found.append(times(right, False, others) if of_flat[2 * k] else None)
             found.append(times(left, True, others) if of_flat[2 * k + 1] else None)
-        return None, None, *found
+        return None, None, None, *found
 
 
 def _paired(flat: tuple[Tensor, ...] | list[Tensor]) -> Pairs:
     return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _as_derivative(
+    kernels: ModuleType,
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    values: Tensor,
+    barred: Tensor | None,
+    turned: bool,
+) -> Tensor:
+    """The product as a derivative of logarithmic sums: in features that the one side has and that are 0 on the other.
+
+    The values are brought to the size of the points first, whose digits they would take otherwise.
+    """
+    own, other = (y, x) if turned else (x, y)
+    largest = values.abs().amax()
+    unit = torch.where(largest > 0, other.abs().amax().clamp(min=2.0**-60) / largest, 1.0)
+    wide = torch.cat([other, values * unit], -1)
+    narrow = torch.cat([own, own.new_zeros(len(own), values.shape[1])], -1)
+    if turned:
+        sums = kernels.log_sums(x, y, u, None, barred)[1]
+        needed, given = (False, True, False, False), (wide, narrow, u, None, barred, (None, sums), (None, (v + sums).exp()))
+    else:
+        sums = kernels.log_sums(x, y, None, v, barred)[0]
+        needed, given = (True, False, False, False), (narrow, wide, None, v, barred, (sums, None), ((u + sums).exp(), None))
+    return kernels.pull(*given, needed)[int(turned)][:, own.shape[1] :] / unit
 
 
 def _times(
