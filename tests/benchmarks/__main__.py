@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from scipy.sparse import coo_array
+from scipy.spatial.distance import cdist
 
 from tests.benchmarks import cases, page, peers
 from tests.benchmarks.measure import Entry, Row, Slow, peak_memory, race, remember, timed
@@ -41,6 +42,7 @@ PACKAGES = (
     "ott-jax",
     "jax",
     "geomloss",
+    "pykeops",
     "regot",
     "mdot-tnt",
     "lapjv",
@@ -173,6 +175,42 @@ def _many(case: cases.Many) -> Row:
     )
 
 
+def points(quick: bool) -> Iterator[Callable[[], Row]]:
+    for single in (True, False):
+        for d in (3, 64):
+            for epsilon in (0.1, 0.01, 0.001):
+                slow: Slow = {}
+                for n in (2000,) if quick else (2000, 10_000):
+                    yield partial(_points, cases.Clouds(n, d, epsilon, single), slow)
+
+
+def _points(case: cases.Clouds, slow: Slow) -> Row:
+    x, y, epsilon = case.data()
+    return race(
+        Row(f"points, {'float32' if case.single else 'float64'}, to {case.accuracy:g}", case.name, case.accuracy),
+        lambda: peers.ours_points(x, y, epsilon, case.accuracy),
+        lambda solution: (solution.f, solution.g),
+        peers.POINTS,
+        lambda peer, threshold: peer.solve(x, y, epsilon, threshold),
+        lambda found: marginal_error(x, y, epsilon, *found),
+        slow,
+        case.n,
+    )
+
+
+def marginal_error(x: np.ndarray, y: np.ndarray, epsilon: float, f: np.ndarray, g: np.ndarray) -> float:
+    """L1 error of both marginals of the plan of potentials, in float64, a few rows at a time."""
+    x, y, f, g = (np.asarray(z, np.float64) for z in (x, y, f, g))
+    rows, columns = np.empty(len(x)), np.zeros(len(y))
+    for k in range(0, len(x), 500):
+        part = slice(k, k + 500)
+        with np.errstate(over="ignore"):
+            plan = np.exp((f[part, None] + g - cdist(x[part], y, "sqeuclidean")) / epsilon) / (len(x) * len(y))
+        rows[part] = plan.sum(1)
+        columns += plan.sum(0)
+    return float(np.abs(rows - 1 / len(x)).sum() + np.abs(columns - 1 / len(y)).sum())
+
+
 def gradients(quick: bool) -> Iterator[Callable[[], Row]]:
     for epsilon in (0.1, 0.05):
         yield partial(_gradient, 512 if quick else 2048, 128, epsilon)
@@ -226,6 +264,7 @@ GROUPS = {
     "exact": exact,
     "unbalanced": unbalanced,
     "many": many,
+    "points": points,
     "gradients": gradients,
 }
 

@@ -117,3 +117,30 @@ class Many:
         found = np.square(x - y).sum(-1)
         uniform = weights(self.n, 1, uniform=True)
         return found / found.max((1, 2), keepdims=True), uniform, uniform
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """Balanced transport between points whose costs nobody holds, to an L1 error of both marginals together.
+
+    Uniform in a cube, the other cloud drawn towards a corner; ``epsilon`` in squared diameters of the cube.
+    """
+
+    n: int
+    d: int
+    epsilon: float
+    single: bool
+
+    @property
+    def accuracy(self) -> float:
+        return 1e-4 if self.single else 1e-8
+
+    @property
+    def name(self) -> str:
+        return f"n = {self.n}, d = {self.d}, eps = {self.epsilon:g}"
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, float]:
+        rng = np.random.default_rng(0)
+        x, y = rng.random((self.n, self.d)), rng.random((self.n, self.d)) ** 1.3
+        dtype = np.float32 if self.single else np.float64
+        return x.astype(dtype), y.astype(dtype), self.epsilon * self.d

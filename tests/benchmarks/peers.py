@@ -262,3 +262,90 @@ MANY = (
     Peer("POT, in a loop", ("ot",), _pot_loop),
     Peer("POT, batch in torch", ("ot",), _pot_batch, (1.0, 0.1)),
 )
+
+
+# -- points, whose costs nobody holds ----------------------------------------------------------------------------------
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""Potentials, of which the plan between equal weights is ``exp((f + g - C) / epsilon) / (n m)``."""
+
+
+def ours_points(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Any:
+    from iotsolve import Points, Problem, solve
+
+    solution = solve(Problem(Points(x, y), epsilon=epsilon), tolerance=threshold)
+    assert solution.certificate.holds
+    return solution
+
+
+def _geomloss_points(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Pair:
+    """In KeOps; it has no stopping rule but the number of iterations."""
+    import torch
+    from geomloss import ot
+
+    most = min(100, round(0.01 / threshold))
+    found = ot.solve_sample(torch.from_numpy(x), torch.from_numpy(y), reg=epsilon, max_iter=most)
+    return found.potential_a.numpy(), found.potential_b.numpy()
+
+
+def _keops(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Pair:
+    """Sweeps as its users write them, until the marginals are as near as asked."""
+    import torch
+    from pykeops.torch import LazyTensor
+
+    x, y = (torch.from_numpy(z) for z in (x, y))
+    lazy = -((LazyTensor(x[:, None]) - LazyTensor(y[None])) ** 2).sum(-1) / epsilon
+    f, g = torch.zeros(len(x), 1, dtype=x.dtype), torch.zeros(len(y), 1, dtype=x.dtype)
+    log_n, log_m = float(np.log(len(x))), float(np.log(len(y)))
+    for _ in range(_STEPS):
+        fresh = log_m - (lazy + LazyTensor(g[None])).logsumexp(1)
+        off = float((torch.expm1(f - fresh)).abs().mean())
+        f = fresh
+        if off < threshold:
+            break
+        g = log_n - (lazy + LazyTensor(f[:, None])).logsumexp(0)[:, None].reshape(-1, 1)
+    return epsilon * f[:, 0].numpy(), epsilon * g[:, 0].numpy()
+
+
+def _ott_points(batch: int | None) -> Work:
+    made: dict[str, Any] = {}
+
+    def solve(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Pair:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        from ott.geometry import pointcloud
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
+
+        if "run" not in made:
+
+            def run(x: Any, y: Any, epsilon: Any, threshold: Any) -> Any:
+                solver = sinkhorn.Sinkhorn(threshold=threshold, max_iterations=_STEPS, inner_iterations=5)
+                geom = pointcloud.PointCloud(x, y, epsilon=epsilon, batch_size=batch)
+                found = solver(linear_problem.LinearProblem(geom))
+                return found.f, found.g
+
+            made["run"] = jax.jit(run)
+        f, g = made["run"](x, y, epsilon, threshold)
+        n, m = len(x), len(y)
+        return np.asarray(f) + epsilon * np.log(n), np.asarray(g) + epsilon * np.log(m)
+
+    return solve
+
+
+def _pot_points(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Pair:
+    import ot
+
+    options = dict(isLazy=True, batchSize=1000, numIterMax=2000, stopThr=threshold, warn=False, log=True)
+    f, g, _ = ot.bregman.empirical_sinkhorn(x, y, epsilon, **options)
+    return epsilon * (f + np.log(len(x))), epsilon * (g + np.log(len(y)))
+
+
+POINTS = (
+    Peer("KeOps", ("pykeops",), _keops),
+    Peer("GeomLoss", ("geomloss", "pykeops"), _geomloss_points, (1.0,)),
+    Peer("OTT-JAX, in batches", ("ott",), _ott_points(1024)),
+    Peer("OTT-JAX, at once", ("ott",), _ott_points(None)),
+    Peer("POT, lazy", ("ot",), _pot_points),
+)
