@@ -220,6 +220,7 @@ class _Automatic:
             return _continued(
                 problem, self._judged(problem, *found), lambda left, _: self._search(left, None, together=False)
             )
+        problem = _held(problem)
         n, m = problem.shape[-2:]
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
         newton, interior = Newton(**options), Interior(**options)
@@ -244,6 +245,17 @@ class _Automatic:
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
         return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(max_steps=sweeps, **options), p))
+
+
+def _held(problem: Problem) -> Problem:
+    """Of few points on a CPU, the cost as a matrix, forgotten after the solve: sweeps of a stored kernel take a tenth of it."""
+    cost = problem.cost
+    if isinstance(cost, Points) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW:
+        return problem.with_cost(Dense(cost.dense()))
+    return problem
+
+
+_FEW = 2**24  # arcs
 
 
 def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Outcome:

@@ -601,7 +601,7 @@ def assert_held(action, blocks):
 def test_distances_too_many_for_an_interior_point_are_solved_by_second_order(monkeypatch):
     """As on a device: after the sweeps it has patience for, a solve goes on in blocks of the plan, and is certified."""
     front = sys.modules["iotsolve.solve"]
-    for name, value in (("_FITS", 100), ("_PATIENT", 20), ("_LAST", 1)):
+    for name, value in (("_FEW", 0), ("_FITS", 100), ("_PATIENT", 20), ("_LAST", 1)):
         monkeypatch.setattr(front, name, value)
     problem = Problem(Points(*clouds(60, 50), "euclidean"), epsilon=0.02)
     solution = solve(problem)
@@ -626,6 +626,17 @@ def test_second_order_in_tensors_is_that_in_numpy(sides, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
+@over_regimes
+@over_metrics
+def test_points_too_many_for_a_matrix_have_its_answer(metric, regime, monkeypatch):
+    """What the automatic solver does with them, as if these were."""
+    points, matrix = both(metric, regime, 0.5)
+    expected = solve(matrix, tolerance=1e-10)
+    monkeypatch.setattr(sys.modules["iotsolve.solve"], "_FEW", 0)
+    assert_same(solve(points, tolerance=1e-10), expected, rtol=1e-5, atol=1e-5)
+    assert solve(points).certificate.holds
+
+
 def test_double_points_begin_in_single_precision(monkeypatch):
     """And end where they would have: the first sweeps are half the work."""
     front, seen = sys.modules["iotsolve.solve"], []
@@ -637,6 +648,7 @@ def test_double_points_begin_in_single_precision(monkeypatch):
         return done
 
     monkeypatch.setattr(front, "iterate", counted)
+    monkeypatch.setattr(front, "_FEW", 0)
     cost = Points(*clouds(600, 600))
     climbed = solve(Problem(cost, epsilon=1.0), tolerance=1e-10)
     assert [dtype for dtype, _ in seen] == [torch.float32, torch.float64] and seen[1][1] < seen[0][1] + 20

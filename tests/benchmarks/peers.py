@@ -266,6 +266,7 @@ MANY = (
 
 # -- points, whose costs nobody holds ----------------------------------------------------------------------------------
 
+_SWEEPS = 400  # of points nobody may take more: each is ten to a hundred times as dear as one of a matrix
 Pair = tuple[np.ndarray, np.ndarray]
 """Potentials, of which the plan between equal weights is ``exp((f + g - C) / epsilon) / (n m)``."""
 
@@ -297,7 +298,7 @@ def _keops(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Pa
     lazy = -((LazyTensor(x[:, None]) - LazyTensor(y[None])) ** 2).sum(-1) / epsilon
     f, g = torch.zeros(len(x), 1, dtype=x.dtype), torch.zeros(len(y), 1, dtype=x.dtype)
     log_n, log_m = float(np.log(len(x))), float(np.log(len(y)))
-    for _ in range(_STEPS):
+    for _ in range(_SWEEPS):
         fresh = log_m - (lazy + LazyTensor(g[None])).logsumexp(1)
         off = float((torch.expm1(f - fresh)).abs().mean())
         f = fresh
@@ -321,7 +322,7 @@ def _ott_points(batch: int | None) -> Work:
         if "run" not in made:
 
             def run(x: Any, y: Any, epsilon: Any, threshold: Any) -> Any:
-                solver = sinkhorn.Sinkhorn(threshold=threshold, max_iterations=_STEPS, inner_iterations=5)
+                solver = sinkhorn.Sinkhorn(threshold=threshold, max_iterations=_SWEEPS, inner_iterations=5)
                 geom = pointcloud.PointCloud(x, y, epsilon=epsilon, batch_size=batch)
                 found = solver(linear_problem.LinearProblem(geom))
                 return found.f, found.g
@@ -337,7 +338,7 @@ def _ott_points(batch: int | None) -> Work:
 def _pot_points(x: np.ndarray, y: np.ndarray, epsilon: float, threshold: float) -> Pair:
     import ot
 
-    options = dict(isLazy=True, batchSize=1000, numIterMax=2000, stopThr=threshold, warn=False, log=True)
+    options = dict(isLazy=True, batchSize=1000, numIterMax=_SWEEPS, stopThr=threshold, warn=False, log=True)
     f, g, _ = ot.bregman.empirical_sinkhorn(x, y, epsilon, **options)
     return epsilon * (f + np.log(len(x))), epsilon * (g + np.log(len(y)))
 
