@@ -143,7 +143,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     sides, scale = double.dual_sides_and_scale(p)
     dual = torch.where(known, sides - entropy if sound else double.dual_at(p), -math.inf)
     scale = scale + entropy.abs()
-    found = _nearby(plan, p, tolerance * scale)
+    found = _nearby(plan, p, tolerance, scale)
     if found is None and isinstance(plan, QuickPlan):
         plan = plan.exact
     rounded, feasible, gap = found or _round(plan, p)
@@ -262,7 +262,7 @@ def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
     return best
 
 
-def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Tensor] | None:
+def _nearby(plan: Plan, p: Potentials, tolerance: float, scale: Tensor) -> tuple[None, Tensor, Tensor] | None:
     """That there is a feasible plan near the stored one, and a bound of its gap, from products with vectors alone.
 
     For plans whose violations are so small that float32 resolves what corrects them. A soft side needs no correction and one
@@ -270,7 +270,7 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
     """
     if not isinstance(plan, QuickPlan):
         return None
-    problem, (r, c) = plan.problem, plan.marginals()
+    problem, (r, c), enough = plan.problem, plan.marginals(), tolerance * scale
     fixed = [side.is_fixed for side in (problem.rows, problem.columns)]
     if problem.mass is not None or fixed != [side.is_hard for side in (problem.rows, problem.columns)]:
         return None
@@ -281,7 +281,7 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
         return (None, gap.isfinite(), gap) if (gap <= enough).all() else None
     a, b = (side.allowed(x, w) for side, x, w in ((problem.rows, r, problem.a), (problem.columns, c, problem.b)))
     off = (a - r).abs().sum(-1) + (b - c).abs().sum(-1)
-    if not (off <= _RESOLVED * r.sum(-1)).all():
+    if not (off <= max(_RESOLVED, tolerance) * r.sum(-1)).all():
         return None
     scale_r, scale_c = _ratio(a, r), _ratio(b, c)
     first = problem.epsilon * ((r * _change_cost(scale_r - 1)).sum(-1) + (c * _change_cost(scale_c - 1)).sum(-1))
@@ -293,7 +293,7 @@ def _nearby(plan: Plan, p: Potentials, enough: Tensor) -> tuple[None, Tensor, Te
     return (None, gap.isfinite(), gap) if (gap <= enough).all() else None
 
 
-_RESOLVED = 1e-5  # violation from which on corrections need float64
+_RESOLVED = 1e-5  # violation from which on corrections need float64, unless no digit of theirs is asked for
 
 
 def _is_balanced(problem: Problem) -> bool:
@@ -330,7 +330,8 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         r, c = (x.numpy() for x in plan.sums)
         moved, missing_r, missing_c = r.sum(-1), a - r, b - c
         rows, columns = abs(missing_r).sum(-1), abs(missing_c).sum(-1)
-        if not (rows + columns <= _RESOLVED * moved).all():
+        small = rows + columns <= _RESOLVED * moved
+        if not (small | (rows + columns <= tolerance * moved)).all():
             return None
         entropy = eps * (moved - product)
         dual, scale = on_rows.sum(-1) + on_columns.sum(-1) - entropy, scale + abs(entropy)
@@ -344,7 +345,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
             there = r + r * u + image, c + c * v + back
             largest = abs(u).max(-1) + abs(v).max(-1)
             gap = np.fmin(gap, eps * _filled(a, b, *there, dearest, np.maximum(squares, 0.0), largest))
-    if not (np.isfinite(gap).all() and np.isfinite(dual).all()):
+    if not (np.isfinite(dual) & np.isfinite(gap) & (small | (gap <= enough))).all():
         return None
     apart, most = abs(a.sum(-1) - b.sum(-1)), np.minimum(a.sum(-1), b.sum(-1))
     mismatch = np.where(apart <= 2 * problem.forgiven * most, apart, 0.0)
