@@ -30,6 +30,7 @@ from iotsolve import (
     Exact,
     Interior,
     Newton,
+    Points,
     Potentials,
     Problem,
     Sinkhorn,
@@ -41,8 +42,8 @@ from iotsolve import (
 from iotsolve.accelerated import Accelerated
 from iotsolve.certificate import _filled
 from iotsolve.exact import _network_simplex
-from iotsolve.kernels import dense, passes, sparse, threads, workspace
-from iotsolve.plans import StoredPlan, plan_of
+from iotsolve.kernels import blocks, dense, passes, sparse, threads, workspace
+from iotsolve.plans import Plan, StoredPlan, plan_of
 from iotsolve.shortlisted import balanced
 
 
@@ -718,3 +719,39 @@ def test_helpers_stay_off_the_processor_of_who_called_them():
     finally:
         os.sched_setaffinity(0, pinned)
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "error"), [(np.float32, -87.3, 88.2, 1e-7), (np.float64, -708.0, 709.0, 2e-16)], ids=str
+)
+def test_exponentials_of_blocks(dtype, low, high, error):
+    """In place and summed; 0 where a number would be denormal or nothing is allowed, infinite beyond, and NaN for NaN."""
+    x = np.linspace(low, high, 100_000).astype(dtype).reshape(200, 500)
+    found = x.copy()
+    blocks.exponentiate(found)
+    exact = np.exp(x.astype(np.longdouble))
+    assert float(np.max(np.abs(found / exact - 1))) < error
+    ends = np.array([[-np.inf, low - 1, 0.0, high + 1, np.inf, np.nan]], dtype)
+    blocks.exponentiate(ends)
+    np.testing.assert_array_equal(ends, [[0.0, 0.0, 1.0, np.inf, np.inf, np.nan]])
+    rng = np.random.default_rng(0)
+    block = rng.uniform(-3, 3, (300, 70)).astype(dtype)
+    rows, columns, sums, totals = rng.random(300).astype(dtype), rng.random(70).astype(dtype), np.empty(300, dtype), np.ones(70)
+    expected = np.exp(block.astype(np.float64))
+    blocks.weigh(block, rows, columns, sums, totals)
+    np.testing.assert_allclose(sums, expected @ columns, rtol=20 * error)
+    np.testing.assert_allclose(totals, 1 + expected.T @ rows, rtol=20 * error)
+
+
+@pytest.mark.parametrize("sides", [{}, {"columns": FREE}], ids=str)
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-4])
+def test_a_loose_certificate_reads_no_plan_and_holds_the_value(tolerance, sides, monkeypatch):
+    """Of violations that a tolerance allows: products with vectors say enough, in single precision, and what they say is true."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((300, 3)).astype(np.float32), rng.random((300, 3)).astype(np.float32)
+    value = float(solve(Problem(Points(x.astype(float), y.astype(float)), epsilon=0.3, **sides)).value)
+    rough = solve(Problem(Points(x, y), epsilon=0.3, **sides), Sinkhorn(tolerance=tolerance))
+    monkeypatch.setattr(Plan, "sum", lambda *given: pytest.fail("the plan was read"))
+    for cost in (rough.problem.cost, rough.problem.cost.dense()):
+        found = certify(Problem(cost, epsilon=0.3, **sides), rough.f, rough.g, tolerance=tolerance)
+        assert found.holds and found.dual <= value + 1e-6 and value - 1e-6 <= found.primal
