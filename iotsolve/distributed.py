@@ -343,12 +343,7 @@ class _Gather(torch.autograd.Function):
         return ctx.ranks.own(_reduced(upstream, ctx.ranks.group), ctx.per_pair), None
 
 
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks, ctx.per_pair = ranks, len(x) // ranks.sizes[ranks.rank]
-        return _gathered(x, ranks)
-
+class _Whole(_Gather):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):

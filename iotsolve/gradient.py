@@ -102,7 +102,8 @@ class Unroll:
 
     The sweeps start from the potentials found, detached: they move nothing and only carry derivatives, which converge to
     those of ``Implicit`` at the rate at which the sweeps contract. The value is differentiated as by ``Envelope``. They are
-    run in the backward pass, in float64, and ``steps`` times some matrices of the cost's size are kept while it lasts.
+    run in the backward pass, in float64, and ``steps`` times some matrices of the cost's size are kept while it lasts; of points
+    whose cost is a scalar product at heart, vectors.
 
     Args:
         steps: number of sweeps, at least 1.

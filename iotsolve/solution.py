@@ -244,6 +244,8 @@ class Solution:
             given = torch.as_tensor(values, device=cost.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"values = {values!r}: must be an array of real numbers.") from error
+        if given.is_complex():
+            raise ValueError(f"values are complex ({given.dtype}): must be real. Take real and imaginary part one by one.")
         given = given if given.is_floating_point() else given.to(self.problem.dtype)
         single = tuple(given.shape) == (*batch, size)
         if not single and (given.dim() != len(batch) + 2 or tuple(given.shape[:-1]) != (*batch, size)):

@@ -251,7 +251,10 @@ def _held(problem: Problem) -> Problem:
     """Of few points on a CPU, the cost as a matrix, forgotten after the solve: sweeps of a stored kernel take a tenth of it."""
     cost = problem.cost
     if isinstance(cost, Points) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW:
-        return problem.with_cost(Dense(cost.dense()))
+        matrix = torch.empty(cost.shape, dtype=cost.dtype)
+        for rows, block in cost.blocks():  # differences of all points at once would be as many matrices as there are dimensions
+            matrix[..., rows, :] = block.matrix
+        return problem.with_cost(Dense(matrix))
     return problem
 
 

@@ -320,6 +320,7 @@ def test_a_product_has_the_accuracy_of_the_points():
         (np.ones((5, 2)), -2, r"values has shape \(5, 2\)"),
         (np.ones(5), 0, "axis = 0: must be -1"),
         ("all", -1, "must be an array of real numbers"),
+        (np.ones(5) * 1j, -1, r"values are complex \(torch\.complex128\): must be real"),
     ],
 )
 def test_products_that_do_not_fit_are_told(values, axis, says):
@@ -635,6 +636,15 @@ def test_points_too_many_for_a_matrix_have_its_answer(metric, regime, monkeypatc
     monkeypatch.setattr(sys.modules["iotsolve.solve"], "_FEW", 0)
     assert_same(solve(points, tolerance=1e-10), expected, rtol=1e-5, atol=1e-5)
     assert solve(points).certificate.holds
+
+
+def test_few_points_are_a_matrix_and_never_its_differences():
+    """Of distances, whose differences are as many matrices as there are dimensions."""
+    problem = Problem(Points(*clouds(700, 700, 40), "euclidean"), epsilon=3.0)
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(threads, "allowed", lambda: 1)
+        held = most_held(lambda: solve(problem))
+    assert held < 4 * 700 * 700
 
 
 def test_double_points_begin_in_single_precision(monkeypatch):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive import ClipLoss, DCLLoss, InfoNCELoss, MatchingGapLoss, SinkhornNCELoss
 from iotsolve import KL, Implicit, Points, Problem, solve
-from iotsolve.kernels import threads
+from iotsolve.kernels import precision, threads
 from iotsolve.kernels.precision import in_full, product
 
 HAS_BACKENDS = hasattr(torch.backends.cuda.matmul, "fp32_precision")
@@ -120,6 +120,17 @@ def test_who_leaves_last_puts_the_setting_back(loose):
     leave.set()
     thread.join()
     assert told() == loose
+
+
+def test_an_older_torch_has_one_setting(monkeypatch):
+    monkeypatch.setattr(precision, "_settings", lambda: ())
+    torch.set_float32_matmul_precision("high")
+    try:
+        with in_full():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_where_torch_is_exact_nothing_is_touched():

@@ -23,7 +23,8 @@ def _settings() -> tuple[tuple[Any, str], ...]:
 def _is_loose() -> bool:
     if not (settings := _settings()):
         return torch.get_float32_matmul_precision() != "highest"
-    return any(getattr(*setting) not in _EXACT for setting in settings) or torch.backends.fp32_precision not in _EXACT
+    everywhere = getattr(torch.backends, "fp32_precision", "none")
+    return any(value not in _EXACT for value in (everywhere, *(getattr(*setting) for setting in settings)))
 
 
 class in_full:

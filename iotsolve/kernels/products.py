@@ -119,9 +119,8 @@ def _as_derivative(
     The values are brought to the size of the points first, whose digits they would take otherwise.
     """
     own, other = (y, x) if turned else (x, y)
-    largest = values.abs().amax()
-    unit = torch.where(largest > 0, other.abs().amax().clamp(min=2.0**-60) / largest, 1.0)
-    wide = torch.cat([other, values * unit], -1)
+    largest, size = values.abs().amax(), other.abs().amax().clamp(min=2.0**-60)
+    wide = torch.cat([other, values / torch.where(largest > 0, largest, 1.0) * size], -1)
     narrow = torch.cat([own, own.new_zeros(len(own), values.shape[1])], -1)
     if turned:
         sums = kernels.log_sums(x, y, u, None, barred)[1]
@@ -129,7 +128,7 @@ def _as_derivative(
     else:
         sums = kernels.log_sums(x, y, None, v, barred)[0]
         needed, given = (True, False, False, False), (narrow, wide, None, v, barred, (sums, None), ((u + sums).exp(), None))
-    return kernels.pull(*given, needed)[int(turned)][:, own.shape[1] :] / unit
+    return kernels.pull(*given, needed)[int(turned)][:, own.shape[1] :] / size * largest
 
 
 def _times(
