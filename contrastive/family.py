@@ -33,12 +33,13 @@ from contrastive.arguments import (
     temperature_of,
 )
 from contrastive.queue import FeatureQueue
-from contrastive.targets import Choice, Entries, Matches, matches, normalised, paired
+from contrastive.targets import Choice, Entries, Matches, matches, paired
 from iotsolve.accelerated import Accelerated
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks, Sharded, meet
 from iotsolve.gradient import Envelope, Implicit, Unroll
 from iotsolve.kernels.backends import check as check_backend
+from iotsolve.kernels.directions import cross_entropies, normalised
 from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
@@ -280,6 +281,8 @@ class IOTLoss(nn.Module):
                 "or one with labels=, ids=, a mask or a target, to a loss with negatives='all'."
             )
         with torch.autocast(device_type=views[0].device.type, enabled=False):
+            if self.is_cross_entropy and choice.is_pairs and queue is None and len(views) == 2:
+                return self._cross_entropy(*views, logit_scale)
             epsilon, batches = self._read(
                 views,
                 choice,
@@ -292,6 +295,25 @@ class IOTLoss(nn.Module):
 
                 self.watch(Diagnostics(self, batches[0], epsilon))
             return self._reduced(losses, batches)
+
+    # -- where nothing has to be solved -----------------------------------------------------------------------------------
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether of two views and their pairs alone one soft-minimum is the solution, and the loss the cross-entropy of it."""
+        plain = self.mass is None and self.uniformity == 0 and self.watch is None and not self.gather_distributed
+        closed = self.rows.is_fixed and self.columns.is_free and self.negatives == "cross"
+        return plain and closed and type(self)._terms is IOTLoss._terms
+
+    def _cross_entropy(self, x: Tensor, y: Tensor, logit_scale: Any) -> Tensor:
+        """The loss by its closed form, which is :meth:`_terms` at the solution, without anything in between."""
+        check_views((x, y))
+        check_batch(len(x), None)
+        epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
+        found = cross_entropies(x, y, epsilon, both=self.symmetric, backend=self.backend)
+        if self.reduction == "none":
+            return found.flatten()
+        return found.mean() if self.reduction == "mean" else found.sum()
 
     # -- what the loss is about ------------------------------------------------------------------------------------------
 

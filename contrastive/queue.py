@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrastive.targets import normalised
 from iotsolve.distributed import meet
+from iotsolve.kernels.directions import normalised
 
 __all__ = ["FeatureQueue"]
 

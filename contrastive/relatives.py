@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from contrastive.family import Batch, Found, IOTLoss, Side, log_ratio, similar, target_entropy
-from contrastive.targets import Entries, Matches, normalised
+from contrastive.targets import Entries, Matches
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks
 from iotsolve.exact import Exact
 from iotsolve.kernels.bilinear import log_sums
+from iotsolve.kernels.directions import normalised
 from iotsolve.kernels.precision import product
 from iotsolve.marginals import FIXED, FREE, number
 from iotsolve.problem import Problem, log_scaling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,36 +11,7 @@ from torch import Tensor
 from iotsolve.costs import Points
 from iotsolve.distributed import Alone, Ranks
 
-__all__ = ["Choice", "Entries", "Matches", "matches", "normalised", "paired"]
-
-
-def normalised(z: Tensor) -> Tensor:
-    """``z`` on the unit sphere, in float32 at least; a zero vector stays zero, with derivative 0."""
-    return _Direction.apply(z.to(torch.promote_types(z.dtype, torch.float32)))
-
-
-class _Direction(torch.autograd.Function):
-    """The derivative in closed form, which asks a device a third as often as autograd would."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
-        x, length = _direction(z)
-        ctx.save_for_backward(z, x, length)
-        return x
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:
-        z, x, length = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is to be differentiated itself
-            x, length = _direction(z)
-        return torch.addcmul(g, x, (x * g).sum(1, keepdim=True), value=-1.0) / length
-
-
-def _direction(z: Tensor) -> tuple[Tensor, Tensor]:
-    """``z`` over its length, and that: infinite for a zero vector."""
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    length = length.masked_fill(length == 0, math.inf)
-    return z / length, length
+__all__ = ["Choice", "Entries", "Matches", "matches", "paired"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from iotsolve.kernels import bilinear, streamed
+from iotsolve.kernels import bilinear, halves, streamed
+from iotsolve.kernels.directions import cross_entropies
 from iotsolve.kernels.products import plan_times
 
 torch.set_default_device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -150,11 +151,52 @@ def test_products_with_a_plan(large, barred, turned):
     assert_near(mine, theirs, 1e-5, float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("both", [True, False], ids=["both", "rows"])
+@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
+@pytest.mark.parametrize("size", [(2, 1), (70, 33), (129, 65), (40, 140), (300, 16)], ids=str)
+def test_cross_entropies_from_points_of_any_length(size, dtype, both):
+    """Against a matrix in float64; one point has no length, and one's is a million."""
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
+    x, y = (torch.randn(size, generator=g, dtype=torch.float64) for _ in range(2))
+    x[-1] = 0.0
+    y[0] *= 1e6 if dtype == torch.float32 else 100.0
+    given = [z.to(dtype).requires_grad_() for z in (x, y)] + [torch.full((), 0.2).requires_grad_()]
+    exact = [z.detach().double().requires_grad_() for z in given]
+    cosines = torch.nn.functional.normalize(exact[0]) @ torch.nn.functional.normalize(exact[1]).mT / exact[2]
+    expected = torch.stack([cosines.logsumexp(1), cosines.logsumexp(0)][: 1 + both]) - cosines.diagonal()
+    found = cross_entropies(*given, both=both, backend="triton")
+    up = torch.randn(found.shape, generator=g)
+    mine, theirs = torch.autograd.grad(found, given, up), torch.autograd.grad(expected, exact, up.double())
+    assert not mine[0][-1].any()
+    # of half precision a direction has 11 bits, whose rounding epsilon divides
+    forward, backward = (1e-6, 1e-5) if dtype == torch.float32 else (2.0**-11 / 0.2, 5e-3 if dtype == torch.float16 else 1e-2)
+    assert_near(found.detach(), expected.detach(), forward, 1 / 0.2)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.dtype == (torch.float32 if one.dim() == 0 else dtype)
+        lengths = 1.0 if one.dim() == 0 else exact[0 if one is mine[0] else 1].detach().norm(dim=1, keepdim=True)
+        assert_near(one.double() * lengths, other * lengths, backward, 1.0)
+
+
+def test_only_what_is_asked_for_is_derived():
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
+    x, y = (torch.randn(30, 8, generator=g) for _ in range(2))
+    whole = [z.clone().requires_grad_() for z in (x, y, torch.tensor(0.3))]
+    expected = torch.autograd.grad(cross_entropies(*whole, both=True, backend="triton").sum(), whole)
+    for k in range(3):
+        given = [x, y, torch.tensor(0.3)]
+        given[k] = whole[k]
+        (found,) = torch.autograd.grad(cross_entropies(*given, both=True, backend="triton").sum(), whole[k])
+        torch.testing.assert_close(found, expected[k], rtol=1e-6, atol=1e-7)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        (first,) = torch.autograd.grad(cross_entropies(*whole, both=True, backend="triton").sum(), whole[0], create_graph=True)
+        first.sum().backward()
+
+
 def test_points_are_halved_once(monkeypatch):
     """A solver comes back with the same points; changed in place they are others."""
     made = []
-    make = streamed._made
-    monkeypatch.setattr(streamed, "_made", lambda *given: made.append(given) or make(*given))
+    make = halves._made
+    monkeypatch.setattr(halves, "_made", lambda *given: made.append(given) or make(*given))
     x, y, u, v, _ = case(20, 30, 4, torch.float32)
     first = streamed.log_sums(x, y, None, v, None)[0]
     again = streamed.log_sums(x, y, u, v, None)[0]

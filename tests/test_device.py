@@ -34,7 +34,7 @@ def test_losses_against_float64_on_the_cpu(kind, dtype):
     ours = views(1500, 96, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # nothing falls back
-        loss = kind(0.1)(*ours)
+        loss = kind(0.1, tolerance=1e-5)(*ours)  # what is left is the arithmetic's
     found = torch.autograd.grad(loss, ours)
     assert all(g.dtype == dtype for g in found)
     wide = [z.detach().double().cpu().requires_grad_() for z in ours]

@@ -22,8 +22,9 @@ from contrastive import (
 )
 from contrastive.diagnostics import diagnose
 from contrastive.losses import NAMES, make
-from contrastive.targets import Entries, normalised
+from contrastive.targets import Entries
 from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between
+from iotsolve.kernels.directions import normalised
 
 TIGHT = dict(tolerance=1e-13, max_steps=20_000)
 MEMBERS = {

@@ -106,6 +106,32 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     assert made.metadata.shared <= 227 * 1024
 
 
+@pytest.mark.parametrize("terms", [1, 3])
+@pytest.mark.parametrize("name", ["_directions_kernel", "_turn_kernel"])
+def test_directions_compile_without_spills(name, terms, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from iotsolve.kernels import halves
+
+    function = getattr(halves, name)
+    constants = {"LIVE": False, "PART": halves._WIDEST, "ROWS": halves._TURNED}
+    if name == "_turn_kernel":
+        constants |= {"BOTH": True, "OF_X": True}
+    else:
+        constants |= {"D": 128 * terms, "WIDTH": 128, "TERMS": terms}
+    points = "*fp16" if terms == 1 else "*fp32"
+    types = {"EPSILON": "fp32", "X": points, "Y": points}
+    types |= {"OUT_X": "*fp16", "OUT_Y": "*fp16"} if name == "_directions_kernel" else {"OUT_X": points, "OUT_Y": points}
+    signature = {
+        each: "constexpr" if each in constants else "i32" if each.islower() else types.get(each, "*fp32")
+        for each in function.arg_names
+    }
+    made = triton.compile(ASTSource(function, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", ptxas(made.asm["ptx"], tmp_path))
+
+
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [((4, 4), "fp32"), ((64, 64), "fp32"), ((128, 128), "fp32"), ((4, 4), "fp64"), ((64, 64), "fp64")],

@@ -23,7 +23,7 @@ from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
 __all__ = [
     *("log_sums", "plan_product", "plan_spread", "plan_sums"),
-    *("accumulators", "agrees", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
+    *("ONCE", "accumulators", "agrees", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
 ]
 
 
@@ -82,10 +82,10 @@ class _LogSums(torch.autograd.Function):
         x, y, u, v, barred, *sums = ctx.saved_tensors
         with torch.no_grad():
             found = ctx.pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4])
-        return *final(_ONCE, found, x, y, u, v, *upstream), None, None, None
+        return *final(ONCE, found, x, y, u, v, *upstream), None, None, None
 
 
-_ONCE = (
+ONCE = (
     "a soft-minimum of points on the sphere was differentiated twice: its derivative is made block by block, and kept nowhere. "
     "For second derivatives use a cost as a matrix, or the differences of first ones. Was create_graph=True passed needlessly?"
 )

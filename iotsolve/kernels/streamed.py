@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["log_sums", "pull"]
+from iotsolve.kernels.halves import PADDED, Halved, directions, halved, pull_directions
+
+__all__ = ["cross_entropies", "log_sums", "pull", "pull_cross_entropies"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,6 @@ _MASKED_TILES = {
     "pull": (64, 32),
     "pull of three": (64, 32),
 }  # a mask takes registers
-_WHOLE = 256  # features up to which their number is a power of two
-_PART = 64  # of more features, what they are a multiple of
-_PADDED = 256  # rows come in multiples of this, as every tile divides it
 _MOST = 8  # programs that share a row
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -85,97 +84,6 @@ _NOTHING = tl.constexpr(-1e30)  # the exponent of an empty sum: finite, so that 
 _LEAST = tl.constexpr(2.0**-90)  # a sum of exponentials that is less has lost some of them
 
 _FREE, _MASKED, _LISTED_OWN, _LISTED_OTHERS = range(4)  # what is barred, and whose list it is
-
-
-# -- numbers in half precision -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _halve_kernel(
-    X, LARGEST, OUT, UNIT, n, d,
-    EVEN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """``x`` times powers of two as float16, its second halves beside it, and what undoes them: one if EVEN, or of each row."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * 16 + tl.arange(0, 16)
-    if EVEN:
-        largest = tl.load(LARGEST + tl.zeros((ROWS,), tl.int32))
-    else:
-        largest = tl.load(LARGEST + i, mask=i < n, other=0.0)
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    power = tl.minimum(tl.maximum(13 - exponent, -100), 100)
-    scale = ((127 + power) << 23).to(tl.float32, bitcast=True)
-    x = tl.load(X + i[:, None].to(tl.int64) * d + c[None, :], mask=(i[:, None] < n) & (c[None, :] < d), other=0.0)
-    x = x.to(tl.float32) * scale[:, None]
-    high = x.to(tl.float16)
-    into = OUT + i[:, None].to(tl.int64) * D + c[None, :]
-    if TERMS == 3:  # (l, h, h) against (h, l, h): every product but that of the two rests, the largest last
-        low = (x - high.to(tl.float32)).to(tl.float16)
-        tl.store(into, low if FIRST else high)
-        tl.store(into + WIDTH, high if FIRST else low)
-        tl.store(into + 2 * WIDTH, high)
-    else:
-        tl.store(into, high)
-    if tl.program_id(1) == 0:
-        tl.store(UNIT + i, ((127 - power) << 23).to(tl.float32, bitcast=True))
-
-
-@dataclass(frozen=True)
-class _Halved:
-    """A cloud in half precision: ``terms`` times ``width`` features, padded, times powers of two that ``unit`` undoes."""
-
-    numbers: Tensor
-    unit: Tensor
-    width: int
-    terms: int
-    first: bool
-    even: bool
-
-    @property
-    def features(self) -> int:
-        return self.numbers.shape[1]
-
-    @property
-    def halves(self) -> tuple[int, int]:
-        """Where the first halves begin, and the second."""
-        if self.terms == 1:
-            return 0, 0
-        return (self.width, 0) if self.first else (0, self.width)
-
-
-_REMEMBERED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back with the same points
-
-
-def _halved(x: Tensor, precise: bool, first: bool, even: bool) -> _Halved:
-    key = (x._version, precise, first, even)
-    known = _REMEMBERED.get(x, {})
-    if key not in known:
-        known = {other: found for other, found in known.items() if other[0] == x._version}
-        known[key] = _made(x, 3 if precise else 1, first, even)
-        _REMEMBERED[x] = known
-    return known[key]
-
-
-def _made(x: Tensor, terms: int, first: bool, even: bool) -> _Halved:
-    given = x.detach().contiguous()
-    n, d = given.shape
-    width = triton.cdiv(d, 16) * 16
-    if triton.next_power_of_2(terms * width) <= _WHOLE:
-        features = triton.next_power_of_2(terms * width)
-        width = features if terms == 1 else width
-    else:
-        width = triton.cdiv(d, _PART) * _PART
-        features = terms * width
-    rows = triton.cdiv(n, _PADDED) * _PADDED
-    out = torch.empty(rows, features, dtype=torch.float16, device=x.device)
-    if features > terms * width:
-        out[:, terms * width :] = 0.0
-    unit = torch.empty(rows, dtype=torch.float32, device=x.device)
-    largest = torch.linalg.vector_norm(given, torch.inf, dim=None if even else 1, dtype=torch.float32)
-    _halve_kernel[(rows // 64, width // 16)](
-        given, largest, out, unit, n, d, EVEN=even, D=features, WIDTH=width, TERMS=terms, FIRST=first, ROWS=64
-    )
-    return _Halved(out, unit, width, terms, first, even)
 
 
 # -- passes --------------------------------------------------------------------------------------------------------------
@@ -540,21 +448,33 @@ def log_sums(
         precise: products of 22 bits of a number, or of 11.
         even: the points of a cloud are about as large as each other, and share their power of two.
     """
-    given = _halved(x, precise, True, even), _halved(y, precise, False, even)
     rows = None if v is None else x.new_empty(len(x), dtype=torch.float32)
     columns = None if u is None else x.new_empty(len(y), dtype=torch.float32)
-    doubt = None
-    if rows is not None and columns is not None:
-        doubt = _both_sums(*given, _single(u), _single(v), barred, rows, columns)
-    if rows is not None:
-        _row_sums(*given, _single(v), barred, False, rows, doubt)
-    if columns is not None:
-        _row_sums(*given[::-1], _single(u), barred, True, columns, doubt)
+    _sums(halved(x, precise, True, even), halved(y, precise, False, even), u, v, barred, rows, columns)
     return None if v is None else rows.to(v.dtype), None if u is None else columns.to(u.dtype)
 
 
+def _sums(
+    x: Halved,
+    y: Halved,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+) -> None:
+    """The sums of rows, of columns, or of both, into what is given for them."""
+    doubt = None
+    if rows is not None and columns is not None:
+        doubt = _both_sums(x, y, _single(u), _single(v), barred, rows, columns)
+    if rows is not None:
+        _row_sums(x, y, _single(v), barred, False, rows, doubt)
+    if columns is not None:
+        _row_sums(y, x, _single(u), barred, True, columns, doubt)
+
+
 def _row_sums(
-    x: _Halved, y: _Halved, v: Tensor, barred: Tensor | None, turned: bool, out: Tensor, doubt: Tensor | None
+    x: Halved, y: Halved, v: Tensor, barred: Tensor | None, turned: bool, out: Tensor, doubt: Tensor | None
 ) -> None:
     found, n, m = _Barred.of(barred, turned), len(out), len(v)
     tiles = _tiles("sums", x, found.kind)
@@ -563,8 +483,8 @@ def _row_sums(
     parts = out if shares == 1 else out.new_empty(shares, n)
     if not doubted:
         doubt, log_v = x.unit, v.new_empty(len(y.numbers))
-        _columns_kernel[(len(y.numbers) // _PADDED,)](
-            v, v, v, v, v, log_v, v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, EVEN=True, BLOCK=_PADDED
+        _columns_kernel[(len(y.numbers) // PADDED,)](
+            v, v, v, v, v, log_v, v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, EVEN=True, BLOCK=PADDED
         )
         v = log_v
     _sums_kernel[(down, shares)](
@@ -577,7 +497,7 @@ def _row_sums(
 
 
 def _both_sums(
-    x: _Halved, y: _Halved, u: Tensor, v: Tensor, barred: Tensor | None, rows: Tensor, columns: Tensor
+    x: Halved, y: Halved, u: Tensor, v: Tensor, barred: Tensor | None, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Sums of both sides where plain exponentials stay in range; whether they did not is returned."""
     found, n, m = _Barred.of(barred, False), len(u), len(v)
@@ -637,34 +557,70 @@ def pull(
     (r, c), (gr, gc) = sums, upstream
     rows, columns = v is not None and gr is not None, u is not None and gc is not None
     gx = gy = gu = gv = None
-    one, other = _halved(x, precise, True, even), _halved(y, precise, False, even)
+    one, other = halved(x, precise, True, even), halved(y, precise, False, even)
     shape = (len(x), len(y), x.shape[1])
     if needed[0] or (needed[2] and columns):
-        gx, gu = _half_pull(
+        parts = _half_pull(
             one, other, shape, (u, v, r, c, gr, gc), (rows, columns), needed[2], _Barred.of(barred, False)
         )
+        gx, gu = (z[0] if len(z) == 1 else z.sum(0) for z in parts)
     if needed[1] or (needed[3] and rows):
         shape = (shape[1], shape[0], shape[2])
-        gy, gv = _half_pull(
+        parts = _half_pull(
             other, one, shape, (v, u, c, r, gc, gr), (columns, rows), needed[3], _Barred.of(barred, True)
         )
+        gy, gv = (z[0] if len(z) == 1 else z.sum(0) for z in parts)
     gu, gv = gu if columns else None, gv if rows else None
     found = (z if wanted else None for z, wanted in zip((gx, gy, gu, gv), needed, strict=True))
     return tuple(None if z is None else z.to(like.dtype) for z, like in zip(found, (x, y, u, v), strict=True))
 
 
+def cross_entropies(
+    x: Tensor, y: Tensor, epsilon: float | Tensor, *, both: bool, precise: bool
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """As of :func:`iotsolve.kernels.directions.cross_entropies`, and what their derivative has to know."""
+    one, other, less, pairs = directions(x, y, epsilon, precise)
+    even = x.new_zeros(len(x), dtype=torch.float32)
+    sums = torch.empty(1 + both, len(x), dtype=torch.float32, device=x.device)
+    _sums(one, other, even if both else None, even, None, sums[0], sums[1] if both else None)
+    return sums - pairs, (one, other, less, pairs, even, sums)
+
+
+def pull_cross_entropies(
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor,
+    known: tuple[Any, ...],
+    up: Tensor,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Derivatives in ``x``, ``y`` and ``epsilon`` at upstream derivatives of the shape of the result."""
+    one, other, less, pairs, even, sums = known
+    up, shape, free = _single(up), (len(x), len(x), x.shape[1]), _Barred.of(None, False)
+    both = len(up) == 2
+    u, c, gc = (even, sums[1], up[1]) if both else (None, None, None)
+    gx = gy = None
+    if needed[0] or needed[2]:
+        gx, _ = _half_pull(one, other, shape, (u, even, sums[0], c, up[0], gc), (True, both), False, free)
+    if needed[1]:
+        gy, _ = _half_pull(other, one, shape, (even, u, c, sums[0], gc, up[0]), (both, True), False, free)
+    gx, gy, rates = pull_directions(x, y, epsilon, less, pairs, (gx, gy), up)
+    return gx, gy, rates.sum() / epsilon if needed[2] else None
+
+
 def _half_pull(
-    x: _Halved,
-    y: _Halved,
+    x: Halved,
+    y: Halved,
     shape: tuple[int, int, int],
     vectors: tuple[Tensor | None, ...],
     parts: tuple[bool, bool],
     spread: bool,
     barred: _Barred,
 ) -> tuple[Tensor, Tensor]:
+    """Derivatives in the points and weights of one side, in shares that are to be added up."""
     n, m, d = shape
     if not any(parts):
-        return x.unit.new_zeros(n, d), x.unit.new_zeros(n)
+        return x.unit.new_zeros(1, n, d), x.unit.new_zeros(1, n)
     which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1], "EVEN": x.even}
     tiles = _tiles("pull" if x.terms == 1 else "pull of three", x, barred.kind)
     depth, width = tiles.depth or x.features, min(tiles.width, y.width & -y.width)  # a divisor
@@ -675,8 +631,8 @@ def _half_pull(
     scales = torch.empty(4, dtype=torch.float32, device=gx.device)
     log_v, less_c, up, each = torch.empty(4, len(y.numbers), dtype=torch.float32, device=gx.device)
     _scales_kernel[(1,)](u, v, r, c, gr, gc, y.unit, scales, n, m, **which, BLOCK=4096)
-    _columns_kernel[(len(y.numbers) // _PADDED,)](
-        v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=_PADDED
+    _columns_kernel[(len(y.numbers) // PADDED,)](
+        v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=PADDED
     )
     _pull_kernel[(*grid, shares)](
         x.numbers, y.numbers, u, log_v, r, less_c, gr, up, each, x.unit, y.unit, scales,
@@ -684,10 +640,10 @@ def _half_pull(
         SPREAD=parts[1] and spread, BARRED=barred.kind, TERMS=x.terms, D=x.features, DEPTH=depth,
         OWN=depth == x.features == width, ROWS=tiles.rows, COLUMNS=tiles.columns, WIDTH=width, **tiles.options,
     )  # fmt: skip
-    return gx[0] if shares == 1 else gx.sum(0), gu[0] if shares == 1 else gu.sum(0)
+    return gx, gu
 
 
-def _tiles(which: str, x: _Halved, kind: int) -> _Tiles:
+def _tiles(which: str, x: Halved, kind: int) -> _Tiles:
     found = next(tiles for most, tiles in _TABLE[which].items() if x.features <= most)
     if found.depth == 0 and x.features & (x.features - 1):  # not a power of two
         found = _TABLE[which][10**9]
