@@ -303,7 +303,7 @@ class Points:
     @property
     def is_bilinear(self) -> bool:
         """Whether passes of :mod:`iotsolve.kernels.bilinear` read this cost: one pair of clouds, a scalar product at heart."""
-        return self.metric in _BILINEAR and self.x[..., 0, 0].numel() == 1
+        return self.metric in _BILINEAR and math.prod(self.x.shape[:-2]) == 1
 
     @property
     def flattened(self) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,10 @@ class Points:
     def _bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = self.flattened
         if self.metric == "sqeuclidean":
-            x, y = self._centred(x, y)
+            if "centre" not in self._known:
+                self._known["centre"] = self._centre(x, y)
+            centre = self._known["centre"].to(x.dtype)
+            x, y = x - centre, y - centre
             return 2 * x / epsilon, y, -x.square().sum(-1) / epsilon, -y.square().sum(-1) / epsilon
         if self.metric == "cosine":
             x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
@@ -334,14 +337,23 @@ class Points:
         p = x.new_full((len(x),), level) if isinstance(level, float) else level.expand(len(x))
         return x / epsilon, y, p, y.new_zeros(len(y))
 
+    @property
+    def _known(self) -> dict[str, Tensor]:
+        """What has been found out of the points' numbers, by whoever has the same."""
+        return self.__dict__.setdefault("_of_numbers", {})
+
+    def viewed(self, other: Points) -> Points:
+        """``other``, whose points have the same numbers, with what is known of these."""
+        other.__dict__["_of_numbers"] = self._known
+        return other
+
     @staticmethod
-    def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """About a common centre, so that far from the origin no digits are lost to the square.
+    def _centre(x: Tensor, y: Tensor) -> Tensor:
+        """A common centre, about which far from the origin no digits are lost to the square.
 
         The median, which a few points far away, of no weight perhaps, do not move.
         """
-        centre = torch.cat([x.detach(), y.detach()], -2).median(-2, keepdim=True).values
-        return x - centre, y - centre
+        return torch.cat([x.detach(), y.detach()], -2).median(-2, keepdim=True).values
 
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
@@ -398,7 +410,8 @@ class Points:
             return (self.metric if callable(self.metric) else _OF_DIFFERENCES[self.metric])(x - y.mT)
         if self.metric == "euclidean":
             return METRICS["euclidean"](x.unsqueeze(-2), y.unsqueeze(-3))
-        x, y = self._centred(x, y)
+        centre = self._centre(x, y)
+        x, y = x - centre, y - centre
         squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - product(2 * x, y.mT)
         return squared - squared.detach().clamp(max=0.0)  # not below 0, with the derivatives of what is not clamped
 

@@ -351,9 +351,9 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in named.items()}
     with torch.enable_grad():
         eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
-        live = replace(points, x=leaves["x"], y=leaves["y"])
-        s, t = live.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
-        r = _reached(a, f, s, eps)
+        live = points.viewed(replace(points, x=leaves["x"], y=leaves["y"]))
+        s, t = live.soft_minima(*(_logs(problem, w, z, eps) for w, z in ((a, f), (b, g))), eps)
+        r = _reached(problem, a, f, s, eps)
         excess = r.sum() - problem.a.sum() * problem.b.sum() / ranks.count
         wanted = [name for name in leaves if name in needed]
         slopes = (
@@ -361,12 +361,18 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
         )
     found = {name: x if name == "x" else ranks.sum(x) for name, x in zip(wanted, slopes, strict=True)}
     t = t.detach() if isinstance(ranks, Alone) else -problem.epsilon * ranks.log_sum(-t.detach() / problem.epsilon)
-    r, c = ranks.gather(r.detach()), _reached(b, g, t, problem.epsilon)
+    r, c = ranks.gather(r.detach()), _reached(problem, b, g, t, problem.epsilon)
     return found | {"r": r.reshape(*shape, -1), "c": c.reshape(*shape, -1)}
 
 
-def _reached(weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar) -> Tensor:
+def _logs(problem: Problem, weights: Tensor, potential: Tensor, eps: Scalar) -> Tensor:
+    return weights.log() + potential / eps if problem.is_plain else log_scaling(weights, potential, eps)
+
+
+def _reached(problem: Problem, weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar) -> Tensor:
     """A marginal of the plan, from the soft-minimum on its side."""
+    if problem.is_plain:
+        return weights * ((potential - softmin) / eps).exp()
     carries = (weights > 0) & potential.isfinite() & softmin.isfinite()
     return weights * torch.where(carries, (torch.where(carries, potential - softmin, 0.0) / eps).exp(), 0.0)
 
@@ -516,7 +522,7 @@ def streamed_marginals(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]
     """
     points, (a, f), (b, g), eps = streamed_parts(problem, p)
     s, t = points.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
-    return _reached(a, f, s, eps), _reached(b, g, t, eps)
+    return _reached(problem, a, f, s, eps), _reached(problem, b, g, t, eps)
 
 
 def streamed_parts(

@@ -286,11 +286,13 @@ class Between(Marginal):
         return (self.lo * a).expand_as(r) if self.is_fixed else super().allowed(r, a)
 
     def violation(self, r: Tensor, a: Tensor) -> Tensor:
-        return (r - self.lo * a).abs() if self.is_fixed else super().violation(r, a)
+        if not self.is_fixed:
+            return super().violation(r, a)
+        return (r - self.lo * a if isinstance(self.lo, Tensor) else torch.sub(r, a, alpha=self.lo)).abs()
 
     def conjugate(self, f: Tensor) -> Tensor:
         if self.lo is self.hi or (isinstance(self.lo, float) and self.lo == self.hi):
-            return self.lo * f
+            return f if self.lo == 1.0 and not isinstance(self.lo, Tensor) else self.lo * f
         lower = self.lo * torch.where(f > 0, f, 0.0) if number(self.lo) > 0 else torch.zeros_like(f)
         if math.isinf(number(self.hi)):
             return torch.where(f < 0, -math.inf, lower)
@@ -308,6 +310,8 @@ class Between(Marginal):
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         if self.is_free:
             return torch.zeros_like(s)
+        if self.is_fixed and not isinstance(self.hi, Tensor) and self.hi == 1.0:
+            return s
         if math.isinf(number(self.hi)):
             upper = torch.zeros_like(s)
         else:

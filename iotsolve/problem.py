@@ -240,6 +240,11 @@ class Problem:
         """True if no bin is empty."""
         return all(float(shared(w).min()) > 0 for w in (self.a, self.b))
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """True if no bin is empty and no arc forbidden: no exponent is infinite, and none has to be looked at."""
+        return self.is_full and self.cost.all_finite()
+
     @property
     def _totals(self) -> tuple[Tensor, Tensor]:
         return self._settled_totals if not (self.a.requires_grad or self.b.requires_grad) else self._summed()
@@ -324,6 +329,8 @@ class Problem:
         problem = self.with_tensors(named)
         if isinstance(self.cost, Dense):
             object.__setattr__(problem, "cost", self.cost.viewed(problem.cost.matrix))
+        elif isinstance(self.cost, Points) and isinstance(problem.cost, Points):
+            self.cost.viewed(problem.cost)
         if self.__dict__.get("is_full"):  # and so is every part
             problem.__dict__["is_full"] = True
         if problem.dtype == self.dtype:
@@ -546,6 +553,29 @@ class Problem:
         """
         bilinear = isinstance(self.cost, Points) and self.cost.is_bilinear
         return bilinear and self.is_full and all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam))
+
+    def log_scaled(self, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
+        """:func:`log_scaling` of the columns' weights (axis -1) or of the rows'."""
+        weights = self.b if axis == -1 else self.a
+        if isinstance(epsilon, Tensor) or not self.is_plain:
+            return log_scaling(weights, potential, epsilon)
+        logs = weights.log() if weights.requires_grad else self._logs[axis]
+        return torch.add(logs, potential, alpha=1.0 / epsilon)
+
+    @cached_property
+    def _logs(self) -> dict[int, Tensor]:
+        return {-1: self.b.log(), -2: self.a.log()}
+
+    def marginal_of(self, potential: Tensor, softmin: Tensor, *, axis: int) -> Tensor:
+        """``a exp((f - s) / epsilon)`` of the rows (axis -1: of a soft-minimum over columns) or of the columns; 0 where nothing
+        arrives.
+        """
+        weights = self.a if axis == -1 else self.b
+        if self.is_plain:
+            return weights * ((potential - softmin) / self.epsilon).exp()
+        reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
+        exponent = weights.log() + torch.where(reached, potential - softmin, 0.0) / self.epsilon
+        return torch.where(reached, exponent, -math.inf).exp()
 
     def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""

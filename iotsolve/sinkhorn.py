@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, Scalar, number
-from iotsolve.problem import Potentials, Problem, log_scaling
+from iotsolve.problem import Potentials, Problem
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["Sinkhorn", "SinkhornState", "answered", "swept"]
@@ -33,14 +33,17 @@ class SinkhornState:
     def marginals(self, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
         """``P 1`` and ``P' 1`` at no further cost; None on a side nobody asks about."""
         p = self.potentials
+        f, g = (x if problem.mass is None else x + p.lam.unsqueeze(-1) for x in (p.f, p.g))
         return (
-            None if self.s is None else _marginal(problem.a, p.f + p.lam.unsqueeze(-1), self.s, problem.epsilon),
-            None if self.t is None else _marginal(problem.b, p.g + p.lam.unsqueeze(-1), self.t, problem.epsilon),
+            None if self.s is None else problem.marginal_of(f, self.s, axis=-1),
+            None if self.t is None else problem.marginal_of(g, self.t, axis=-2),
         )
 
     def answer(self, problem: Problem) -> Potentials:
         """The potentials, those of empty bins brought up to date: no stopping rule waits for them, but gradients read them."""
         p, lam = self.potentials, self.potentials.lam.unsqueeze(-1)
+        if problem.is_full:
+            return p
         f, g = p.f, p.g
         if self.s is not None:
             f = torch.where(problem.a > 0, f, problem.rows.aprox(self.s - lam, problem.epsilon))
@@ -149,11 +152,15 @@ class Sinkhorn:
     def step(self, problem: Problem, state: SinkhornState, epsilon: Scalar) -> SinkhornState:
         p, s, t = state.potentials, state.s, None
         rows, columns = problem.rows, problem.columns
+
+        def lowered(x: Tensor) -> Tensor:
+            return x if problem.mass is None else x - p.lam.unsqueeze(-1)
+
         if s is not None:
-            p = replace(p, f=rows.aprox(s - p.lam.unsqueeze(-1), epsilon))
+            p = replace(p, f=rows.aprox(lowered(s), epsilon))
         if not columns.is_free or rows.is_free:  # two free sides still have a mass to be known
             t = _softmin(problem, p.f, epsilon, axis=-2)
-            p = replace(p, g=columns.aprox(t - p.lam.unsqueeze(-1), epsilon))
+            p = replace(p, g=columns.aprox(lowered(t), epsilon))
         if problem.mass is not None:
             log_moved = _log_mass(problem.a, p.f, s, epsilon) if t is None else _log_mass(problem.b, p.g, t, epsilon)
             p = replace(p, lam=epsilon * (_log(problem.mass) - log_moved))
@@ -266,18 +273,13 @@ def _log_demand(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
 
 
 def _softmin(problem: Problem, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
-    weights = problem.b if axis == -1 else problem.a
-    return problem.cost.softmin(log_scaling(weights, potential, epsilon), epsilon, axis=axis)
+    return problem.cost.softmin(problem.log_scaled(potential, epsilon, axis=axis), epsilon, axis=axis)
 
 
 def _log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
     """``log(a exp((f - s) / epsilon))``, ``-inf`` where nothing arrives."""
     reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
     return torch.where(reached, weights.log() + torch.where(reached, potential - softmin, 0.0) / epsilon, -math.inf)
-
-
-def _marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
-    return _log_marginal(weights, potential, softmin, epsilon).exp()
 
 
 def _log_mass(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:

@@ -94,23 +94,26 @@ def judge(
     order in the plan's error; ``stationary`` adds the first-order distance of every marginal from what its potential asks for.
     ``r`` or ``c`` is None for a free side, which is satisfied by any marginal.
     """
-    gap = violation = moved = torch.zeros_like(p.lam)
+    gap = violation = moved = nothing = torch.zeros_like(p.lam)
     for side, weights, marginal, potential in ((problem.rows, problem.a, r, p.f), (problem.columns, problem.b, c, p.g)):
         if marginal is None:
             continue
         moved = marginal.sum(-1)
         off = side.residual(marginal, potential, weights) if stationary else side.violation(marginal, weights)
-        violation = violation + torch.where(weights > 0, off, 0.0).sum(-1)
-        terms = side.fenchel_young(side.allowed(marginal, weights), potential, weights)
-        gap = gap + torch.where(weights > 0, terms, 0.0).sum(-1)
+        violation = violation + (off if problem.is_full else torch.where(weights > 0, off, 0.0)).sum(-1)
+        if not side.is_fixed:  # which pays nothing at the marginal it allows
+            terms = side.fenchel_young(side.allowed(marginal, weights), potential, weights)
+            gap = gap + (terms if problem.is_full else torch.where(weights > 0, terms, 0.0)).sum(-1)
     if problem.mass is not None:
         violation = violation + (moved - problem.mass).abs()
     violation = (violation - 2 * problem.mismatch()).clamp(min=0.0)
-    entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
+    entropy = problem.epsilon * (moved - problem.product)
     sides, scale = problem.dual_sides_and_scale(p)
     scale = scale + entropy.abs()
-    resolved = gap > 2 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # a smaller one is rounding
-    error = torch.maximum(torch.where(violation > 0, violation / moved, 0.0), torch.where(resolved, gap / scale, 0.0))
+    error = torch.where(violation > 0, violation / moved, 0.0)
+    if gap is not nothing:
+        resolved = gap > 2 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # a smaller one is rounding
+        error = torch.maximum(error, torch.where(resolved, gap / scale, 0.0))
     return error, sides - entropy, scale
 
 
@@ -131,7 +134,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     highest = torch.full_like(final.lam, -torch.inf)
     on_device = problem.cost.device.type == "cuda"
     dear = math.prod(problem.shape[-2:]) >= (_DEAR_ON_DEVICE if on_device else _DEAR)
-    replayed = None
+    replayed, least = None, float(wait.min())  # the fewest annealing steps that somebody has left out
 
     for k in count(1 if start is None else 0):  # a start that is good enough takes no step
         annealing, late, own = k <= len(ladder), k - len(ladder), k - wait
@@ -143,31 +146,35 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             else:
                 fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
                 state = fresh.where(own > 0, state) if annealing else fresh
-        spent = own >= method.max_steps
-        if (annealing and k) or not (dear or _due(late) or spent.any()):
+        if (annealing and k) or not (dear or _due(late) or k - least >= method.max_steps):
             continue
+        spent = own >= method.max_steps
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
         patience = torch.where(progress, 0.0, patience + _due(late))
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
         broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
-        if (near | broken | stuck | spent).any():  # potentials that nobody takes for an answer are not looked at
+        done = near | broken | stuck | spent
+        if any(ended := done.tolist()):  # potentials that nobody takes for an answer are not looked at
             broken = broken | ~_usable(problem, state.potentials)
             blunt = _exponent_error(problem, state.potentials) > tolerance
-        done = near | broken | stuck | spent
-        if done.any():
-            for i in done.nonzero().flatten().tolist():
-                verdict = Status.STALLED if near[i] or stuck[i] else Status.MAX_STEPS
-                verdict = Status.CONVERGED if near[i] and not blunt[i] else verdict
-                status[int(active[i])] = Status.NOT_FINITE if broken[i] else verdict
-                steps[int(active[i])] = int(own[i])
+            looked_at = torch.stack([active, own.to(active.dtype), near, stuck, blunt, broken, done | broken]).T.tolist()
+            for i, taken, is_near, is_stuck, is_blunt, is_broken, is_done in looked_at:
+                if is_done:
+                    verdict = Status.STALLED if is_near or is_stuck else Status.MAX_STEPS
+                    verdict = Status.CONVERGED if is_near and not is_blunt else verdict
+                    status[i], steps[i] = Status.NOT_FINITE if is_broken else verdict, taken
+            ended = [bool(x[-1]) for x in looked_at]
+            if all(ended) and len(ended) == size:  # nothing of others has been kept
+                return Outcome(state.answer(problem), status, steps)
             _store(final, state.answer(problem), active)
-            left = (~done).nonzero().flatten()
+            left = torch.as_tensor([k for k, x in enumerate(ended) if not x], device=active.device)
             if not len(left):
                 return Outcome(final, status, steps)
             problem, state, replayed = problem.select(left), state.select(left), None
             active, wait, best, highest, patience = (x[left] for x in (active, wait, best, highest, patience))
+            least = float(wait.min())
         if k and (late & (late - 1) == 0 or late % 64 == 0):
             state = method.settle(problem, state)
     raise AssertionError("unreachable: every problem runs out of steps")
@@ -219,8 +226,12 @@ def _usable(problem: Problem, p: Potentials) -> Tensor:
     """No NaN, no -inf, and no +inf where a hard side must place mass."""
     usable = p.lam.isfinite()
     for side, weights, x in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
+        must_place = side.is_hard and number(side.bounds[0]) > 0
+        if must_place and problem.is_full:
+            usable = usable & x.isfinite().all(-1)
+            continue
         bad = x.isnan() | (x == -torch.inf)
-        if side.is_hard and number(side.bounds[0]) > 0:
+        if must_place:
             bad = bad | (x.isinf() & (weights > 0))
         usable = usable & ~bad.any(-1)
     return usable
@@ -231,8 +242,8 @@ def _exponent_error(problem: Problem, p: Potentials) -> Tensor:
 
     Half the worst case, which entries of either sign do not reach together. An empty bin has no entries.
     """
-    sides = ((problem.a, p.f), (problem.b, p.g))
-    size = sum(torch.where((w > 0) & x.isfinite(), x, 0.0).abs().amax(-1) for w, x in sides) + p.lam.abs()
+    sides = ((x.isfinite() if problem.is_full else (w > 0) & x.isfinite(), x) for w, x in ((problem.a, p.f), (problem.b, p.g)))
+    size = sum(torch.where(looked_at, x, 0.0).abs().amax(-1) for looked_at, x in sides) + p.lam.abs()
     return torch.finfo(p.f.dtype).eps / 2 * size / problem.epsilon
 
 

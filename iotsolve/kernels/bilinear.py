@@ -54,7 +54,11 @@ def log_sums(
         The rows' sums, shape ``(n,)``, and the columns', shape ``(m,)``; ``-inf`` where everything is left out. Differentiable
         once in ``x, y, u, v``; what autograd keeps for it is these and the sums.
     """
-    return _LogSums.apply(x, y, u, v, barred, backend, {"precise": precise, "even": even})
+    how = {"precise": precise, "even": even}
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, u, v)):
+        return _LogSums.apply(x, y, u, v, barred, backend, how)
+    kernels = backends.chosen(backend, x, agrees)
+    return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, **how)
 
 
 class _LogSums(torch.autograd.Function):
