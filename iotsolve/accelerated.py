@@ -145,7 +145,7 @@ def _agree(_: Any, device: torch.device) -> bool:
 
 
 _SMALL = {torch.float32: 2**14, torch.float64: 2**12}  # entries of a problem that a program holds
-_TOGETHER = 1000  # sweeps of the slowest, which all others wait for
+_TOGETHER = 10_000  # sweeps of the slowest, which all others wait for; it leaves where it gets nowhere
 _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
 _TINY = 2**14  # entries of a kernel that the nearest cache holds
 _CACHED = 2**19  # entries of a kernel in float64

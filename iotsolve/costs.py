@@ -315,12 +315,13 @@ class Points:
 
         The last one is remembered: a solver asks for it at every step.
         """
-        if isinstance(epsilon, Tensor) or self.x.requires_grad or self.y.requires_grad:
+        traced = torch.is_grad_enabled() and (self.x.requires_grad or self.y.requires_grad)
+        if isinstance(epsilon, Tensor) or traced:
             return self._bilinear_form(epsilon)
-        key = epsilon, self.x._version, self.y._version
-        if self.__dict__.get("_form", (None,))[0] != key:
-            self.__dict__["_form"] = key, self._bilinear_form(epsilon)
-        return self.__dict__["_form"][1]
+        key = epsilon, self.dtype, self.x._version, self.y._version
+        if self._known.get("form", (None,))[0] != key:
+            self._known["form"] = key, tuple(z.detach() for z in self._bilinear_form(epsilon))
+        return self._known["form"][1]
 
     def _bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = self.flattened
@@ -338,13 +339,18 @@ class Points:
         return x / epsilon, y, p, y.new_zeros(len(y))
 
     @property
-    def _known(self) -> dict[str, Tensor]:
+    def _known(self) -> dict[str, Any]:
         """What has been found out of the points' numbers, by whoever has the same."""
         return self.__dict__.setdefault("_of_numbers", {})
 
     def viewed(self, other: Points) -> Points:
-        """``other``, whose points have the same numbers, with what is known of these."""
-        other.__dict__["_of_numbers"] = self._known
+        """``other``, of the same numbers or, of a batch, some of them, with what is known of these points."""
+        if self.is_bilinear and other.is_bilinear and self.metric == other.metric:
+            pairs = ((self.x, other.x), (self.y, other.y))
+            if all(x.data_ptr() == z.data_ptr() and x.dtype == z.dtype for x, z in pairs):  # changed in place, both are
+                other.__dict__["_of_numbers"] = self._known
+            elif "centre" in self._known:
+                other._known["centre"] = self._known["centre"]
         return other
 
     @staticmethod
@@ -370,9 +376,9 @@ class Points:
         if not self.is_bilinear:
             return None
         if self.dtype == torch.float64:
-            return self.with_tensors({"x": self.x.float(), "y": self.y.float()}), 2.0**-24
+            return self.viewed(self.with_tensors({"x": self.x.float(), "y": self.y.float()})), 2.0**-24
         on_kernels = self.backend == "triton" or (self.backend == "auto" and self.device.type == "cuda")
-        return (replace(self, precise=False), 2.0**-11) if on_kernels and self.precise else None
+        return (self.viewed(replace(self, precise=False)), 2.0**-11) if on_kernels and self.precise else None
 
     @property
     def transposed(self) -> Points:

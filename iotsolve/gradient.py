@@ -206,13 +206,17 @@ def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Seque
         def scalar(problem: Problem) -> Tensor:
             moved = _moved(problem, p)
             return (upstream * (_dual_sides(problem, moved) - weighted(r, moved.f) - weighted(c, moved.g))).sum()
+
+        known = {"epsilon", *ctx.problem.cost.tensors()}  # what the entropy alone depends on
     else:
-        found = {}
+        found, known, wanted = {}, set(), {None}
 
         def scalar(problem: Problem) -> Tensor:
             return (_lagrangian(problem, _moved(problem, p), plan) * upstream).sum()
 
-    sides = _pull(ctx.problem, scalar, ctx.names, needed, tensors, p.f.dtype)
+    sides = [None] * len(tensors)
+    if not wanted <= known:
+        sides = _pull(ctx.problem, scalar, ctx.names, needed, tensors, p.f.dtype)
     total = [_add(found.get(name), side) for name, side in zip(ctx.names, sides, strict=True)]
     return [None if x is None else x.to(t.dtype) for x, t in zip(total, tensors, strict=True)]
 
@@ -287,6 +291,9 @@ def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
     """
     total = 0.0 if problem.mass is None else p.lam * problem.mass
     for side, weights, f in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
+        if not problem.is_exact and problem.is_plain:
+            total = total + (weights * side.conjugate(f)).sum(-1)
+            continue
         reached = f.isfinite()
         terms = side.conjugate(torch.where(reached, f, 0.0))
         if not reached.all():

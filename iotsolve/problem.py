@@ -169,6 +169,8 @@ class Problem:
     ) -> None:
         cost, as_numpy = as_cost(cost)
         n, m = cost.shape[-2:]
+        if a is None and b is None:
+            self.__dict__["is_full"] = True
         a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
         epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
         mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
@@ -487,10 +489,9 @@ class Problem:
         elif isinstance(self.cost, Dense):
             total = sum(plan.sum((-2, -1)) for _, plan in self.plan_blocks(p))
         else:
-            s = self.cost.softmin(log_scaling(self.b, p.g, self.epsilon), self.epsilon, axis=-1)
-            rows = log_scaling(self.a, p.f + p.lam.unsqueeze(-1), self.epsilon)
-            total = torch.where(s.isfinite(), rows - s / self.epsilon, -math.inf).exp().sum(-1)
-        return -self.epsilon * (total - self.a.sum(-1) * self.b.sum(-1))
+            s = self.cost.softmin(self.log_scaled(p.g, self.epsilon, axis=-1), self.epsilon, axis=-1)
+            total = self.marginal_of(p.f + p.lam.unsqueeze(-1), s, axis=-1).sum(-1)
+        return -self.epsilon * (total - self.product)
 
     def duality_gap(self, plan: Tensor, p: Potentials) -> Tensor:
         """``primal(plan) - dual(p)`` as a sum of non-negative terms, for a plan that satisfies the hard sides.

@@ -263,7 +263,8 @@ _FEW = 2**24  # arcs
 
 def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Outcome:
     """Sweeps in a precision that is cheaper as far as they are good for, then in the problem's own."""
-    climbs = start is None and isinstance(problem.cost, Points | Sharded) and math.prod(problem.shape) >= _WORTH_CLIMBING
+    least = _WORTH_CLIMBING if problem.dtype == torch.float64 else _WORTH_CLIMBING_ON_DEVICE
+    climbs = start is None and isinstance(problem.cost, Points | Sharded) and math.prod(problem.shape) >= least
     rough = problem.cost.rough() if climbs else None
     if rough is None:
         return iterate(problem, solver, start)
@@ -283,6 +284,7 @@ def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Ou
 
 
 _WORTH_CLIMBING = 2**18  # entries
+_WORTH_CLIMBING_ON_DEVICE = 2**29  # where a sweep of fewer takes less time than to ask for it
 _LOOSE, _ROUNDINGS, _WORTHLESS = 1e-5, 4.0, 0.1  # relative errors of marginals at which a cheaper precision stops
 
 

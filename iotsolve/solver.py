@@ -133,7 +133,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
     highest = torch.full_like(final.lam, -torch.inf)
     on_device = problem.cost.device.type == "cuda"
-    dear = math.prod(problem.shape[-2:]) >= (_DEAR_ON_DEVICE if on_device else _DEAR)
+    entries = math.prod(problem.shape[-2:])
+    dear, cheap = entries >= (_DEAR_ON_DEVICE if on_device else _DEAR), on_device and entries < _CHEAP_ON_DEVICE
     replayed, least = None, float(wait.min())  # the fewest annealing steps that somebody has left out
 
     for k in count(1 if start is None else 0):  # a start that is good enough takes no step
@@ -146,12 +147,13 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             else:
                 fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
                 state = fresh.where(own > 0, state) if annealing else fresh
-        if (annealing and k) or not (dear or _due(late) or k - least >= method.max_steps):
+        due = _due(late, cheap)
+        if (annealing and k) or not (dear or due or k - least >= method.max_steps):
             continue
         spent = own >= method.max_steps
         error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
         progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
-        patience = torch.where(progress, 0.0, patience + _due(late))
+        patience = torch.where(progress, 0.0, patience + due)
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
         broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
@@ -201,6 +203,7 @@ def _largest(x: Tensor) -> float:
 _PATIENCE = 30  # checks without progress
 _DEAR = 2**24  # entries from which on a step takes so long that every one is followed by a check
 _DEAR_ON_DEVICE = 2**33
+_CHEAP_ON_DEVICE = 2**28  # below, a check takes as long as some steps: a device waits for the questions
 _WORTH_RECORDING = 9  # the first step of very many: the eighth has been looked at, and more is to be done
 
 
@@ -218,8 +221,8 @@ def _recorded(problem: Problem, method: Method, state: Any) -> Callable[[Any], A
         return step
 
 
-def _due(k: int) -> bool:
-    return k in (1, 2, 4) or k % 8 == 0  # 0 too
+def _due(k: int, cheap: bool) -> bool:
+    return k == 4 or k % 8 == 0 or (not cheap and k in (1, 2))  # 0 too
 
 
 def _usable(problem: Problem, p: Potentials) -> Tensor:

@@ -85,10 +85,14 @@ def test_sums_and_derivatives(size, dtype, barred, even):
         assert_near(one, other, backward if one.dtype == torch.float32 else KEPT[dtype])
 
 
-@pytest.mark.parametrize("side", ["rows", "columns"])
-def test_one_side_alone(side):
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("side", ["rows", "columns", "both"])
+def test_of_few_points_and_of_many(side, many, monkeypatch):
+    """Few have their weights prepared by who reads them, or by one program; many by programs of their own."""
+    if many:
+        monkeypatch.setattr(streamed, "_ALONE", 0)
     x, y, u, v, _ = case(30, 40, 5, torch.float32)
-    u, v = (None, v) if side == "rows" else (u, None)
+    u, v = None if side == "rows" else u, None if side == "columns" else v
     wide = [None if z is None else z.double() for z in (x, y, u, v)]
     expected = bilinear._log_sums(*wide, None)
     found = streamed.log_sums(x, y, u, v, None)
@@ -153,7 +157,7 @@ def test_products_with_a_plan(large, barred, turned):
 
 @pytest.mark.parametrize("both", [True, False], ids=["both", "rows"])
 @pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
-@pytest.mark.parametrize("size", [(2, 1), (70, 33), (129, 65), (40, 140), (300, 16)], ids=str)
+@pytest.mark.parametrize("size", [(2, 1), (129, 65), (40, 140)], ids=str)
 def test_cross_entropies_from_points_of_any_length(size, dtype, both):
     """Against a matrix in float64; one point has no length, and one's is a million."""
     g = torch.Generator(torch.get_default_device()).manual_seed(0)

@@ -80,7 +80,7 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
         "COLUMNS": tiles.columns,
     }
     if kernel == "sums":
-        constants["DOUBTED"] = False
+        constants |= {"DOUBTED": False, "RAW": features == 128}  # that of few points, and that of many
     if kernel == "pull":
         each = features // terms if terms == 1 or features > 256 else 64
         width = min(tiles.width, each & -each)

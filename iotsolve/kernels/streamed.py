@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from iotsolve.kernels.halves import PADDED, Halved, directions, halved, pull_directions
 
@@ -77,7 +78,10 @@ _MASKED_TILES = {
     "pull of three": (64, 32),
 }  # a mask takes registers
 _MOST = 8  # programs that share a row
+_ALONE = 2**15  # columns that one program can be left alone with
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
+_CHUNK = tl.constexpr(1024)
+_SAFE = 60.0  # exponents up to which, of either sign, plain exponentials and their sums stay in range
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(-1e30)  # the exponent of an empty sum: finite, so that differences are
@@ -131,10 +135,13 @@ def _less_barred(
 @triton.jit
 def _sums_kernel(
     X, Y, V, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j, share,
-    D: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr,
+    D: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr, RAW: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``log sum_j exp(v_j + x_i . y_j)``, of a share of the columns; if DOUBTED, only where there is doubt of what is known."""
+    """``log sum_j exp(v_j + x_i . y_j)``, of a share of the columns; if DOUBTED, only where there is doubt of what is known.
+
+    V is padded and in units of log 2, or if RAW as it came.
+    """
     if DOUBTED:
         if tl.load(DOUBT) == 0:
             return
@@ -154,7 +161,7 @@ def _sums_kernel(
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        if DOUBTED:  # seldom, and V is as it came
+        if RAW:
             v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
         else:
             v = tl.load(V + j)
@@ -358,11 +365,11 @@ def _held(x):
 
 @triton.jit
 def _scales_kernel(
-    U, V, R, C, GR, GC, UNIT, SCALES, n, m,
-    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    U, V, R, C, GR, GC, UNIT, SCALES, LOG_V, LESS_C, UP, SHARE, n, m, high,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr, WITH_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The largest upstream derivative, the largest ``-c_j - v_j``, whether one exponential can serve both parts, and the largest
-    unit of a column that carries anything.
+    unit of a column that carries anything; of few columns also what :func:`_columns_kernel` makes.
     """
     at = tl.arange(0, BLOCK)
     size = tl.zeros((BLOCK,), tl.float32)
@@ -381,10 +388,13 @@ def _scales_kernel(
             if OF_ROWS:
                 wide = -tl.load(V + start + at, mask=inside, other=-_NOTHING)
                 widest = tl.maximum(widest, wide - _held(tl.load(C + start + at, mask=inside, other=0.0)))
-    tl.store(SCALES, tl.max(size, 0))
+    largest = tl.max(size, 0)
     wide, tall = tl.max(widest, 0) * _LOG2E, tl.max(tallest, 0) * _LOG2E
+    together = wide + tall < 86.0
+    tl.store(SCALES, largest)
     tl.store(SCALES + 1, wide)
-    tl.store(SCALES + 2, tl.where(wide + tall < 86.0, 1.0, 0.0))
+    tl.store(SCALES + 2, tl.where(together, 1.0, 0.0))
+    most = 1.0
     if EVEN:
         tl.store(SCALES + 3, tl.load(UNIT))
     else:
@@ -392,7 +402,14 @@ def _scales_kernel(
         for start in range(0, m, BLOCK):
             carries = _carries(V, GC, start + at, m, OF_ROWS, OF_COLUMNS)
             unit = tl.maximum(unit, tl.where(carries, tl.load(UNIT + start + at, mask=start + at < m, other=0.0), 0.0))
-        tl.store(SCALES + 3, tl.max(unit, 0))
+        most = tl.max(unit, 0)
+        tl.store(SCALES + 3, most)
+    if WITH_COLUMNS:
+        for start in range(0, high, _CHUNK):
+            j = start + tl.arange(0, _CHUNK)
+            _column(
+                V, C, GC, UNIT, LOG_V, LESS_C, UP, SHARE, j, m, high, largest, wide, together, most, OF_ROWS, OF_COLUMNS, EVEN
+            )
 
 
 @triton.jit
@@ -413,20 +430,34 @@ def _columns_kernel(
 ):  # fmt: skip
     """What a loop over columns reads of each, in units of log 2, padded with what adds nothing."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if not EVEN:
-        carries = _carries(V, GC, j, m, OF_ROWS, OF_COLUMNS)
-        tl.store(SHARE + j, tl.where(carries, tl.load(UNIT + j) / tl.load(SCALES + 3), 0.0))
-    if OF_ROWS:
-        v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
-        tl.store(LOG_V + j, v)
+    size, widest, together, most = 0.0, 0.0, True, 1.0
     if OF_COLUMNS:
         size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
+    if not EVEN:
+        most = tl.load(SCALES + 3)
+    high = tl.num_programs(0) * BLOCK
+    _column(V, C, GC, UNIT, LOG_V, LESS_C, UP, SHARE, j, m, high, size, widest, together, most, OF_ROWS, OF_COLUMNS, EVEN)
+
+
+@triton.jit
+def _column(
+    V, C, GC, UNIT, LOG_V, LESS_C, UP, SHARE, j, m, high, size, widest, together, most,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    if not EVEN:
+        carries = _carries(V, GC, j, m, OF_ROWS, OF_COLUMNS)
+        unit = tl.load(UNIT + j, mask=j < high, other=0.0)
+        tl.store(SHARE + j, tl.where(carries, unit / most, 0.0), mask=j < high)
+    if OF_ROWS:
+        v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+        tl.store(LOG_V + j, v, mask=j < high)
+    if OF_COLUMNS:
         c = _held(tl.load(C + j, mask=j < m, other=0.0)) * _LOG2E
         up = tl.load(GC + j, mask=j < m, other=0.0) * tl.where(size > 0, 4096.0 / size, 0.0)
-        tl.store(LESS_C + j, -c)
+        tl.store(LESS_C + j, -c, mask=j < high)
         if OF_ROWS:
             up = tl.where(together, up * tl.exp2(-c - tl.where(j < m, v, 0.0) - widest), up)
-        tl.store(UP + j, up)
+        tl.store(UP + j, up, mask=j < high)
 
 
 # -- what is asked of them -----------------------------------------------------------------------------------------------
@@ -462,11 +493,14 @@ def _sums(
     barred: Tensor | None,
     rows: Tensor | None,
     columns: Tensor | None,
+    sure: bool = False,
 ) -> None:
-    """The sums of rows, of columns, or of both, into what is given for them."""
+    """The sums of rows, of columns, or of both, into what is given for them; ``sure``: plain exponentials stay in range."""
     doubt = None
     if rows is not None and columns is not None:
         doubt = _both_sums(x, y, _single(u), _single(v), barred, rows, columns)
+        if sure:
+            return
     if rows is not None:
         _row_sums(x, y, _single(v), barred, False, rows, doubt)
     if columns is not None:
@@ -480,9 +514,10 @@ def _row_sums(
     tiles = _tiles("sums", x, found.kind)
     down, doubted = triton.cdiv(n, tiles.rows), doubt is not None
     share, shares = (len(y.numbers), 1) if doubted else _shared(m, tiles, down, v.device)
-    parts = out if shares == 1 else out.new_empty(shares, n)
-    if not doubted:
-        doubt, log_v = x.unit, v.new_empty(len(y.numbers))
+    parts, raw = out if shares == 1 else out.new_empty(shares, n), doubted or m <= _ALONE
+    doubt = doubt if doubted else x.unit
+    if not raw:
+        log_v = v.new_empty(len(y.numbers))
         _columns_kernel[(len(y.numbers) // PADDED,)](
             v, v, v, v, v, log_v, v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, EVEN=True, BLOCK=PADDED
         )
@@ -490,7 +525,7 @@ def _row_sums(
     _sums_kernel[(down, shares)](
         x.numbers, y.numbers, v, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
         *found.strides, share, D=x.features, DEPTH=tiles.depth or x.features, EVEN=x.even, BARRED=found.kind, DOUBTED=doubted,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
+        RAW=raw, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     if shares > 1:
         _merge_kernel[(triton.cdiv(n, 256),)](parts, out, n, shares, ROWS=256)
@@ -582,7 +617,8 @@ def cross_entropies(
     one, other, less, pairs = directions(x, y, epsilon, precise)
     even = x.new_zeros(len(x), dtype=torch.float32)
     sums = torch.empty(1 + both, len(x), dtype=torch.float32, device=x.device)
-    _sums(one, other, even if both else None, even, None, sums[0], sums[1] if both else None)
+    sure = not isinstance(epsilon, Tensor) and epsilon * _SAFE >= 1.0  # cosines over epsilon
+    _sums(one, other, even if both else None, even, None, sums[0], sums[1] if both else None, sure)
     return sums - pairs, (one, other, less, pairs, even, sums)
 
 
@@ -630,10 +666,15 @@ def _half_pull(
     u, v, r, c, gr, gc = (gu if z is None else _single(z) for z in vectors)
     scales = torch.empty(4, dtype=torch.float32, device=gx.device)
     log_v, less_c, up, each = torch.empty(4, len(y.numbers), dtype=torch.float32, device=gx.device)
-    _scales_kernel[(1,)](u, v, r, c, gr, gc, y.unit, scales, n, m, **which, BLOCK=4096)
-    _columns_kernel[(len(y.numbers) // PADDED,)](
-        v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=PADDED
-    )
+    alone = m <= _ALONE
+    _scales_kernel[(1,)](
+        u, v, r, c, gr, gc, y.unit, scales, log_v, less_c, up, each, n, m, len(y.numbers), **which, WITH_COLUMNS=alone,
+        BLOCK=4096,
+    )  # fmt: skip
+    if not alone:
+        _columns_kernel[(len(y.numbers) // PADDED,)](
+            v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=PADDED
+        )
     _pull_kernel[(*grid, shares)](
         x.numbers, y.numbers, u, log_v, r, less_c, gr, up, each, x.unit, y.unit, scales,
         *barred.tables(len(x.numbers), tiles.rows, x.unit), gx, gu, n, m, d, *barred.strides, *y.halves, share, **which,
@@ -687,6 +728,12 @@ class _Barred:
         """The table, and for lists first and last of the others that are barred to one of the rows of a tile."""
         if self.kind in (_FREE, _MASKED):
             return nothing if self.table is None else self.table, nothing
+        key, known = (self.table._version, self.kind, n, rows), _ENDS.setdefault(self.table, {})
+        if key not in known:
+            known[key] = self._ends(n, rows)
+        return self.table, known[key]
+
+    def _ends(self, n: int, rows: int) -> Tensor:
         lister = torch.arange(len(self.table), device=self.table.device)[:, None].expand_as(self.table)
         own, other = (lister, self.table) if self.kind == _LISTED_OWN else (self.table, lister)
         tile, other = (own // rows).flatten(), other.flatten()
@@ -694,4 +741,7 @@ class _Barred:
             torch.full((triton.cdiv(n, rows),), start, device=own.device).scatter_reduce(0, tile, other, how)
             for start, how in ((2**31 - 1, "amin"), (-1, "amax"))
         )
-        return self.table, torch.stack(list(ends), 1).int()
+        return torch.stack(list(ends), 1).int()
+
+
+_ENDS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back with the same lists

@@ -10,6 +10,9 @@ import argparse
 import functools
 import json
 import math
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -157,9 +161,24 @@ def infonce(n: int, d: int, peers: bool) -> Iterator[Timed]:
         if n <= 32768:
             who["dense torch, fp16"] = HALF, lambda: dense_infonce
             who["dense torch, fp32"] = torch.float32, lambda: dense_infonce
-        if n <= 32768 and d <= 128:
-            who["KeOps, fp32"] = torch.float32, lambda: keops_infonce
-    exact = {dtype: exact_infonce(*clouds(n, d, dtype)) for dtype in (HALF, torch.float32)}
+    yield from infonce_of(who, n, d)
+    if peers and n <= 8192 and d <= 128:
+        yield alone("keops", group, "KeOps, fp32", n, d)
+
+
+def alone(what: str, group: str, name: str, n: int, d: int) -> Timed:
+    """A peer in a process of its own, which it may take down."""
+    words = [sys.executable, "-m", "tests.benchmarks.device", "--alone", what, str(n), str(d)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode == 0:
+        return Timed(**json.loads(done.stdout.splitlines()[-1]))
+    signalled = f"ended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else done.stderr.strip()[-80:]
+    return Timed(group, n, d, name, note=signalled)
+
+
+def infonce_of(who: dict[str, tuple[torch.dtype, Callable[[], Callable]]], n: int, d: int) -> Iterator[Timed]:
+    group = "InfoNCE both ways, with derivatives"
+    exact = {dtype: exact_infonce(*clouds(n, d, dtype)) for dtype in {dtype for dtype, _ in who.values()}}
     for name, (dtype, make) in who.items():
         found = Timed(group, n, d, name)
         try:
@@ -309,6 +328,33 @@ def _gradient(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Ten
     return found
 
 
+def many(count: int, n: int) -> Iterator[Timed]:
+    """Many small problems at once, to the default tolerance, beside as many sweeps of a batch in torch as the slowest takes."""
+    from iotsolve import Problem, certify, solve
+
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    cost = torch.rand(count, n, n, generator=draw, device=DEVICE)
+    epsilon, group = 0.05, f"{count:,} matrices of random costs, epsilon .05"
+    problem = Problem(cost, epsilon=epsilon)
+    found = solve(problem)
+    steps = int(found.steps.max())
+
+    def sweeps() -> tuple[Tensor, Tensor]:
+        level, scaled = math.log(n), cost / epsilon
+        f = g = cost.new_zeros(count, n)
+        for _ in range(steps):
+            f = level - torch.logsumexp(g[:, None] - scaled, 2)
+            g = level - torch.logsumexp(f[..., None] - scaled, 1)
+        return f * epsilon, g * epsilon
+
+    for name, work in (("iotsolve, fp32", lambda: solve(problem)), ("dense torch, fp32", sweeps)):
+        ms, mib = clock(work, most=0.5)
+        result = work()
+        f, g = result if isinstance(result, tuple) else (result.f, result.g)
+        error = float(np.abs(certify(problem, f, g).relative_gap).max())
+        yield Timed(group, n, n, name, ms, mib, error, note=f"{int(np.median(found.steps))} sweeps, {steps} of the slowest")
+
+
 def large() -> Iterator[Timed]:
     """What takes two cores minutes: 100,000 points, to the default tolerance, certified."""
     from iotsolve import FIXED, KL, Points, Problem, solve
@@ -346,7 +392,8 @@ def run(out: Path, *, seconds: float) -> dict[str, Any]:
     for n, d in SIZES:
         work.append(functools.partial(passes, n, d))
         work.append(functools.partial(infonce, n, d, True))
-    work[4:4] = [functools.partial(transport, 8192, 64), functools.partial(transport, 32768, 64), large]
+    work[10:10] = [functools.partial(many, 1000, n) for n in (16, 64, 128)] + [large]
+    work[14:14] = [functools.partial(transport, 8192, 64), functools.partial(transport, 32768, 64)]
     for each in work:
         if time.perf_counter() - begin > seconds:
             break
@@ -417,7 +464,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/device"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so long")
     parser.add_argument("--page", type=Path, help="results.json to be written into docs/gpu.md, instead of a run")
+    parser.add_argument("--alone", nargs=3, metavar=("WHO", "N", "D"), help="one peer, its row on the last line")
     given = parser.parse_args()
+    if given.alone is not None:
+        who = {"keops": {"KeOps, fp32": (torch.float32, lambda: keops_infonce)}}[given.alone[0]]
+        (row,) = infonce_of(who, *map(int, given.alone[1:]))
+        print(json.dumps(asdict(row)))
+        return
     if given.page is not None:
         write_page(given.page, Path("docs/gpu.md"))
         return
