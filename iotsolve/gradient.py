@@ -291,7 +291,7 @@ def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
     """
     total = 0.0 if problem.mass is None else p.lam * problem.mass
     for side, weights, f in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
-        if not problem.is_exact and problem.is_plain:
+        if not (torch.is_grad_enabled() or problem.is_exact) and problem.is_plain:
             total = total + (weights * side.conjugate(f)).sum(-1)
             continue
         reached = f.isfinite()
@@ -359,8 +359,10 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
     with torch.enable_grad():
         eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
         live = points.viewed(replace(points, x=leaves["x"], y=leaves["y"]))
-        s, t = live.soft_minima(*(_logs(problem, w, z, eps) for w, z in ((a, f), (b, g))), eps)
-        r = _reached(problem, a, f, s, eps)
+        plain = problem.is_plain
+        logs = (w.log() + z / eps if plain else log_scaling(w, z, eps) for w, z in ((a, f), (b, g)))
+        s, t = live.soft_minima(*logs, eps)
+        r = _reached(a, f, s, eps, plain=plain)
         excess = r.sum() - problem.a.sum() * problem.b.sum() / ranks.count
         wanted = [name for name in leaves if name in needed]
         slopes = (
@@ -368,17 +370,13 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
         )
     found = {name: x if name == "x" else ranks.sum(x) for name, x in zip(wanted, slopes, strict=True)}
     t = t.detach() if isinstance(ranks, Alone) else -problem.epsilon * ranks.log_sum(-t.detach() / problem.epsilon)
-    r, c = ranks.gather(r.detach()), _reached(problem, b, g, t, problem.epsilon)
+    r, c = ranks.gather(r.detach()), _reached(b, g, t, problem.epsilon, plain=plain)
     return found | {"r": r.reshape(*shape, -1), "c": c.reshape(*shape, -1)}
 
 
-def _logs(problem: Problem, weights: Tensor, potential: Tensor, eps: Scalar) -> Tensor:
-    return weights.log() + potential / eps if problem.is_plain else log_scaling(weights, potential, eps)
-
-
-def _reached(problem: Problem, weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar) -> Tensor:
-    """A marginal of the plan, from the soft-minimum on its side."""
-    if problem.is_plain:
+def _reached(weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar, *, plain: bool = False) -> Tensor:
+    """A marginal of the plan, from the soft-minimum on its side; ``plain``: nothing is infinite."""
+    if plain:
         return weights * ((potential - softmin) / eps).exp()
     carries = (weights > 0) & potential.isfinite() & softmin.isfinite()
     return weights * torch.where(carries, (torch.where(carries, potential - softmin, 0.0) / eps).exp(), 0.0)
@@ -529,7 +527,7 @@ def streamed_marginals(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]
     """
     points, (a, f), (b, g), eps = streamed_parts(problem, p)
     s, t = points.soft_minima(log_scaling(a, f, eps), log_scaling(b, g, eps), eps)
-    return _reached(problem, a, f, s, eps), _reached(problem, b, g, t, eps)
+    return _reached(a, f, s, eps), _reached(b, g, t, eps)
 
 
 def streamed_parts(

@@ -557,11 +557,9 @@ class Problem:
 
     def log_scaled(self, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """:func:`log_scaling` of the columns' weights (axis -1) or of the rows'."""
-        weights = self.b if axis == -1 else self.a
-        if isinstance(epsilon, Tensor) or not self.is_plain:
-            return log_scaling(weights, potential, epsilon)
-        logs = weights.log() if weights.requires_grad else self._logs[axis]
-        return torch.add(logs, potential, alpha=1.0 / epsilon)
+        if torch.is_grad_enabled() or isinstance(epsilon, Tensor) or not self.is_plain:
+            return log_scaling(self.b if axis == -1 else self.a, potential, epsilon)
+        return torch.add(self._logs[axis], potential, alpha=1.0 / epsilon)
 
     @cached_property
     def _logs(self) -> dict[int, Tensor]:
@@ -572,7 +570,7 @@ class Problem:
         arrives.
         """
         weights = self.a if axis == -1 else self.b
-        if self.is_plain:
+        if not torch.is_grad_enabled() and self.is_plain:
             return weights * ((potential - softmin) / self.epsilon).exp()
         reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
         exponent = weights.log() + torch.where(reached, potential - softmin, 0.0) / self.epsilon
