@@ -541,7 +541,7 @@ class Problem:
 
     def _totals_apart(self) -> tuple[Tensor, Tensor]:
         """By how much the least total asked for exceeds the largest allowed, and the latter."""
-        rows, columns = self.a.sum(-1), self.b.sum(-1)
+        rows, columns = self._totals
         (lo_r, hi_r), (lo_c, hi_c) = self.rows.bounds, self.columns.bounds
         lowest, highest = torch.maximum(lo_r * rows, lo_c * columns), torch.minimum(hi_r * rows, hi_c * columns)
         if self.mass is not None:

@@ -159,8 +159,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
         done = near | broken | stuck | spent
         if any(ended := done.tolist()):  # potentials that nobody takes for an answer are not looked at
-            broken = broken | ~_usable(problem, state.potentials)
-            blunt = _exponent_error(problem, state.potentials) > tolerance
+            usable, rounding = _soundness(problem, state.potentials)
+            broken, blunt = broken | ~usable, rounding > tolerance
             looked_at = torch.stack([active, own.to(active.dtype), near, stuck, blunt, broken, done | broken]).T.tolist()
             for i, taken, is_near, is_stuck, is_blunt, is_broken, is_done in looked_at:
                 if is_done:
@@ -188,7 +188,8 @@ def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
     size = sum(_largest(x) for x in (p.f, p.g, p.lam))
     if size * torch.finfo(p.f.dtype).eps / 2 <= tolerance * number(problem.epsilon):  # of all of them
         return outcome
-    usable, blunt = _usable(problem, p).tolist(), (_exponent_error(problem, p) > tolerance).tolist()
+    usable, rounding = _soundness(problem, p)
+    usable, blunt = usable.tolist(), (rounding > tolerance).tolist()
     for k, word in enumerate(status):
         if word is Status.CONVERGED and not (usable[k] and not blunt[k]):
             status[k] = Status.STALLED if usable[k] else Status.NOT_FINITE
@@ -225,29 +226,22 @@ def _due(k: int, cheap: bool) -> bool:
     return k == 4 or k % 8 == 0 or (not cheap and k in (1, 2))  # 0 too
 
 
-def _usable(problem: Problem, p: Potentials) -> Tensor:
-    """No NaN, no -inf, and no +inf where a hard side must place mass."""
-    usable = p.lam.isfinite()
+def _soundness(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
+    """Whether potentials are: no NaN, no -inf, and no +inf where a hard side must place mass. And the relative error of a plan's
+    entries from the rounding of potentials alone: digits lost in ``(f + g - C) / eps``, half the worst case, which entries of
+    either sign do not reach together. An empty bin has no entries.
+    """
+    if problem.is_plain:
+        size = sum(torch.linalg.vector_norm(x, torch.inf, dim=-1) for x in (p.f, p.g)) + p.lam.abs()
+        return size.isfinite(), size * (torch.finfo(p.f.dtype).eps / 2) / problem.epsilon
+    usable, size = p.lam.isfinite(), p.lam.abs()
     for side, weights, x in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
-        must_place = side.is_hard and number(side.bounds[0]) > 0
-        if must_place and problem.is_full:
-            usable = usable & x.isfinite().all(-1)
-            continue
         bad = x.isnan() | (x == -torch.inf)
-        if must_place:
+        if side.is_hard and number(side.bounds[0]) > 0:
             bad = bad | (x.isinf() & (weights > 0))
         usable = usable & ~bad.any(-1)
-    return usable
-
-
-def _exponent_error(problem: Problem, p: Potentials) -> Tensor:
-    """Relative error of a plan's entries from the rounding of its potentials alone: digits lost in ``(f + g - C) / eps``.
-
-    Half the worst case, which entries of either sign do not reach together. An empty bin has no entries.
-    """
-    sides = ((x.isfinite() if problem.is_full else (w > 0) & x.isfinite(), x) for w, x in ((problem.a, p.f), (problem.b, p.g)))
-    size = sum(torch.where(looked_at, x, 0.0).abs().amax(-1) for looked_at, x in sides) + p.lam.abs()
-    return torch.finfo(p.f.dtype).eps / 2 * size / problem.epsilon
+        size = size + torch.where((weights > 0) & x.isfinite(), x, 0.0).abs().amax(-1)
+    return usable, torch.finfo(p.f.dtype).eps / 2 * size / problem.epsilon
 
 
 def _store(final: Potentials, p: Potentials, index: Tensor) -> None:
