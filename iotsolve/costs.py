@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from iotsolve.kernels import bilinear, products
+from iotsolve.kernels import backends, bilinear, products
 from iotsolve.kernels.precision import product
 from iotsolve.kernels.threads import allowed, each_piece, torch_on
 
@@ -499,6 +499,16 @@ class Points:
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
         s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend, precise=self.precise)
         return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)
+
+    def softmin_at(self, logs: Tensor, potential: Tensor, epsilon: float, *, axis: int) -> Tensor:
+        """:meth:`softmin` at ``logs + potential / epsilon``, without derivatives; on kernels without anything beside a pass."""
+        kernels = backends.chosen(self.backend, self.x, bilinear.agrees) if self.is_bilinear else None
+        if kernels is None:
+            return self.softmin(torch.add(logs, potential, alpha=1.0 / epsilon), epsilon, axis=axis)
+        x, y, p, q = self.bilinear_form(epsilon)
+        how = {"turned": axis == -2, "precise": self.precise, "even": self.unit or self.metric == "cosine"}
+        found = kernels.soft_minimum(x, y, logs.flatten(), potential.flatten(), p, q, self.barred, epsilon, **how)
+        return found.reshape(*self.shape[:-2], -1)
 
     def gibbs(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Float[Tensor, "*batch n m"]:
         return Dense(self.dense()).gibbs(log_rows, log_columns, epsilon)

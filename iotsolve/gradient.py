@@ -360,18 +360,23 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
         eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
         live = points.viewed(replace(points, x=leaves["x"], y=leaves["y"]))
         plain = problem.is_plain
-        logs = (w.log() + z / eps if plain else log_scaling(w, z, eps) for w, z in ((a, f), (b, g)))
-        s, t = live.soft_minima(*logs, eps)
+        sides = ((b, g),) if needed <= set(named) else ((a, f), (b, g))  # nobody asks for the columns' marginal, or someone does
+        logs = [w.log() + z / eps if plain else log_scaling(w, z, eps) for w, z in sides]
+        s, t = live.soft_minima(None if len(logs) == 1 else logs[0], logs[-1], eps)
         r = _reached(a, f, s, eps, plain=plain)
-        excess = r.sum() - problem.a.sum() * problem.b.sum() / ranks.count
-        wanted = [name for name in leaves if name in needed]
-        slopes = (
-            torch.autograd.grad(-eps * excess * upstream.sum(), [leaves[name] for name in wanted]) if wanted else ()
-        )
+        wanted, rate = [name for name in leaves if name in needed], -eps * upstream.sum()
+        slopes = ()
+        if "epsilon" in needed:
+            excess = r.sum() - problem.a.sum() * problem.b.sum() / ranks.count
+            slopes = torch.autograd.grad(rate * excess, [leaves[name] for name in wanted])
+        elif wanted:
+            slopes = torch.autograd.grad(r, [leaves[name] for name in wanted], rate.expand_as(r))
     found = {name: x if name == "x" else ranks.sum(x) for name, x in zip(wanted, slopes, strict=True)}
-    t = t.detach() if isinstance(ranks, Alone) else -problem.epsilon * ranks.log_sum(-t.detach() / problem.epsilon)
-    r, c = ranks.gather(r.detach()), _reached(b, g, t, problem.epsilon, plain=plain)
-    return found | {"r": r.reshape(*shape, -1), "c": c.reshape(*shape, -1)}
+    found |= {"r": ranks.gather(r.detach()).reshape(*shape, -1), "c": None}
+    if t is not None:
+        t = t.detach() if isinstance(ranks, Alone) else -problem.epsilon * ranks.log_sum(-t.detach() / problem.epsilon)
+        found["c"] = _reached(b, g, t, problem.epsilon, plain=plain).reshape(*shape, -1)
+    return found
 
 
 def _reached(weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar, *, plain: bool = False) -> Tensor:

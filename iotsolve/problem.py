@@ -154,6 +154,7 @@ class Problem:
     forgiven: float
     sides: tuple[Marginal, Marginal]
     is_checked: bool
+    is_even: bool
     memory: Memory | None = field(default=None, repr=False)
 
     def __init__(
@@ -169,14 +170,16 @@ class Problem:
     ) -> None:
         cost, as_numpy = as_cost(cost)
         n, m = cost.shape[-2:]
-        if a is None and b is None:
-            self.__dict__["is_full"] = True
+        even = a is None and b is None
         a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
         epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
         mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
         batch = common_batch(cost, a, b)
         self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
         object.__setattr__(self, "as_numpy", as_numpy)
+        object.__setattr__(self, "is_even", even)
+        if even:
+            self.__dict__["is_full"] = True
         with calm(cost):
             check_problem(self)
         object.__setattr__(self, "is_checked", True)
@@ -193,7 +196,7 @@ class Problem:
     ) -> None:
         cost = Dense(cost) if isinstance(cost, Tensor) else cost
         values = dict(cost=cost, a=a, b=b, epsilon=epsilon, mass=mass, as_numpy=False, forgiven=rounding(cost.dtype))
-        values |= dict(sides=(rows, columns), rows=rows, columns=columns, is_checked=False)
+        values |= dict(sides=(rows, columns), rows=rows, columns=columns, is_checked=False, is_even=False)
         if isinstance(rows, Marginal) and isinstance(columns, Marginal):  # else validation has the word
             values |= dict(rows=rows.at(a), columns=columns.at(b))
         for name, value in values.items():
@@ -489,7 +492,7 @@ class Problem:
         elif isinstance(self.cost, Dense):
             total = sum(plan.sum((-2, -1)) for _, plan in self.plan_blocks(p))
         else:
-            s = self.cost.softmin(self.log_scaled(p.g, self.epsilon, axis=-1), self.epsilon, axis=-1)
+            s = self.softmin(p.g, self.epsilon, axis=-1)
             total = self.marginal_of(p.f + p.lam.unsqueeze(-1), s, axis=-1).sum(-1)
         return -self.epsilon * (total - self.product)
 
@@ -554,6 +557,13 @@ class Problem:
         """
         bilinear = isinstance(self.cost, Points) and self.cost.is_bilinear
         return bilinear and self.is_full and all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam))
+
+    def softmin(self, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
+        """The soft-minimum of the cost less a potential: over columns (axis -1, of theirs) or over rows."""
+        plain = not (torch.is_grad_enabled() or isinstance(epsilon, Tensor)) and self.is_plain
+        if plain and isinstance(self.cost, Points):
+            return self.cost.softmin_at(self._logs[axis], potential, epsilon, axis=axis)
+        return self.cost.softmin(self.log_scaled(potential, epsilon, axis=axis), epsilon, axis=axis)
 
     def log_scaled(self, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """:func:`log_scaling` of the columns' weights (axis -1) or of the rows'."""

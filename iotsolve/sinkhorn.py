@@ -143,10 +143,10 @@ class Sinkhorn:
             start = Potentials(torch.zeros_like(problem.a), torch.zeros_like(problem.b), lam)
         f = torch.zeros_like(start.f) if rows.is_free else start.f  # never visited
         g = torch.zeros_like(start.g) if columns.is_free else start.g
-        s = None if rows.is_free else _softmin(problem, g, problem.epsilon, axis=-1)
+        s = None if rows.is_free else problem.softmin(g, problem.epsilon, axis=-1)
         both = given and (rows.is_free or not columns.is_free)
         return SinkhornState(
-            Potentials(f, g, start.lam), s, _softmin(problem, f, problem.epsilon, axis=-2) if both else None
+            Potentials(f, g, start.lam), s, problem.softmin(f, problem.epsilon, axis=-2) if both else None
         )
 
     def step(self, problem: Problem, state: SinkhornState, epsilon: Scalar) -> SinkhornState:
@@ -159,13 +159,13 @@ class Sinkhorn:
         if s is not None:
             p = replace(p, f=rows.aprox(lowered(s), epsilon))
         if not columns.is_free or rows.is_free:  # two free sides still have a mass to be known
-            t = _softmin(problem, p.f, epsilon, axis=-2)
+            t = problem.softmin(p.f, epsilon, axis=-2)
             p = replace(p, g=columns.aprox(lowered(t), epsilon))
         if problem.mass is not None:
             log_moved = _log_mass(problem.a, p.f, s, epsilon) if t is None else _log_mass(problem.b, p.g, t, epsilon)
             p = replace(p, lam=epsilon * (_log(problem.mass) - log_moved))
         if s is not None and not columns.is_free:
-            s = _softmin(problem, p.g, epsilon, axis=-1)
+            s = problem.softmin(p.g, epsilon, axis=-1)
         return translate(problem, SinkhornState(p, s, t))
 
     def settle(self, problem: Problem, state: SinkhornState) -> SinkhornState:
@@ -177,8 +177,8 @@ def answered(problem: Problem, p: Potentials) -> Potentials:
     """The potentials with those of empty bins as the others determine them, by a soft-min over each side."""
     if problem.is_full:
         return p
-    s = None if problem.rows.is_free else _softmin(problem, p.g, problem.epsilon, axis=-1)
-    return SinkhornState(p, s, _softmin(problem, p.f, problem.epsilon, axis=-2)).answer(problem)
+    s = None if problem.rows.is_free else problem.softmin(p.g, problem.epsilon, axis=-1)
+    return SinkhornState(p, s, problem.softmin(p.f, problem.epsilon, axis=-2)).answer(problem)
 
 
 def swept(problem: Problem, p: Potentials) -> Potentials:
@@ -270,10 +270,6 @@ def _log_demand(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
     return torch.logsumexp(weights.log() - side.softness * reached, -1) + (
         side.bounds[0] and math.log(number(side.bounds[0]))
     )
-
-
-def _softmin(problem: Problem, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
-    return problem.cost.softmin(problem.log_scaled(potential, epsilon, axis=axis), epsilon, axis=axis)
 
 
 def _log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:

@@ -110,12 +110,9 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
             f"points x {tuple(x.shape)} and y {tuple(y.shape)}: must be (..., n, d) and (..., m, d) with the same d >= 1. "
             "Points on a line are columns: x[:, None]."
         )
+    if callable(cost.metric) or cost.metric == "cosine" or cost.unit:  # of others a range tells, which is asked for anyway
+        _check_finite(x, y)
     for name, z in (("x", x), ("y", y)):
-        bad = ~z.detach().isfinite()
-        if bad.any():
-            raise ValueError(
-                f"{name}{_at(bad)} = {float(z.detach()[bad][0])}: points must be finite. Drop the points with missing values."
-            )
         if cost.metric == "cosine" and (z.detach().norm(dim=-1) == 0).any():
             raise ValueError(
                 f"{name}{_at(z.detach().norm(dim=-1) == 0)} is the zero vector: it has no direction, so no cosine. Drop it."
@@ -143,8 +140,18 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
     if callable(points.metric):
         _check_function(points)
     elif not float(points.range().detach().max()) < math.inf:
+        _check_finite(x, y)
         raise ValueError(f"points so far apart that their {cost.metric} cost overflows {dtype}: rescale them.")
     return points, as_numpy
+
+
+def _check_finite(x: Tensor, y: Tensor) -> None:
+    for name, z in (("x", x), ("y", y)):
+        bad = ~z.detach().isfinite()
+        if bad.any():
+            raise ValueError(
+                f"{name}{_at(bad)} = {float(z.detach()[bad][0])}: points must be finite. Drop the points with missing values."
+            )
 
 
 def _barred(barred: Any, shape: tuple[int, ...]) -> Tensor:
@@ -347,6 +354,8 @@ def _check_totals(problem: Problem) -> None:
         return  # one side alone can have any total
     fixed = problem.mass is None and problem.rows.is_fixed and problem.columns.is_fixed
     a, b = shared(problem.a), shared(problem.b)
+    if fixed and problem.is_even and problem.rows.bounds == problem.columns.bounds:
+        return
     if fixed and a.dim() == b.dim() == 1:  # the usual
         asked = [
             number(side.bounds[0]) * float(weights.double().sum())

@@ -105,6 +105,26 @@ def test_of_few_points_and_of_many(side, many, monkeypatch):
         assert_near(one, other, 1e-5)
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("barred", [None, "list"])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "dot"])
+def test_soft_minima_at_potentials(metric, barred, many, monkeypatch):
+    """Both ways, and where several programs share a row; against the matrix in float64."""
+    from iotsolve import Points
+
+    if many:
+        monkeypatch.setattr(streamed, "_ALONE", 0)
+    for n, m in ((40, 70), (20, 900)):
+        x, y, u, v, mask = case(n, m, 9, torch.float32, barred)
+        f, g = torch.randn(n), torch.randn(m)
+        cost, exact = Points(x, y, metric, mask, "triton"), Points(x.double(), y.double(), metric, mask)
+        for axis, logs, potential in ((-1, v, g), (-2, u, f)):
+            found = cost.softmin_at(logs, potential, 0.3, axis=axis)
+            terms = logs.double() + potential.double() / 0.3
+            matrix = (terms if axis == -1 else terms[:, None]) - exact.dense() / 0.3
+            assert_near(found, -0.3 * matrix.logsumexp(axis), 1e-6, 10.0)
+
+
 def test_exponents_far_out_of_range():
     """Where a plain exponential would be 0 or infinite."""
     x, y, u, v, _ = case(50, 60, 8, torch.float32, spread=40.0)

@@ -80,13 +80,15 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
         "COLUMNS": tiles.columns,
     }
     if kernel == "sums":
-        constants |= {"DOUBTED": False, "RAW": features == 128}  # that of few points, and that of many
+        few = features == 128  # whose potentials are read as they are, and many
+        constants |= {"DOUBTED": False, "RAW": few, "AT": few, "WHOLE": few}
     if kernel == "pull":
         each = features // terms if terms == 1 or features > 256 else 64
         width = min(tiles.width, each & -each)
         constants |= {"OF_ROWS": True, "OF_COLUMNS": True, "SPREAD": False, "TERMS": terms, "WIDTH": width}
         constants["OWN"] = depth == features == width
     types = {"X": "*fp16", "Y": "*fp16", "ENDS": "*i32", "DOUBT": "*i32", "B": ["*fp16", "*u8", "*i64", "*i64"][barred]}
+    types["epsilon"] = "fp32"
     integers = ("n", "m", "d", "k", "stride_i", "stride_j", "share", "high_n", "high_m", "per_row", "per_column")
     integers += ("high_half", "low_half")
     signature = {

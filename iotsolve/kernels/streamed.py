@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from iotsolve.kernels.halves import PADDED, Halved, directions, halved, pull_directions
 
-__all__ = ["cross_entropies", "log_sums", "pull", "pull_cross_entropies"]
+__all__ = ["cross_entropies", "log_sums", "pull", "pull_cross_entropies", "soft_minimum"]
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,14 @@ def _less_barred(
 
 @triton.jit
 def _sums_kernel(
-    X, Y, V, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j, share,
+    X, Y, V, G, P, Q, UNIT_X, UNIT_Y, B, ENDS, OUT, DOUBT, n, m, k, stride_i, stride_j, share, epsilon,
     D: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, DOUBTED: tl.constexpr, RAW: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AT: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``log sum_j exp(v_j + x_i . y_j)``, of a share of the columns; if DOUBTED, only where there is doubt of what is known.
 
-    V is padded and in units of log 2, or if RAW as it came.
+    V is padded and in units of log 2, or if RAW as it came. If AT potentials G, ``g_j / epsilon + q_j`` is added to it; and if
+    the share is WHOLE, ``-epsilon (sum + p_i)`` comes out.
     """
     if DOUBTED:
         if tl.load(DOUBT) == 0:
@@ -162,7 +163,10 @@ def _sums_kernel(
     for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         if RAW:
-            v = tl.load(V + j, mask=j < m, other=float("-inf")) * _LOG2E
+            v = tl.load(V + j, mask=j < m, other=float("-inf"))
+            if AT:
+                v += tl.load(G + j, mask=j < m, other=0.0) / epsilon + tl.load(Q + j, mask=j < m, other=0.0)
+            v = v * _LOG2E
         else:
             v = tl.load(V + j)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -183,12 +187,14 @@ def _sums_kernel(
         top = higher
     out = tl.where(total > 0, (tl.log2(total) + top) * _LN2, float("-inf"))
     out = tl.where(total == total, out, total)  # NaN stays
+    if AT and WHOLE:
+        out = -epsilon * (out + tl.load(P + i, mask=i < n, other=0.0))
     tl.store(OUT + tl.program_id(1).to(tl.int64) * n + i, out, mask=i < n)
 
 
 @triton.jit
-def _merge_kernel(PARTS, OUT, n, count, ROWS: tl.constexpr):
-    """The logarithm of a sum of which shares are known by theirs."""
+def _merge_kernel(PARTS, P, OUT, n, count, epsilon, AT: tl.constexpr, ROWS: tl.constexpr):
+    """The logarithm of a sum of which shares are known by theirs; if AT potentials, what :func:`_sums_kernel` makes of it."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     top = tl.full((ROWS,), _NOTHING, tl.float32)
     for part in range(0, count):
@@ -196,9 +202,10 @@ def _merge_kernel(PARTS, OUT, n, count, ROWS: tl.constexpr):
     total = tl.zeros((ROWS,), tl.float32)
     for part in range(0, count):
         total += tl.exp(tl.load(PARTS + tl.cast(part, tl.int64) * n + i, mask=i < n, other=0.0) - top)
-    tl.store(
-        OUT + i, tl.where(total > 0, tl.log(total) + top, tl.where(total == total, float("-inf"), total)), mask=i < n
-    )
+    out = tl.where(total > 0, tl.log(total) + top, tl.where(total == total, float("-inf"), total))
+    if AT:
+        out = -epsilon * (out + tl.load(P + i, mask=i < n, other=0.0))
+    tl.store(OUT + i, out, mask=i < n)
 
 
 @triton.jit
@@ -507,9 +514,45 @@ def _sums(
         _row_sums(y, x, _single(u), barred, True, columns, doubt)
 
 
+def soft_minimum(
+    x: Tensor,
+    y: Tensor,
+    logs: Tensor,
+    potential: Tensor,
+    p: Tensor,
+    q: Tensor,
+    barred: Tensor | None,
+    epsilon: float,
+    *,
+    turned: bool,
+    precise: bool = True,
+    even: bool = False,
+) -> Tensor:
+    """``-epsilon (log sum_j exp(logs_j + potential_j / epsilon + x_i . y_j + q_j) + p_i)``; if ``turned``, of columns, with the
+    roles of all exchanged. Without derivatives, and for few points by two launches.
+    """
+    given = halved(x, precise, True, even), halved(y, precise, False, even)
+    if turned:
+        given, p, q = given[::-1], q, p
+    out = torch.empty_like(p)
+    if len(logs) > _ALONE:
+        _row_sums(*given, _single(torch.add(logs, potential, alpha=1.0 / epsilon).add_(q)), barred, turned, out, None)
+        return out.add_(p).mul_(-epsilon)
+    _row_sums(*given, _single(logs), barred, turned, out, None, (_single(potential), p, q, epsilon))
+    return out
+
+
 def _row_sums(
-    x: Halved, y: Halved, v: Tensor, barred: Tensor | None, turned: bool, out: Tensor, doubt: Tensor | None
+    x: Halved,
+    y: Halved,
+    v: Tensor,
+    barred: Tensor | None,
+    turned: bool,
+    out: Tensor,
+    doubt: Tensor | None,
+    at: tuple[Tensor, Tensor, Tensor, float] | None = None,
 ) -> None:
+    """The sums of rows into ``out``, or ``at`` potentials, with what comes to these and epsilon, soft-minima."""
     found, n, m = _Barred.of(barred, turned), len(out), len(v)
     tiles = _tiles("sums", x, found.kind)
     down, doubted = triton.cdiv(n, tiles.rows), doubt is not None
@@ -522,13 +565,14 @@ def _row_sums(
             v, v, v, v, v, log_v, v, v, v, m, OF_ROWS=True, OF_COLUMNS=False, EVEN=True, BLOCK=PADDED
         )
         v = log_v
+    g, p, q, epsilon = (v, v, v, 1.0) if at is None else at
     _sums_kernel[(down, shares)](
-        x.numbers, y.numbers, v, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
-        *found.strides, share, D=x.features, DEPTH=tiles.depth or x.features, EVEN=x.even, BARRED=found.kind, DOUBTED=doubted,
-        RAW=raw, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
+        x.numbers, y.numbers, v, g, p, q, x.unit, y.unit, *found.tables(len(x.numbers), tiles.rows, x.unit), parts, doubt, n, m,
+        *found.strides, share, epsilon, D=x.features, DEPTH=tiles.depth or x.features, EVEN=x.even, BARRED=found.kind,
+        DOUBTED=doubted, RAW=raw, AT=at is not None, WHOLE=shares == 1, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     if shares > 1:
-        _merge_kernel[(triton.cdiv(n, 256),)](parts, out, n, shares, ROWS=256)
+        _merge_kernel[(triton.cdiv(n, 256),)](parts, p, out, n, shares, epsilon, AT=at is not None, ROWS=256)
 
 
 def _both_sums(
