@@ -85,6 +85,34 @@ def test_sums_and_derivatives(size, dtype, barred, even):
         assert_near(one, other, backward if one.dtype == torch.float32 else KEPT[dtype])
 
 
+@pytest.mark.parametrize("even", [False, True], ids=["", "even"])
+@pytest.mark.parametrize("barred", [None, "mask", "list"])
+@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
+def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
+    """What points of many features are derived by, in more than one piece; and where one exponential cannot serve both sums."""
+    monkeypatch.setattr(streamed, "_WIDE", 0)
+    monkeypatch.setattr(streamed, "_SCRATCH", 1)
+    pieces = []
+    make = streamed._product
+    monkeypatch.setattr(streamed, "_product", lambda *given: pieces.append(given) or make(*given))
+    for far in (1.0, 30.0):
+        x, y, u, v, mask = case(300, 70, 20, dtype, barred)
+        u, v = u * far, v * far
+        if far > 1 and not even:  # as a point without weight may be, at any distance
+            x[1] *= 1e4 if dtype == torch.float32 else 10.0
+        wide = x.double(), y.double(), u.double(), v.double()
+        expected = bilinear._log_sums(*wide, mask)
+        upstream = [torch.randn(len(s), generator=torch.Generator(s.device).manual_seed(k)) for k, s in enumerate(expected)]
+        for needed in ((True, True), (False, True)):
+            asked = (*needed, False, False)
+            exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], asked)
+            ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, asked, even=even)
+            for one, other in zip(ours[:2], exact[:2], strict=True):
+                exact_to = 1e-5 if far == 1 else 4e-5  # exponents of 100 have 4e-6 themselves
+                assert_near(one, other, exact_to if dtype == torch.float32 else KEPT[dtype])
+    assert len(pieces) >= 2 * 2 * 2 * 3
+
+
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("side", ["rows", "columns", "both"])
 def test_of_few_points_and_of_many(side, many, monkeypatch):

@@ -109,6 +109,27 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("terms", [1, 3])
+@pytest.mark.parametrize("even", [False, True])
+def test_stored_weights_compile_without_spills(even, terms, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from iotsolve.kernels import streamed
+
+    function = streamed._weights_kernel
+    constants = {"OF_ROWS": True, "OF_COLUMNS": True, "EVEN": even, "BARRED": 2, "TERMS": terms}
+    constants |= dict(zip(("ROWS", "COLUMNS"), streamed._WEIGHTS, strict=True))
+    types = {"B": "*i64", "ENDS": "*i32", "HIGH": "*fp16", "LOW": "*fp16"}
+    signature = {
+        each: "constexpr" if each in constants else "i32" if each.islower() else types.get(each, "*fp32")
+        for each in function.arg_names
+    }
+    made = triton.compile(ASTSource(function, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", ptxas(made.asm["ptx"], tmp_path))
+
+
+@pytest.mark.parametrize("terms", [1, 3])
 @pytest.mark.parametrize("name", ["_directions_kernel", "_turn_kernel"])
 def test_directions_compile_without_spills(name, terms, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

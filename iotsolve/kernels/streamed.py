@@ -12,6 +12,7 @@ at three products for one. Nothing is ever rounded to tf32.
 # ruff: noqa: SIM102, SIM108 - a branch on a constant is compiled or is not, and must stand alone
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -79,6 +80,9 @@ _MASKED_TILES = {
 }  # a mask takes registers
 _MOST = 8  # programs that share a row
 _ALONE = 2**15  # columns that one program can be left alone with
+_WIDE = 512  # features of one term beyond which derivatives are made of stored weights; of three terms, of all of them twice that
+_WEIGHTS = (16, 128)  # rows and columns of a tile of these
+_SCRATCH = 2**25  # weights stored at a time
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
 _CHUNK = tl.constexpr(1024)
 _SAFE = 60.0  # exponents up to which, of either sign, plain exponentials and their sums stay in range
@@ -305,13 +309,7 @@ def _pull_kernel(
         low, high = tl.load(ENDS + 2 * tl.program_id(0)), tl.load(ENDS + 2 * tl.program_id(0) + 1)
     gradient = tl.zeros((ROWS, WIDTH), tl.float32)
     spread = tl.zeros((ROWS,), tl.float32)
-    if OF_ROWS:
-        rows = _held(tl.load(R + i, mask=i < n, other=0.0)) * _LOG2E
-        up_rows = tl.load(GR + i, mask=i < n, other=0.0) * norm
-    if OF_COLUMNS:
-        u = tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E
-    if OF_ROWS and OF_COLUMNS:
-        ratio = tl.exp2(tl.where(together, u + rows + widest, float("-inf")))
+    rows, up_rows, u, ratio = _of_row(U, R, GR, i, n, norm, widest, together, OF_ROWS, OF_COLUMNS)
     begin = tl.program_id(2) * share
     for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
@@ -325,28 +323,14 @@ def _pull_kernel(
             tile = tile * tl.load(UNIT_Y + j)[None, :]
         tile = tile * scale
         tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
+        v, up = 0.0, 0.0
         if OF_ROWS:
             v = tl.load(V + j)
         if OF_COLUMNS:
             up = tl.load(UP + j)
-        if OF_ROWS and OF_COLUMNS:
-            if together:
-                weights = tl.exp2(tile + v[None, :] - rows[:, None])
-                part = ratio[:, None] * up[None, :]
-                if SPREAD:
-                    spread += tl.sum(weights * part, 1)
-                weights = weights * (part + up_rows[:, None])
-            else:
-                part = tl.exp2(tile + tl.load(C + j)[None, :] + u[:, None]) * up[None, :]
-                if SPREAD:
-                    spread += tl.sum(part, 1)
-                weights = part + tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
-        elif OF_ROWS:
-            weights = tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
-        else:
-            weights = tl.exp2(tile + tl.load(C + j)[None, :] + u[:, None]) * up[None, :]
-            if SPREAD:
-                spread += tl.sum(weights, 1)
+        weights, spread = _weighed(
+            tile, C + j, v, up, u, rows, up_rows, ratio, together, spread, OF_ROWS, OF_COLUMNS, SPREAD
+        )
         if not OWN:
             y = tl.load(_at(Y, start, COLUMNS, D, high_half + own))
         if not EVEN:
@@ -362,6 +346,86 @@ def _pull_kernel(
     tl.store(into, gradient * (back * tl.load(SCALES + 3)), mask=(i[:, None] < n) & (own[None, :] < d))
     if SPREAD and tl.program_id(1) == 0:
         tl.store(GU + place, spread * back, mask=i < n)
+
+
+@triton.jit
+def _weights_kernel(
+    S, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, HIGH, LOW, n, m, k, stride_i, stride_j, begin, high_m,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The weights of :func:`_pull_kernel` as float16, and what that leaves, of products that are known for the rows from
+    ``begin`` on; 0 beyond the last point.
+    """
+    here = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    i = begin + here
+    start = tl.program_id(0) * COLUMNS
+    j = start + tl.arange(0, COLUMNS)
+    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
+    norm = tl.where(size > 0, 4096.0 / size, 0.0)
+    low, high = 0, 0
+    if BARRED >= 2:
+        tile_of_rows = begin // ROWS + tl.program_id(1)
+        low, high = tl.load(ENDS + 2 * tile_of_rows), tl.load(ENDS + 2 * tile_of_rows + 1)
+    rows, up_rows, u, ratio = _of_row(U, R, GR, i, n, norm, widest, together, OF_ROWS, OF_COLUMNS)
+    v, up, spread = 0.0, 0.0, 0.0
+    if OF_ROWS:
+        v = tl.load(V + j)
+    if OF_COLUMNS:
+        up = tl.load(UP + j)
+    at = here[:, None].to(tl.int64) * high_m + j[None, :]
+    if EVEN:
+        tile = tl.load(S + at) * (tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E)
+    else:
+        tile = tl.load(S + at) * tl.load(UNIT_Y + j)[None, :] * (tl.load(UNIT_X + i) * _LOG2E)[:, None]
+    tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
+    weights, spread = _weighed(tile, C + j, v, up, u, rows, up_rows, ratio, together, spread, OF_ROWS, OF_COLUMNS, False)
+    weights = tl.where((i[:, None] < n) & (j[None, :] < m), weights, 0.0)
+    half = weights.to(tl.float16)
+    tl.store(HIGH + at, half)
+    if TERMS == 3:
+        tl.store(LOW + at, (weights - half.to(tl.float32)).to(tl.float16))
+
+
+@triton.jit
+def _of_row(U, R, GR, i, n, norm, widest, together, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr):
+    """What the weights of a row depend on, in units of log 2."""
+    rows, up_rows, u, ratio = 0.0, 0.0, 0.0, 0.0
+    if OF_ROWS:
+        rows = _held(tl.load(R + i, mask=i < n, other=0.0)) * _LOG2E
+        up_rows = tl.load(GR + i, mask=i < n, other=0.0) * norm
+    if OF_COLUMNS:
+        u = tl.load(U + i, mask=i < n, other=float("-inf")) * _LOG2E
+    if OF_ROWS and OF_COLUMNS:
+        ratio = tl.exp2(tl.where(together, u + rows + widest, float("-inf")))
+    return rows, up_rows, u, ratio
+
+
+@triton.jit
+def _weighed(
+    tile, C, v, up, u, rows, up_rows, ratio, together, spread,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Weights of a tile of exponents, and the sums of the columns' part of them."""
+    if OF_ROWS and OF_COLUMNS:
+        if together:
+            weights = tl.exp2(tile + v[None, :] - rows[:, None])
+            part = ratio[:, None] * up[None, :]
+            if SPREAD:
+                spread += tl.sum(weights * part, 1)
+            weights = weights * (part + up_rows[:, None])
+        else:
+            part = tl.exp2(tile + tl.load(C)[None, :] + u[:, None]) * up[None, :]
+            if SPREAD:
+                spread += tl.sum(part, 1)
+            weights = part + tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+    elif OF_ROWS:
+        weights = tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+    else:
+        weights = tl.exp2(tile + tl.load(C)[None, :] + u[:, None]) * up[None, :]
+        if SPREAD:
+            spread += tl.sum(weights, 1)
+    return weights, spread
 
 
 @triton.jit
@@ -635,22 +699,13 @@ def pull(
     """Derivatives of :func:`log_sums` in ``x, y, u, v``, at its results and for upstream derivatives of any sign."""
     (r, c), (gr, gc) = sums, upstream
     rows, columns = v is not None and gr is not None, u is not None and gc is not None
-    gx = gy = gu = gv = None
-    one, other = halved(x, precise, True, even), halved(y, precise, False, even)
-    shape = (len(x), len(y), x.shape[1])
-    if needed[0] or (needed[2] and columns):
-        parts = _half_pull(
-            one, other, shape, (u, v, r, c, gr, gc), (rows, columns), needed[2], _Barred.of(barred, False)
-        )
-        gx, gu = (z[0] if len(z) == 1 else z.sum(0) for z in parts)
-    if needed[1] or (needed[3] and rows):
-        shape = (shape[1], shape[0], shape[2])
-        parts = _half_pull(
-            other, one, shape, (v, u, c, r, gc, gr), (columns, rows), needed[3], _Barred.of(barred, True)
-        )
-        gy, gv = (z[0] if len(z) == 1 else z.sum(0) for z in parts)
-    gu, gv = gu if columns else None, gv if rows else None
-    found = (z if wanted else None for z, wanted in zip((gx, gy, gu, gv), needed, strict=True))
+    given = halved(x, precise, True, even), halved(y, precise, False, even)
+    of_weights = needed[2] and columns, needed[3] and rows
+    gx, gy, gu, gv = _pulled(
+        *given, x.shape[1], (u, v, r, c, gr, gc), (rows, columns), needed[:2], of_weights, (len(x), len(y)), barred
+    )
+    found = (z if wanted else None for z, wanted in zip((gx, gy, gu, gv), (*needed[:2], *of_weights), strict=True))
+    found = [None if z is None else z[0] if len(z) == 1 else z.sum(0) for z in found]
     return tuple(None if z is None else z.to(like.dtype) for z, like in zip(found, (x, y, u, v), strict=True))
 
 
@@ -676,16 +731,152 @@ def pull_cross_entropies(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Derivatives in ``x``, ``y`` and ``epsilon`` at upstream derivatives of the shape of the result."""
     one, other, less, pairs, even, sums = known
-    up, shape, free = _single(up), (len(x), len(x), x.shape[1]), _Barred.of(None, False)
-    both = len(up) == 2
+    up, both, (n, d) = _single(up), len(up) == 2, x.shape
     u, c, gc = (even, sums[1], up[1]) if both else (None, None, None)
-    gx = gy = None
-    if needed[0] or needed[2]:
-        gx, _ = _half_pull(one, other, shape, (u, even, sums[0], c, up[0], gc), (True, both), False, free)
-    if needed[1]:
-        gy, _ = _half_pull(other, one, shape, (even, u, c, sums[0], gc, up[0]), (both, True), False, free)
+    vectors, wanted = (u, even, sums[0], c, up[0], gc), (needed[0] or needed[2], needed[1])
+    gx, gy, _, _ = _pulled(one, other, d, vectors, (True, both), wanted, (False, False), (n, n), None)
     gx, gy, rates = pull_directions(x, y, epsilon, less, pairs, (gx, gy), up)
     return gx, gy, rates.sum() / epsilon if needed[2] else None
+
+
+def _pulled(
+    x: Halved,
+    y: Halved,
+    d: int,
+    vectors: tuple[Tensor | None, ...],
+    parts: tuple[bool, bool],
+    of_points: tuple[bool, bool],
+    of_weights: tuple[bool, bool],
+    sizes: tuple[int, int],
+    barred: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Derivatives in the points of both sides and in their weights, as asked for, in shares that are to be added up.
+
+    Args:
+        d: features of a point.
+        vectors: u, v, the sums of rows and of columns, and the upstream derivatives of both.
+        parts: whether these have a part of the rows' sums, and of the columns'.
+    """
+    n, m = sizes
+    if _is_wide(x) and any(parts) and not any(of_weights):
+        return *_wide_pull(x, y, (n, m, d), vectors, parts, of_points, _Barred.of(barred, False)), None, None
+    u, v, r, c, gr, gc = vectors
+    gx = gy = gu = gv = None
+    if of_points[0] or of_weights[0]:
+        gx, gu = _half_pull(x, y, (n, m, d), vectors, parts, of_weights[0], _Barred.of(barred, False))
+    if of_points[1] or of_weights[1]:
+        turned, sides = (v, u, c, r, gc, gr), parts[::-1]
+        gy, gv = _half_pull(y, x, (m, n, d), turned, sides, of_weights[1], _Barred.of(barred, True))
+    return gx, gy, gu, gv
+
+
+def _is_wide(x: Halved) -> bool:
+    """Whether a tile cannot hold what the derivatives of so many features add up to."""
+    return x.features > (_WIDE if x.terms == 1 else 2 * _WIDE) and _stores_well(x.numbers.device)
+
+
+@cache
+def _stores_well(device: torch.device) -> bool:
+    """Whether stored weights give there what tiles give; torch before 2.8 makes no float32 products of float16 matrices."""
+    draw = torch.Generator().manual_seed(0)
+    x, y, u, v, gr, gc = (torch.randn(size, generator=draw).to(device) for size in ((40, 9), (70, 9), 40, 70, 40, 70))
+    given = halved(x, True, True, False), halved(y, True, False, False)
+    vectors = (u, v, *log_sums(x, y, u, v, None), gr, gc)
+    try:
+        found = _wide_pull(*given, (40, 70, 9), vectors, (True, True), (True, True), _Barred.of(None, False))
+    except (RuntimeError, TypeError):
+        return False
+    turned = [vectors[k] for k in (1, 0, 3, 2, 5, 4)]
+    expected = (
+        _half_pull(*given, (40, 70, 9), vectors, (True, True), False, _Barred.of(None, False)),
+        _half_pull(*given[::-1], (70, 40, 9), turned, (True, True), False, _Barred.of(None, True)),
+    )
+    return all(torch.allclose(a[0], b.sum(0), rtol=1e-4, atol=1e-5) for a, (b, _) in zip(found, expected, strict=True))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
+
+
+def _wide_pull(
+    x: Halved,
+    y: Halved,
+    shape: tuple[int, int, int],
+    vectors: tuple[Tensor | None, ...],
+    parts: tuple[bool, bool],
+    needed: tuple[bool, bool],
+    barred: _Barred,
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`_half_pull` of both sides, of points with many features: the weights of some rows are made once and for both, and
+    the products are torch's.
+    """
+    n, m, d = shape
+    high_n, high_m = len(x.numbers), len(y.numbers)
+    which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1], "EVEN": x.even}
+    (u, log_v, r, less_c, gr, up, of_y), scales = _prepared(x, y, (n, m), vectors, which)
+    of_x, unit_x = None, x.unit[0]
+    if not x.even:
+        v_u = [vectors[k] for k in (1, 0, 3, 2, 5, 4)]
+        turned = {"OF_ROWS": parts[1], "OF_COLUMNS": parts[0], "EVEN": False}
+        (*_, of_x), other = _prepared(y, x, (m, n), v_u, turned)
+        unit_x = other[3]
+    back = scales[0] / 4096.0
+
+    def parts_of(z: Halved, share: Tensor | None) -> list[Tensor]:
+        """The first halves of a cloud's numbers, and the second, in its largest unit."""
+        cut = [z.numbers[:, start : start + z.width] for start in z.halves[: 1 if z.terms == 1 else 2]]
+        return cut if share is None else [numbers * share.half()[:, None] for numbers in cut]
+
+    own, others = parts_of(x, of_x), parts_of(y, None if x.even else of_y)
+    gx = x.unit.new_empty(1, n, d) if needed[0] else None
+    gy = x.unit.new_zeros(high_m, y.width) if needed[1] else None
+    size = min(high_n, max(PADDED, _SCRATCH // high_m // PADDED * PADDED))
+    high, low = (torch.empty(size, high_m, dtype=torch.float16, device=x.unit.device) for _ in range(2))
+    table = barred.tables(high_n, _WEIGHTS[0], x.unit)
+    for begin in range(0, high_n, size):
+        some = slice(begin, min(begin + size, high_n))
+        count = some.stop - begin
+        products = _product(x.numbers[some], y.numbers.mT)
+        _weights_kernel[(high_m // _WEIGHTS[1], count // _WEIGHTS[0])](
+            products, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *table, high, low, n, m, *barred.strides, begin,
+            high_m, **which, BARRED=barred.kind, TERMS=x.terms, ROWS=_WEIGHTS[0], COLUMNS=_WEIGHTS[1],
+        )  # fmt: skip
+        weights = [high[:count], low[:count]]
+        if needed[0]:
+            found = _times(weights, others, x.terms)[: n - begin, :d]
+            torch.mul(found, back * scales[3], out=gx[0, begin : begin + len(found)])
+        if needed[1]:
+            gy += _times([w.mT for w in weights], [z[some] for z in own], x.terms)
+    return gx, None if gy is None else (gy[:m, :d] * (back * unit_x))[None]
+
+
+def _times(weights: list[Tensor], numbers: list[Tensor], terms: int) -> Tensor:
+    """The product of what is known by its halves."""
+    found = _product(weights[0], numbers[0])
+    if terms == 3:
+        found += _product(weights[1], numbers[0])
+        found += _product(weights[0], numbers[1])
+    return found
+
+
+def _prepared(
+    x: Halved, y: Halved, sizes: tuple[int, int], vectors: Sequence[Tensor | None], which: dict[str, bool]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What a pass reads of every row and of every column, and the scales of it all."""
+    n, m = sizes
+    high, device = len(y.numbers), x.unit.device
+    scales = torch.empty(4, dtype=torch.float32, device=device)
+    log_v, less_c, up, each = torch.empty(4, high, dtype=torch.float32, device=device)
+    u, v, r, c, gr, gc = (scales if z is None else _single(z) for z in vectors)
+    alone = m <= _ALONE
+    _scales_kernel[(1,)](
+        u, v, r, c, gr, gc, y.unit, scales, log_v, less_c, up, each, n, m, high, **which, WITH_COLUMNS=alone, BLOCK=4096
+    )
+    if not alone:
+        _columns_kernel[(high // PADDED,)](
+            v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=PADDED
+        )
+    return (u, log_v, r, less_c, gr, up, each), scales
 
 
 def _half_pull(
@@ -707,18 +898,7 @@ def _half_pull(
     grid = triton.cdiv(n, tiles.rows), triton.cdiv(d, width)
     share, shares = _shared(m, tiles, grid[0] * grid[1], x.unit.device)
     gx, gu = x.unit.new_empty(shares, n, d), x.unit.new_empty(shares, n)
-    u, v, r, c, gr, gc = (gu if z is None else _single(z) for z in vectors)
-    scales = torch.empty(4, dtype=torch.float32, device=gx.device)
-    log_v, less_c, up, each = torch.empty(4, len(y.numbers), dtype=torch.float32, device=gx.device)
-    alone = m <= _ALONE
-    _scales_kernel[(1,)](
-        u, v, r, c, gr, gc, y.unit, scales, log_v, less_c, up, each, n, m, len(y.numbers), **which, WITH_COLUMNS=alone,
-        BLOCK=4096,
-    )  # fmt: skip
-    if not alone:
-        _columns_kernel[(len(y.numbers) // PADDED,)](
-            v, c, gc, y.unit, scales, log_v, less_c, up, each, m, **which, BLOCK=PADDED
-        )
+    (u, log_v, r, less_c, gr, up, each), scales = _prepared(x, y, (n, m), vectors, which)
     _pull_kernel[(*grid, shares)](
         x.numbers, y.numbers, u, log_v, r, less_c, gr, up, each, x.unit, y.unit, scales,
         *barred.tables(len(x.numbers), tiles.rows, x.unit), gx, gu, n, m, d, *barred.strides, *y.halves, share, **which,
