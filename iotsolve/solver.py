@@ -140,7 +140,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     for k in count(1 if start is None else 0):  # a start that is good enough takes no step
         annealing, late, own = k <= len(ladder), k - len(ladder), k - wait
         if k:
-            if replayed is None and on_device and not dear and late >= _WORTH_RECORDING and late % 8 == 1:
+            if replayed is None and on_device and not dear and late >= _WORTH_RECORDING and late % 8 == 2:
                 replayed = _recorded(problem, method, state)
             if replayed is not None:
                 state = replayed(state)
@@ -205,7 +205,7 @@ _PATIENCE = 30  # checks without progress
 _DEAR = 2**24  # entries from which on a step takes so long that every one is followed by a check
 _DEAR_ON_DEVICE = 2**33
 _CHEAP_ON_DEVICE = 2**28  # below, a check takes as long as some steps: a device waits for the questions
-_WORTH_RECORDING = 9  # the first step of very many: the eighth has been looked at, and more is to be done
+_WORTH_RECORDING = 10  # the eighth has been looked at, the ninth was taken by the problems that are left, and more is to be done
 
 
 def _recorded(problem: Problem, method: Method, state: Any) -> Callable[[Any], Any]:
