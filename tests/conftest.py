@@ -8,6 +8,14 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 
+LAST_TO_WAIT_FOR = ("test_the_kernels_in_the_interpreter", "test_summary_is_written_and_finite")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest, so that no process is left alone with it in the end."""
+    items.sort(key=lambda item: getattr(item, "originalname", None) not in LAST_TO_WAIT_FOR)
+
+
 settings.register_profile(
     "ci",
     derandomize=True,

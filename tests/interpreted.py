@@ -326,8 +326,10 @@ def test_many_small_problems_in_one_launch(shape, dtype):
     assert relaxed_together(Problem(cost, a, b, epsilon=0.2, rows=AT_MOST, columns=AT_MOST, mass=0.5), None) is None
 
 
-def test_a_batch_through_the_front_door():
-    from iotsolve import Problem, solve
+def test_a_batch_through_the_front_door(monkeypatch):
+    from iotsolve import Problem, accelerated, solve
+
+    monkeypatch.setattr(accelerated, "_TOGETHER", 200)
 
     g = torch.Generator(torch.get_default_device()).manual_seed(0)
     cost = torch.rand(6, 9, 12, generator=g, dtype=torch.float64)

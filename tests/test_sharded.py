@@ -12,6 +12,8 @@ import torch
 from iotsolve import KL, Implicit, Newton, Points, Problem, solve
 from iotsolve.distributed import Sharded
 
+pytestmark = pytest.mark.xdist_group("sharded")  # what its tests share is made once
+
 WORKER = """
 import datetime, sys
 import torch, torch.distributed as dist
