@@ -64,10 +64,10 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from iotsolve.kernels import streamed
+    from iotsolve.kernels import streamed, tiled
 
     kernel, features, terms, barred = case
-    function = {"sums": streamed._sums_kernel, "both": streamed._both_kernel, "pull": streamed._pull_kernel}[kernel]
+    function = {"sums": tiled.sums_kernel, "both": tiled.both_kernel, "pull": tiled.pull_kernel}[kernel]
     cloud = SimpleNamespace(features=features, even=terms == 1)
     tiles = streamed._tiles("pull of three" if (kernel, terms) == ("pull", 3) else kernel, cloud, barred)
     depth = tiles.depth or features
@@ -115,9 +115,9 @@ def test_stored_weights_compile_without_spills(even, terms, tmp_path, monkeypatc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from iotsolve.kernels import streamed
+    from iotsolve.kernels import streamed, tiled
 
-    function = streamed._weights_kernel
+    function = tiled.weights_kernel
     constants = {"OF_ROWS": True, "OF_COLUMNS": True, "EVEN": even, "BARRED": 2, "TERMS": terms}
     constants |= dict(zip(("ROWS", "COLUMNS"), streamed._WEIGHTS, strict=True))
     types = {"B": "*i64", "ENDS": "*i32", "HIGH": "*fp16", "LOW": "*fp16"}
