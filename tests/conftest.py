@@ -2,18 +2,35 @@
 
 import os
 
+import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 
-LAST_TO_WAIT_FOR = ("test_the_kernels_in_the_interpreter", "test_summary_is_written_and_finite")  # minutes each
-
-
 def pytest_collection_modifyitems(items):
     """Begin with what takes longest, so that no process is left alone with it in the end."""
-    items.sort(key=lambda item: getattr(item, "originalname", None) not in LAST_TO_WAIT_FOR)
+    items.sort(key=lambda item: getattr(item, "originalname", None) != "test_the_kernels_in_the_interpreter")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """``once(name, make)``: a folder that ``make`` has filled, for all processes of one run of the tests."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name, make):
+        place = root / name
+        with FileLock(f"{place}.lock"):
+            if not (place / "made").exists():
+                place.mkdir(exist_ok=True)
+                make(place)
+                (place / "made").touch()
+        return place
+
+    return folder
 
 
 settings.register_profile(

@@ -16,9 +16,6 @@ SMALL = {
 LEAST, MOST = band(SAMPLES, 1 - 1e-6)  # what right intervals leave once in a million studies
 
 
-pytestmark = pytest.mark.xdist_group("coverage")  # what its tests share is made once
-
-
 @pytest.fixture(scope="module")
 def estimates():
     return {name: np.stack([one(d, 5000 + seed) for seed in range(SAMPLES)]) for name, d in SMALL.items()}

@@ -8,7 +8,7 @@ import pytest
 from contrastive import demo
 from contrastive.losses import NAMES
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # what its tests share is made once
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

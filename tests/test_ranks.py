@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("ranks")  # what its tests share is made once
-
 WORKER = """
 import datetime, sys, warnings
 import torch, torch.distributed as dist

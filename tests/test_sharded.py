@@ -12,8 +12,6 @@ import torch
 from iotsolve import KL, Implicit, Newton, Points, Problem, solve
 from iotsolve.distributed import Sharded
 
-pytestmark = pytest.mark.xdist_group("sharded")  # what its tests share is made once
-
 WORKER = """
 import datetime, sys
 import torch, torch.distributed as dist
@@ -175,16 +173,13 @@ def launch(script, world, folder, *, expect=0):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    launch(WORKER, 1, folder)
-    return torch.load(folder / "1-0.pt")
+def alone(once):
+    return torch.load(once("one", lambda folder: launch(WORKER, 1, folder)) / "1-0.pt")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def many(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    launch(WORKER, request.param, folder)
+def many(request, once):
+    folder = once(f"ranks{request.param}", lambda folder: launch(WORKER, request.param, folder))
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 
