@@ -316,7 +316,8 @@ class Points:
         The last one is remembered: a solver asks for it at every step.
         """
         traced = torch.is_grad_enabled() and (self.x.requires_grad or self.y.requires_grad)
-        if isinstance(epsilon, Tensor) or traced:
+        untold = self.x.is_inference() or self.y.is_inference()  # nobody tells whether they were changed
+        if isinstance(epsilon, Tensor) or traced or untold:
             return self._bilinear_form(epsilon)
         key = epsilon, self.dtype, self.x._version, self.y._version
         if self._known.get("form", (None,))[0] != key:

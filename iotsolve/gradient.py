@@ -198,8 +198,8 @@ class _EnvelopeValue(torch.autograd.Function):
 def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The Lagrangian's partial derivatives at frozen potentials; the entropy's, in closed form, keep no plan."""
     p, plan, upstream = ctx.p, ctx.plan, upstream.to(ctx.p.f.dtype)
+    wanted = {name for name, need in zip(ctx.names, needed, strict=True) if need}
     if plan is None:
-        wanted = {name for name, need in zip(ctx.names, needed, strict=True) if need}
         found = _entropic(ctx.problem.to(p.f.dtype), p, upstream, wanted)
         r, c = found.pop("r"), found.pop("c")
 
@@ -207,15 +207,15 @@ def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Seque
             moved = _moved(problem, p)
             return (upstream * (_dual_sides(problem, moved) - weighted(r, moved.f) - weighted(c, moved.g))).sum()
 
-        known = {"epsilon", *ctx.problem.cost.tensors()}  # what the entropy alone depends on
+        wanted -= {"epsilon", *ctx.problem.cost.tensors()}  # on which the entropy alone depends
     else:
-        found, known, wanted = {}, set(), {None}
+        found = {}
 
         def scalar(problem: Problem) -> Tensor:
             return (_lagrangian(problem, _moved(problem, p), plan) * upstream).sum()
 
     sides = [None] * len(tensors)
-    if not wanted <= known:
+    if wanted:
         sides = _pull(ctx.problem, scalar, ctx.names, needed, tensors, p.f.dtype)
     total = [_add(found.get(name), side) for name, side in zip(ctx.names, sides, strict=True)]
     return [None if x is None else x.to(t.dtype) for x, t in zip(total, tensors, strict=True)]

@@ -343,15 +343,19 @@ class Problem:
         return problem
 
     def remembering(self) -> Problem:
-        """The same problem for one solve and its solution, which share the plan they compute, if it is one and small."""
+        """The same problem for one solve and its solution, which share the plan they compute, if it is one and small, and what
+        they find out of points; of arrays that are changed in place the next solve knows nothing.
+        """
         n, m = self.shape[-2:]
-        cost = self.cost
+        cost, twin = self.cost, object.__new__(Problem)
+        known = {name: x for name, x in self.__dict__.items() if name != "_flat"}  # which has another solve's memory
+        if isinstance(cost, Points):
+            twin.__dict__.update(known, cost=replace(cost))
+            return twin
         if self.is_exact or not (isinstance(cost, Dense) and cost.matrix.numel() == n * m <= _REMEMBERED):
             return self
         if cost.dtype != torch.float64 or not cost.is_compiled:
             return self
-        twin = object.__new__(Problem)
-        known = {name: x for name, x in self.__dict__.items() if name != "_flat"}  # which has another solve's memory
         twin.__dict__.update(known, memory=Memory(), is_full=self.is_full)
         return twin
 
@@ -494,7 +498,7 @@ class Problem:
         else:
             s = self.softmin(p.g, self.epsilon, axis=-1)
             total = self.marginal_of(p.f + p.lam.unsqueeze(-1), s, axis=-1).sum(-1)
-        return -self.epsilon * (total - self.product)
+        return -self.epsilon * (total - self.a.sum(-1) * self.b.sum(-1))
 
     def duality_gap(self, plan: Tensor, p: Potentials) -> Tensor:
         """``primal(plan) - dual(p)`` as a sum of non-negative terms, for a plan that satisfies the hard sides.
@@ -544,7 +548,7 @@ class Problem:
 
     def _totals_apart(self) -> tuple[Tensor, Tensor]:
         """By how much the least total asked for exceeds the largest allowed, and the latter."""
-        rows, columns = self._totals
+        rows, columns = self.a.sum(-1), self.b.sum(-1)
         (lo_r, hi_r), (lo_c, hi_c) = self.rows.bounds, self.columns.bounds
         lowest, highest = torch.maximum(lo_r * rows, lo_c * columns), torch.minimum(hi_r * rows, hi_c * columns)
         if self.mass is not None:
@@ -562,18 +566,16 @@ class Problem:
         """The soft-minimum of the cost less a potential: over columns (axis -1, of theirs) or over rows."""
         plain = not (torch.is_grad_enabled() or isinstance(epsilon, Tensor)) and self.is_plain
         if plain and isinstance(self.cost, Points):
-            return self.cost.softmin_at(self._logs[axis], potential, epsilon, axis=axis)
+            weights = self.b if axis == -1 else self.a
+            return self.cost.softmin_at(weights.log(), potential, epsilon, axis=axis)
         return self.cost.softmin(self.log_scaled(potential, epsilon, axis=axis), epsilon, axis=axis)
 
     def log_scaled(self, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """:func:`log_scaling` of the columns' weights (axis -1) or of the rows'."""
+        weights = self.b if axis == -1 else self.a
         if torch.is_grad_enabled() or isinstance(epsilon, Tensor) or not self.is_plain:
-            return log_scaling(self.b if axis == -1 else self.a, potential, epsilon)
-        return torch.add(self._logs[axis], potential, alpha=1.0 / epsilon)
-
-    @cached_property
-    def _logs(self) -> dict[int, Tensor]:
-        return {-1: self.b.log(), -2: self.a.log()}
+            return log_scaling(weights, potential, epsilon)
+        return torch.add(weights.log(), potential, alpha=1.0 / epsilon)
 
     def marginal_of(self, potential: Tensor, softmin: Tensor, *, axis: int) -> Tensor:
         """``a exp((f - s) / epsilon)`` of the rows (axis -1: of a soft-minimum over columns) or of the columns; 0 where nothing
@@ -581,10 +583,8 @@ class Problem:
         """
         weights = self.a if axis == -1 else self.b
         if not torch.is_grad_enabled() and self.is_plain:
-            return weights * ((potential - softmin) / self.epsilon).exp()
-        reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
-        exponent = weights.log() + torch.where(reached, potential - softmin, 0.0) / self.epsilon
-        return torch.where(reached, exponent, -math.inf).exp()
+            return (weights.log() + (potential - softmin) / self.epsilon).exp()
+        return log_marginal(weights, potential, softmin, self.epsilon).exp()
 
     def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""
@@ -695,6 +695,12 @@ def log_scaling(weights: Tensor, potential: Tensor, epsilon: Scalar) -> Tensor:
         return torch.where(found < math.inf, found, -math.inf)
     reached = (weights > 0) & potential.isfinite()
     return torch.where(reached, weights.log() + torch.where(reached, potential, 0.0) / epsilon, -math.inf)
+
+
+def log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
+    """``log(a exp((f - s) / epsilon))``, ``-inf`` where nothing arrives."""
+    reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
+    return torch.where(reached, weights.log() + torch.where(reached, potential - softmin, 0.0) / epsilon, -math.inf)
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:

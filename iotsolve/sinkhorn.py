@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, Scalar, number
-from iotsolve.problem import Potentials, Problem
+from iotsolve.problem import Potentials, Problem, log_marginal
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["Sinkhorn", "SinkhornState", "answered", "swept"]
@@ -272,14 +272,8 @@ def _log_demand(side: Marginal, weights: Tensor, potential: Tensor) -> Tensor:
     )
 
 
-def _log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
-    """``log(a exp((f - s) / epsilon))``, ``-inf`` where nothing arrives."""
-    reached = (weights > 0) & softmin.isfinite() & potential.isfinite()
-    return torch.where(reached, weights.log() + torch.where(reached, potential - softmin, 0.0) / epsilon, -math.inf)
-
-
 def _log_mass(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: Scalar) -> Tensor:
-    return torch.logsumexp(_log_marginal(weights, potential, softmin, epsilon), -1)
+    return torch.logsumexp(log_marginal(weights, potential, softmin, epsilon), -1)
 
 
 def _log(x: Scalar) -> Scalar:

@@ -107,7 +107,7 @@ def judge(
     if problem.mass is not None:
         violation = violation + (moved - problem.mass).abs()
     violation = (violation - 2 * problem.mismatch()).clamp(min=0.0)
-    entropy = problem.epsilon * (moved - problem.product)
+    entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
     sides, scale = problem.dual_sides_and_scale(p)
     scale = scale + entropy.abs()
     error = torch.where(violation > 0, violation / moved, 0.0)
@@ -158,7 +158,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
         done = near | broken | stuck | spent
-        if any(ended := done.tolist()):  # potentials that nobody takes for an answer are not looked at
+        if any(done.tolist()):  # potentials that nobody takes for an answer are not looked at
             usable, rounding = _soundness(problem, state.potentials)
             broken, blunt = broken | ~usable, rounding > tolerance
             looked_at = torch.stack([active, own.to(active.dtype), near, stuck, blunt, broken, done | broken]).T.tolist()
@@ -168,7 +168,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
                     verdict = Status.CONVERGED if is_near and not is_blunt else verdict
                     status[i], steps[i] = Status.NOT_FINITE if is_broken else verdict, taken
             ended = [bool(x[-1]) for x in looked_at]
-            if all(ended) and len(ended) == size:  # nothing of others has been kept
+            if k and all(ended) and len(ended) == size:  # nothing of others has been kept, and nothing is the caller's own
                 return Outcome(state.answer(problem), status, steps)
             _store(final, state.answer(problem), active)
             left = torch.as_tensor([k for k, x in enumerate(ended) if not x], device=active.device)

@@ -150,7 +150,7 @@ def test_soft_minima_at_potentials(metric, barred, many, monkeypatch):
             found = cost.softmin_at(logs, potential, 0.3, axis=axis)
             terms = logs.double() + potential.double() / 0.3
             matrix = (terms if axis == -1 else terms[:, None]) - exact.dense() / 0.3
-            assert_near(found, -0.3 * matrix.logsumexp(axis), 1e-6, 10.0)
+            assert_near(found, -0.3 * matrix.logsumexp(axis), 1e-6)
 
 
 def test_exponents_far_out_of_range():
@@ -226,7 +226,7 @@ def test_cross_entropies_from_points_of_any_length(size, dtype, both):
     for one, other in zip(mine, theirs, strict=True):
         assert one.dtype == (torch.float32 if one.dim() == 0 else dtype)
         lengths = 1.0 if one.dim() == 0 else exact[0 if one is mine[0] else 1].detach().norm(dim=1, keepdim=True)
-        assert_near(one.double() * lengths, other * lengths, backward, 1.0)
+        assert_near(one.double() * lengths, other * lengths, backward, 1.0 if size[1] == 1 else 0.0)  # on a line all is rounding
 
 
 def test_only_what_is_asked_for_is_derived():
@@ -239,6 +239,12 @@ def test_only_what_is_asked_for_is_derived():
         given[k] = whole[k]
         (found,) = torch.autograd.grad(cross_entropies(*given, both=True, backend="triton").sum(), whole[k])
         torch.testing.assert_close(found, expected[k], rtol=1e-6, atol=1e-7)
+    changed = x.clone().requires_grad_()
+    loss = cross_entropies(changed * 1.0, y, 0.3, both=True, backend="triton").sum()
+    with torch.no_grad():
+        y[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     with pytest.raises(RuntimeError, match="differentiated twice"):
         (first,) = torch.autograd.grad(cross_entropies(*whole, both=True, backend="triton").sum(), whole[0], create_graph=True)
         first.sum().backward()
@@ -324,6 +330,18 @@ def test_many_small_problems_in_one_launch(shape, dtype):
             theirs,
         )
     assert relaxed_together(Problem(cost, a, b, epsilon=0.2, rows=AT_MOST, columns=AT_MOST, mass=0.5), None) is None
+
+
+def test_a_small_problem_that_gets_nowhere_is_left():
+    """At an epsilon at which sweeps crawl, long before the last sweep; what is left of it others solve."""
+    from iotsolve import Problem, solve
+    from iotsolve.accelerated import _TOGETHER, relaxed_together
+
+    cost = torch.rand(3, 5, 7, generator=torch.Generator(torch.get_default_device()).manual_seed(0), dtype=torch.float64)
+    problem = Problem(cost, epsilon=3e-4)
+    _, steps = relaxed_together(problem, 1e-6)
+    assert max(steps) < _TOGETHER and any(k % 64 == 0 for k in steps)
+    assert solve(problem).certificate.holds.all()
 
 
 def test_a_batch_through_the_front_door(monkeypatch):

@@ -427,9 +427,11 @@ def each_block(
                 visit(0, part, block, second)
         return
 
+    inferring = torch.is_inference_mode_enabled()
+
     def work(k: int, first: int, last: int) -> None:
         torch.set_num_threads(1)  # of this thread
-        with torch.no_grad():
+        with torch.inference_mode(inferring), torch.no_grad():
             for part, block, second in _blocks(x[first:last], y, _cut(barred, slice(first, last)), spare, _BLOCK // 4):
                 visit(k, slice(first + part.start, first + part.stop), block, second)
 

@@ -65,6 +65,7 @@ def cross_entropies(
         Shape ``(1, n)`` or ``(2, n)``, in float32 at least. Differentiable once; no matrix is kept for it.
     """
     common = torch.promote_types(x.dtype, y.dtype)
+    common = common if common.is_floating_point else torch.float32
     x, y = x.to(common), y.to(common)
     kernels = backends.chosen(backend, x, agrees)
     if kernels is not None:

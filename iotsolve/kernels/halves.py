@@ -82,6 +82,8 @@ _REMEMBERED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a solver comes back 
 
 
 def halved(x: Tensor, precise: bool, first: bool, even: bool) -> Halved:
+    if x.is_inference():  # of which nobody tells whether they were changed
+        return _made(x, 3 if precise else 1, first, even)
     key = (x._version, precise, first, even)
     known = _REMEMBERED.get(x, {})
     if key not in known:
@@ -114,8 +116,6 @@ def _made(x: Tensor, terms: int, first: bool, even: bool) -> Halved:
         given, largest, out, unit, n, d, EVEN=even, D=features, WIDTH=width, TERMS=terms, FIRST=first, ROWS=64
     )
     return Halved(out, unit, width, terms, first, even)
-
-
 
 
 # -- directions ----------------------------------------------------------------------------------------------------------
@@ -162,6 +162,15 @@ def _directions_kernel(
 
 
 @triton.jit
+def _together(G, row, c, n, d, shares, inside, ROWS: tl.constexpr, PART: tl.constexpr):
+    """Some features of what is known in shares."""
+    found = tl.zeros((ROWS, PART), tl.float32)
+    for share in range(0, shares):
+        found += tl.load(G + (tl.cast(share, tl.int64) * n + row) * d + c, mask=inside, other=0.0)
+    return found
+
+
+@triton.jit
 def _turn(
     X, Y, G, OUT, RATES, i, n, d, shares, less_x, less_y, factor, up, pair,
     PART: tl.constexpr, ROWS: tl.constexpr, STORED: tl.constexpr,
@@ -172,9 +181,7 @@ def _turn(
     for start in range(0, d, PART):
         c = start + tl.arange(0, PART)[None, :]
         inside = inside_rows & (c < d)
-        g = tl.zeros((ROWS, PART), tl.float32)
-        for share in range(0, shares):
-            g += tl.load(G + (tl.cast(share, tl.int64) * n + row) * d + c, mask=inside, other=0.0)
+        g = _together(G, row, c, n, d, shares, inside, ROWS, PART)
         x = tl.load(X + row * d + c, mask=inside, other=0.0).to(tl.float32)
         along += tl.sum(g * x, 1)
     along = along * less_x * factor
@@ -184,9 +191,7 @@ def _turn(
     for start in range(0, d, PART):
         c = start + tl.arange(0, PART)[None, :]
         inside = inside_rows & (c < d)
-        g = tl.zeros((ROWS, PART), tl.float32)
-        for share in range(0, shares):
-            g += tl.load(G + (tl.cast(share, tl.int64) * n + row) * d + c, mask=inside, other=0.0)
+        g = _together(G, row, c, n, d, shares, inside, ROWS, PART)
         x = tl.load(X + row * d + c, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(Y + row * d + c, mask=inside, other=0.0).to(tl.float32)
         # the rate of a pair's cosine is up / epsilon: what the caller has put into less_y
