@@ -135,6 +135,25 @@ class Side:
         rows, columns = (self.anchors, self.others) if self.by_rows else (self.others, self.anchors)
         return Problem.unchecked(cost, self.a, self.b, epsilon=epsilon, rows=rows, columns=columns, mass=self.mass)
 
+    def shared(self) -> Side:
+        """With parameters of the marginals that every rank has and computes its share from."""
+        ranks = self.batch.ranks
+
+        def of(marginal: Marginal) -> Marginal:
+            live = {name: x for name, x in marginal.tensors().items() if x.requires_grad}
+            return replace(marginal, **{name: ranks.shared(x) for name, x in live.items()}) if live else marginal
+
+        return replace(self, anchors=of(self.anchors), others=of(self.others))
+
+    def following(self, p: Potentials, epsilon: Any) -> Potentials:
+        """The potentials with the derivative of the inner problem's solution, for shares of a loss that are added over ranks."""
+        problem, ranks = self.problem(epsilon), self.batch.ranks
+        if isinstance(ranks, Ranks):  # each finds the whole derivative in what all have, and these are added too
+            all_have = {name: x for name, x in problem.tensors().items() if name != "x"}
+            problem = problem.with_tensors({name: ranks.part(x) for name, x in all_have.items()})
+        p = Implicit().potentials(problem, p)
+        return Potentials(*(ranks.shared(x) for x in (p.f, p.g, p.lam)))
+
     def split(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """Potentials of all anchors and of all candidates."""
         return (p.f, p.g) if self.by_rows else (p.g, p.f)
@@ -434,7 +453,7 @@ class IOTLoss(nn.Module):
 
     def _loss(self, batch: Batch, epsilon: Any) -> list[Tensor]:
         """Of every half, the shares of this rank's anchors; their sum over ranks is the loss."""
-        sides = list(self._sides(batch))
+        sides = [side.shared() for side in self._sides(batch)]
         closed = [_is_closed(side) for side in sides]
         found = [None if shut else self._potentials(side, epsilon) for side, shut in zip(sides, closed, strict=True)]
         logs: list[Tensor | None] = [None, None]
@@ -512,13 +531,7 @@ class IOTLoss(nn.Module):
             return Potentials(*(x[0] for x in (state.potentials.f, state.potentials.g, state.potentials.lam)))
         p = self._solved(side, epsilon)
         if live and (outside or isinstance(how, Implicit) or self.uniformity > 0 or self.reduction == "none"):
-            if isinstance(side.batch.ranks, Ranks):
-                raise ValueError(
-                    "this derivative needs the inner problem's Hessian, which is not spread over ranks: with "
-                    "gather_distributed use gradient=Envelope() or Unroll(k), reduction='mean' or 'sum', uniformity=0, and "
-                    "positives that satisfy the hard sides; or a loss with a FREE side."
-                )
-            p = Implicit().potentials(side.problem(epsilon), p)
+            p = side.following(p, epsilon)
         return p
 
     def _solved(self, side: Side, epsilon: Any) -> Potentials:

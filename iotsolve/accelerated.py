@@ -1,7 +1,8 @@
-"""First order on a stored kernel: Sinkhorn's sweeps, accelerated, for dense costs on a CPU.
+"""First order on a kernel in range: Sinkhorn's sweeps, accelerated, for dense costs and points on a CPU.
 
 Differs from :mod:`iotsolve.sinkhorn` in that 1. the kernel ``exp(-C / epsilon)`` is stored, around potentials that keep it in
-range, so that a sweep reads it once and computes no exponential; in float32 where the tolerance allows it; 2. Anderson's
+range, so that a sweep reads it once and computes no exponential; in float32 where the tolerance allows it. Of points it is
+made without their costs; where it would be too large it is made again at every sweep, once for both sides; 2. Anderson's
 mixing over a window of twenty steps replaces annealing; 3. a problem that gets nowhere is given up early, for a solver of
 second order to take over.
 """
@@ -9,6 +10,8 @@ second order to take over.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense
+from iotsolve.costs import Dense, Points
 from iotsolve.kernels.backends import usable
 from iotsolve.marginals import number
 from iotsolve.plans import plan_of
-from iotsolve.problem import Potentials, Problem, in_double
+from iotsolve.problem import Potentials, Problem, in_double, log_scaling
 from iotsolve.sinkhorn import answered
-from iotsolve.solver import Outcome, Status, judge, sobered
+from iotsolve.solver import Outcome, Status, dearness, judge, sobered, spread
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["Accelerated", "relaxed_together"]
@@ -32,7 +35,8 @@ __all__ = ["Accelerated", "relaxed_together"]
 class Accelerated:
     """Anderson-accelerated Sinkhorn on a stored kernel.
 
-    For dense costs on a CPU, and sides whose aprox is a clipped line: ``Between``, ``KL``, ``TV``, with or without ``mass``.
+    For dense costs on a CPU and points whose cost is a scalar product at heart, and sides whose aprox is a clipped line:
+    ``Between``, ``KL``, ``TV``, with or without ``mass``.
 
     Args:
         tolerance: relative marginal error at which to stop: the L1 distance of every marginal from what its potential asks
@@ -56,48 +60,52 @@ class Accelerated:
     def fits(problem: Problem) -> bool:
         """Whether this is a problem for it."""
         lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
-        return isinstance(problem.cost, Dense) and problem.cost.is_compiled and None not in lines
+        return isinstance(problem.cost, Dense | Points) and problem.cost.is_compiled and None not in lines
 
     def _threshold(self, problem: Problem) -> float:
         return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
 
     def within_reach(self, problem: Problem) -> Accelerated:
-        """This solver, to the tolerance that its kernel's precision allows: large kernels are kept in float32."""
+        """This solver, to the tolerance that a quick kernel's precision allows: large kernels are kept in float32."""
         tolerance = self._threshold(problem)
         return self if _stays_in_cache(problem) else replace(self, tolerance=max(tolerance, _SINGLE))
 
     def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
         """Solve every problem of a detached flat batch."""
-        from iotsolve.kernels import scaling, workspace  # numba is imported where it runs
+        from iotsolve.kernels import scaling  # numba is imported where it runs
 
         tolerance = self._threshold(problem)
-        eps, cost = number(problem.epsilon), problem.cost.matrix.numpy()
-        count, n, m = cost.shape
+        eps, cost = number(problem.epsilon), problem.cost
+        count, n, m = len(problem.a), *problem.shape[-2:]
         tiny = n * m <= _TINY
         wide = tiny or (tolerance < _SINGLE and _stays_in_cache(problem))
-        share = max(4.0, min(20.0, _spread(problem) / 4)) if tiny else 4.0  # what a certificate fills in costs so much more
+        clouds = isinstance(cost, Points)
+        share = 4.0 * (dearness(problem) if tiny or clouds else 1.0)  # where no plan is at hand to be corrected
         aim = max(tolerance / share, 0.0 if wide else _SINGLE / 4)
         a, b = _doubles(problem.a), _doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
-        rules, scale = _rules(problem, eps), math.log2(math.e) / eps
+        rules, settings = _rules(problem, eps), (aim, self.max_steps, self.slow)
         kernel_type = np.float64 if wide else np.float32
         ends, steps, errors = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
-        if count > 1 and problem.cost.matrix.stride(0):
-            settings = (aim, self.max_steps, self.slow)
-            shared = (cost, a, b, f, g, lam, rules, scale, np.empty((0, 0), kernel_type), settings, ends, steps, errors)
+        if count > 1 and cost.matrix.stride(0):
+            shared = cost.matrix.numpy(), a, b, f, g, lam, rules, math.log2(math.e) / eps, np.empty((0, 0), kernel_type)
             from iotsolve.kernels.threads import each_piece
 
-            each_piece(count, cost.size, lambda k, first, last: scaling.relax_each(*shared, first, last))
+            each_piece(
+                count,
+                math.prod(problem.shape),
+                lambda k, *part: scaling.relax_each(*shared, settings, ends, steps, errors, *part),
+            )
         else:
-            with workspace.borrow((n, m), kernel_type) as kernel:
+            with _kernels(problem, kernel_type, aim) as kernel:
                 for k in range(count):
-                    given = (cost[k], a[k], b[k], f[k], g[k], lam[k], rules, scale, kernel)
-                    ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(*given, (aim, self.max_steps, self.slow))
+                    given = a[k], b[k], f[k], g[k], lam[k], rules, settings
+                    ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(kernel(k), *given)
         f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
-        left = (scaling.BROKEN, scaling.SLOW)
+        left, enough = (scaling.BROKEN, scaling.SLOW), tolerance / 2 if not clouds else max(2 * aim, tolerance / share)
         status = [
-            Status.CONVERGED if error <= tolerance / 2 else Status.STALLED if end in left else Status.MAX_STEPS
+            Status.CONVERGED if error <= enough else Status.STALLED if end in left else Status.MAX_STEPS
             for end, error in zip(ends.tolist(), errors.tolist(), strict=True)
         ]
         if any(0 < side.recession < math.inf for side in (problem.rows, problem.columns)):
@@ -150,6 +158,7 @@ _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
 _TINY = 2**14  # entries of a kernel that the nearest cache holds
 _CACHED = 2**19  # entries of a kernel in float64
 _REACH = 60.0  # cost ranges in epsilons that exponentials in float32 span
+_ROUNDINGS = 4.0 * 2.0**-24  # of an exponent in float32, by its size
 
 
 def _stays_in_cache(problem: Problem) -> bool:
@@ -168,10 +177,28 @@ def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: fl
     ]
 
 
-def _spread(problem: Problem) -> float:
-    """The range of the costs and of 0, in epsilons."""
-    low, high = problem.cost.surveyed().ends
-    return max(abs(low), high if high < math.inf else 0.0, high - low) / number(problem.epsilon)
+@contextmanager
+def _kernels(problem: Problem, kernel_type: type, aim: float) -> Iterator[Callable[[int], Any]]:
+    """The kernels of a batch, one after the other in the same place, or where it would be too large in none."""
+    from iotsolve.kernels import gibbs, workspace
+
+    cost, eps, shape = problem.cost, number(problem.epsilon), tuple(problem.shape[-2:])
+    single = kernel_type == np.float32
+    stored = isinstance(cost, Dense) or math.prod(shape) * np.dtype(kernel_type).itemsize <= workspace.STORED
+    if isinstance(cost, Points):
+        rounded = cost.dtype == torch.float32 and _ROUNDINGS * spread(problem) > aim
+        if stored and rounded:
+            cost = cost.with_tensors({name: x.double() for name, x in cost.tensors().items()})
+        form = cost.bilinear_form(eps)
+        if not stored:
+            form = tuple(x.to(torch.float32 if single else torch.float64) for x in form)
+            yield lambda k: gibbs.Streamed(form, cost.barred)
+            return
+    with workspace.borrow(shape, kernel_type) as array:
+        if isinstance(cost, Points):
+            yield lambda k: gibbs.OfPoints(array, form, cost.barred)
+        else:
+            yield lambda k: gibbs.Stored(array, cost.matrix[k].numpy(), math.log2(math.e) / eps)
 
 
 def _doubles(x: Tensor) -> np.ndarray:
@@ -187,12 +214,20 @@ def _rules(problem: Problem, eps: float) -> Any:
 
 
 def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Potentials around which the kernel stays in range: the start's; none; or at a small epsilon those of the costs alone."""
+    """Potentials around which the kernel stays in range: the start's; none; or at a small epsilon those of the costs alone, or
+    of points those of one sweep, which reads them as often.
+    """
     if start is not None:
         f, g = (torch.where(x.isfinite(), x, 0.0) for x in (start.f, start.g))
         return tuple(np.array(x.numpy(), dtype=np.float64) for x in (f, g, start.lam))
+    if spread(problem) > _REACH and isinstance(problem.cost, Points):
+        eps = number(problem.epsilon)
+        s = problem.cost.softmin(problem.b.log(), eps, axis=-1)
+        f = torch.where(s.isfinite(), s, 0.0)
+        t = problem.cost.softmin(log_scaling(problem.a, f, eps), eps, axis=-2)
+        return _doubles(f), _doubles(torch.where(t.isfinite(), t, 0.0)), np.zeros(len(f))
     f, g, lam = (np.zeros(x.shape) for x in (problem.a, problem.b, problem.a[:, 0]))
-    if _spread(problem) > _REACH:
+    if spread(problem) > _REACH:
         from iotsolve.kernels import passes
 
         passes.lowest(problem.cost.matrix.numpy(), problem.a.numpy() > 0, problem.b.numpy() > 0, f, g)

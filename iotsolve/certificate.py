@@ -251,7 +251,7 @@ def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
     corrected = _linear_correction(plan, p)
     starts, best = [corrected] if fixed else [identity, corrected], None
     for start in starts:
-        rounded = _scale_onto(plan, start)
+        rounded = _scale_onto(plan, start, patient=not fixed)
         rounded = _fill(plan, rounded) if fixed else rounded
         feasible, gap = _feasible(problem, *plan.marginals(rounded.on)), _gap(plan, rounded, p)
         if best is None:
@@ -406,6 +406,7 @@ def _exactly(problem: Problem, r: Tensor, c: Tensor) -> Tensor:
     return sum(problem.violations(r, c)) <= _TINY * torch.maximum(problem.a.sum(-1), problem.b.sum(-1))
 
 
+_PROJECTIONS, _LARGE = 100, 2**20  # at most; entries of a plan from which on a look takes long
 _TINY = 1e-14  # relative violation of a plan that is as feasible as float64 sums can say
 
 
@@ -426,13 +427,22 @@ def _linear_correction(plan: Plan, p: Potentials) -> Factors:
     return identity.where(plan.any(unsound), corrected)
 
 
-def _scale_onto(plan: Plan, factors: Factors, *, max_steps: int = 100) -> Factors:
-    """Alternate the KL projections onto the rows', the columns' and the mass's constraint until all hold."""
-    problem = plan.problem
+def _scale_onto(plan: Plan, factors: Factors, *, patient: bool) -> Factors:
+    """Alternate the KL projections onto the rows', the columns' and the mass's constraint until all hold.
+
+    Of large plans not for ever, where somebody will fill in what is lacking: a projection is two looks at the plan.
+    """
+    problem, last = plan.problem, torch.full_like(plan.problem.a[..., 0], math.inf)
+    large = math.prod(problem.shape) > _LARGE
     r, c = plan.marginals(factors.on)
-    for _ in range(max_steps):
+    for k in range(_PROJECTIONS):
         if _exactly(problem, r, c).all():
             break
+        if large and not patient and k % 4 == 0:
+            off = sum(problem.violations(r, c))
+            if not (off < 0.5 * last).any():
+                break
+            last = off
         if problem.rows.is_hard:
             factors = replace(factors, alpha=factors.alpha * _ratio(problem.rows.allowed(r, problem.a), r))
             r, c = plan.marginals(factors.on)

@@ -301,6 +301,12 @@ class Points:
         return self.x.device
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether compiled passes read these points: as :attr:`Dense.is_compiled`, a scalar product at heart."""
+        large = self.is_bilinear and math.prod(self.shape) >= _WORTH_COMPILING
+        return large and self.device.type == "cpu" and self.dtype in (torch.float64, torch.float32)
+
+    @property
     def is_bilinear(self) -> bool:
         """Whether passes of :mod:`iotsolve.kernels.bilinear` read this cost: one pair of clouds, a scalar product at heart."""
         return self.metric in _BILINEAR and math.prod(self.x.shape[:-2]) == 1
@@ -327,10 +333,7 @@ class Points:
     def _bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = self.flattened
         if self.metric == "sqeuclidean":
-            if "centre" not in self._known:
-                self._known["centre"] = self._centre(x, y)
-            centre = self._known["centre"].to(x.dtype)
-            x, y = x - centre, y - centre
+            x, y = (z - self._centre.flatten(0, -2) for z in (x, y))
             return 2 * x / epsilon, y, -x.square().sum(-1) / epsilon, -y.square().sum(-1) / epsilon
         if self.metric == "cosine":
             x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
@@ -348,19 +351,22 @@ class Points:
         """``other``, of the same numbers or, of a batch, some of them, with what is known of these points."""
         if self.is_bilinear and other.is_bilinear and self.metric == other.metric:
             pairs = ((self.x, other.x), (self.y, other.y))
-            if all(x.data_ptr() == z.data_ptr() and x.dtype == z.dtype for x, z in pairs):  # changed in place, both are
+            if all(_is_same(x, z) for x, z in pairs):
                 other.__dict__["_of_numbers"] = self._known
             elif "centre" in self._known:
                 other._known["centre"] = self._known["centre"]
         return other
 
-    @staticmethod
-    def _centre(x: Tensor, y: Tensor) -> Tensor:
-        """A common centre, about which far from the origin no digits are lost to the square.
+    @property
+    def _centre(self) -> Float[Tensor, "*batch 1 d"]:
+        """A common centre, about which far from the origin no digits are lost to the square; any will do, and one is remembered.
 
         The median, which a few points far away, of no weight perhaps, do not move.
         """
-        return torch.cat([x.detach(), y.detach()], -2).median(-2, keepdim=True).values
+        if "centre" not in self._known:
+            both = torch.cat([self.x.detach(), self.y.detach()], -2)
+            self._known["centre"] = both.median(-2, keepdim=True).values
+        return self._known["centre"].to(self.dtype).reshape(*self.x.shape[:-2], 1, -1)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
@@ -417,8 +423,7 @@ class Points:
             return (self.metric if callable(self.metric) else _OF_DIFFERENCES[self.metric])(x - y.mT)
         if self.metric == "euclidean":
             return METRICS["euclidean"](x.unsqueeze(-2), y.unsqueeze(-3))
-        centre = self._centre(x, y)
-        x, y = x - centre, y - centre
+        x, y = x - self._centre, y - self._centre
         squared = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - product(2 * x, y.mT)
         return squared - squared.detach().clamp(max=0.0)  # not below 0, with the derivatives of what is not clamped
 
@@ -430,7 +435,10 @@ class Points:
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             barred = None if self.barred is None else self.barred[rows]
-            yield rows, Dense(replace(self, x=self.x[..., rows, :], barred=barred).dense())
+            own = replace(self, x=self.x[..., rows, :], barred=barred)
+            if self.is_bilinear and self.metric == "sqeuclidean":
+                own._known["centre"] = self._centre
+            yield rows, Dense(own.dense())
 
     def entries(self, index: tuple[Tensor, ...]) -> Tensor:
         *batch, i, j = index
@@ -540,6 +548,11 @@ class Points:
 
     def slack(self, f: Tensor, g: Tensor) -> tuple[Float[Tensor, "*batch n m"], Bool[Tensor, "*batch n m"]]:
         return Dense(self.dense()).slack(f, g)
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether these are the same numbers: changed in place, both are."""
+    return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.numel() == y.numel()
 
 
 Cost = Dense | Points

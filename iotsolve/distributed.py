@@ -98,6 +98,10 @@ class Ranks:
         """``x`` with a derivative times the number of ranks, which averaging over them, as DDP does, takes back."""
         return _Scaled.apply(x, self.count) if x.requires_grad else x
 
+    def part(self, x: Tensor) -> Tensor:
+        """``x`` with a derivative divided by the number of ranks, each of which finds the whole of it, before they are added."""
+        return _Scaled.apply(x, 1 / self.count) if x.requires_grad else x
+
     def own(self, x: Tensor, repeat: int = 1) -> Tensor:
         """This rank's part of a vector over the whole batch, of which each pair has ``repeat`` entries."""
         start = repeat * sum(self.sizes[: self.rank])
@@ -386,7 +390,7 @@ class _Shared(torch.autograd.Function):
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, by: int) -> Tensor:
+    def forward(ctx, x: Tensor, by: float) -> Tensor:
         ctx.by = by
         return x.view_as(x)
 

@@ -19,7 +19,7 @@ from iotsolve.marginals import Marginal, number
 from iotsolve.plans import Plan, QuickPlan, plan_of
 from iotsolve.problem import Potentials, Problem, in_double
 from iotsolve.sinkhorn import answered, swept
-from iotsolve.solver import Outcome, Status, judge, sobered
+from iotsolve.solver import Outcome, Status, dearness, judge, sobered
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
 __all__ = ["DualSystem", "Newton"]
@@ -235,6 +235,7 @@ class Newton:
 
     def _one(self, problem: Problem, p: Potentials, cold: bool) -> tuple[Potentials, Status, int]:
         tolerance, dtype, problem = self._threshold(problem), p.f.dtype, in_double(problem)
+        aim = tolerance / dearness(problem)
         p = _projected(problem, p.to(torch.float64))
         here = _Point.at(problem, swept(problem, p) if cold else p)
         if here.error > _FAR and not cold:
@@ -246,20 +247,22 @@ class Newton:
             trail.append(best.error)
             if not math.isfinite(here.error):
                 status = Status.NOT_FINITE
-            elif best.error <= tolerance / 2:
+            elif best.error <= aim / 2:
                 status = Status.CONVERGED
             if status is not Status.MAX_STEPS or step == self.max_steps:
                 break
             if step >= _PATIENCE and trail[-1] > 0.7 * trail[-1 - _PATIENCE]:
                 status = Status.STALLED
                 break
-            fresh = here.newton(tolerance)
+            fresh = here.newton(aim)
             if fresh is None:
                 fresh = _Point.at(problem, swept(problem, here.p))
                 if not fresh.improves(here):
                     status = Status.STALLED
                     break
             here = fresh
+        if best.error <= tolerance / 2:
+            status = Status.CONVERGED
         return answered(problem, best.p).to(dtype), status, step
 
 

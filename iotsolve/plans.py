@@ -6,9 +6,11 @@ exact plan may be a list of arcs. What is done to a plan (its certificate, its r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -297,14 +299,15 @@ class StoredPlan(QuickPlan):
 
 @dataclass(frozen=True)
 class StreamedPlan(QuickPlan):
-    """The plan of points whose cost is bilinear: every sum and product is a pass over blocks, and nothing is kept of them.
+    """The plan of points whose cost is bilinear: every sum is a pass over blocks, and nothing is kept of them.
 
-    Products are in float32 where the exponents leave it enough digits.
+    Products are those of a copy, where a CPU has one to read that is not too large, and passes elsewhere; in float32 where that
+    leaves them enough digits.
     """
 
     sums: tuple[Tensor, Tensor]
-    form: tuple[Tensor, ...]
     double: tuple[Tensor, ...]
+    is_precise: bool = False
 
     @classmethod
     def of(cls, problem: Problem, p: Potentials) -> StreamedPlan:
@@ -312,15 +315,41 @@ class StreamedPlan(QuickPlan):
         u = log_scaling(problem.a, p.f + p.lam.unsqueeze(-1), problem.epsilon)[0] + own_x
         v = log_scaling(problem.b, p.g, problem.epsilon)[0] + own_y
         r, c = bilinear.plan_sums(x, y, u, v, problem.cost.barred)
-        large = max(float(torch.where(z.isfinite(), z, 0.0).abs().max()) for z in (u, v))
-        double = (x, y, u, v)
-        form = double if large > _RESOLVED else tuple(z.float() for z in double)
 
         def read() -> Iterator[Chunk]:
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values, cost.dense(), part) for (part, values), (_, cost) in blocks)
 
-        return cls(problem, read, (r[None], c[None]), form, double)
+        return cls(problem, read, (r[None], c[None]), (x, y, u, v))
+
+    @cached_property
+    def form(self) -> tuple[Tensor, ...]:
+        """What products are made of."""
+        if self.is_precise:
+            return self.double
+        large = max(float(torch.where(z.isfinite(), z, 0.0).abs().max()) for z in self.double[2:])
+        return self.double if large > _RESOLVED else tuple(z.float() for z in self.double)
+
+    @cached_property
+    def _kernel(self) -> Any:
+        """The plan of this process's rows as compiled passes read it: a copy, or where that is too large made at every pass; None
+        where it is not worth it.
+        """
+        cost = self.problem.cost
+        shape = (cost.local if isinstance(cost, Sharded) else cost).shape[-2:]
+        if not (self.in_numpy and math.prod(shape) >= _WORTH_COPYING):
+            return None
+        from iotsolve.kernels import gibbs, workspace
+
+        dtype = np.float64 if self.is_precise else np.float32
+        if math.prod(shape) * np.dtype(dtype).itemsize <= workspace.STORED:
+            copy = _Copy(shape, dtype)
+            kernel = gibbs.OfPoints(copy.values, self.double, cost.barred)
+            kernel.kept = copy  # for as long
+        else:
+            kernel = gibbs.Streamed(self.form, cost.barred)
+        kernel.absorb(*(np.zeros(size) for size in shape))
+        return kernel
 
     @property
     def exact(self) -> Plan:
@@ -329,15 +358,21 @@ class StreamedPlan(QuickPlan):
     @property
     def precise(self) -> StreamedPlan:
         """The same plan with products in float64."""
-        return replace(self, form=self.double)
+        return self if self.is_precise else replace(self, is_precise=True)
 
     def one(self, z: Tensor, *, turned: bool) -> Tensor:
         """``P z``, or ``P' z``, by kernels where they serve."""
+        if self._kernel is not None:
+            nothing = z.new_zeros(1, len(self.double[int(turned)]))
+            return self.pair(*((z, nothing) if turned else (nothing, z)), as_given=True)[int(turned)]
         column = z[0].to(self.form[0].dtype).unsqueeze(-1)
         return products.plan_times(*self.form, column, self.problem.cost.barred, turned=turned)[:, 0].double()[None]
 
     def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
         """:meth:`product` of tensors."""
+        if self._kernel is not None:
+            w, v = (np.ascontiguousarray(z[0].numpy()) for z in (w, v))
+            return tuple(torch.from_numpy(z)[None] for z in self._kernel.product(w, v, as_given=as_given))
         given = (z[0].to(self.form[0].dtype) for z in (w, v))
         found = bilinear.plan_product(*self.form, self.problem.cost.barred, *given, as_given=as_given)
         return tuple(z.double()[None] for z in found)
@@ -355,12 +390,15 @@ class StreamedPlan(QuickPlan):
         return self.one(u, turned=True)
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
+        if self._kernel is not None and (found := self._kernel.spread(w.numpy(), rows.numpy())) is not None:
+            return torch.from_numpy(found)
         given = (z[0].to(self.form[0].dtype) for z in (w, rows))
         return bilinear.plan_spread(*self.form, self.problem.cost.barred, *given).double()[None]
 
 
 _RESOLVED = 200.0  # exponents up to which float32 leaves an entry five digits
 _KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
+_WORTH_COPYING = 2**11  # entries of a plan of points for which it is worth to wait for numba
 
 
 @dataclass(frozen=True)
@@ -379,7 +417,7 @@ class ShardedPlan(StreamedPlan):
                 start = chunk.part.start + cost.own.start
                 yield Chunk(chunk.values, chunk.cost, slice(start, start + chunk.values.shape[-2]))
 
-        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine.form, mine.double)
+        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine.double)
 
     @property
     def exact(self) -> Plan:

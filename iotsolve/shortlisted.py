@@ -88,7 +88,7 @@ def _potentials(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Loose entropic potentials ``f, g`` at an epsilon small enough that few arcs matter, and the reach that goes with it."""
-    from iotsolve.kernels import passes, scaling, sparse, workspace
+    from iotsolve.kernels import gibbs, passes, scaling, sparse, workspace
 
     n, m = cost.shape
     f, g = np.full(n, low), np.zeros(m)
@@ -109,8 +109,9 @@ def _potentials(
     for _ in range(_LEVELS):
         u, v = f / epsilon, g / epsilon
         settings = _LOOSE, _SWEEPS, 1.0
-        with workspace.borrow((n, m), np.float32) as kernel:
-            end, *_ = scaling.relax_alone(cost, a, b, u, v, 0.0, rules, passes.LOG2E / epsilon, kernel, settings)
+        with workspace.borrow((n, m), np.float32) as array:
+            kernel = gibbs.Stored(array, cost, passes.LOG2E / epsilon)
+            end, *_ = scaling.relax_alone(kernel, a, b, u, v, 0.0, rules, settings)
         if end == scaling.BROKEN or not (np.isfinite(u).all() and np.isfinite(v).all()):
             break
         f, g = epsilon * u, epsilon * v

@@ -220,10 +220,11 @@ class _Automatic:
             return _continued(
                 problem, self._judged(problem, *found), lambda left, _: self._search(left, None, together=False)
             )
-        problem = _held(problem)
         n, m = problem.shape[-2:]
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
         newton, interior = Newton(**options), Interior(**options)
+        if not Accelerated.fits(problem):
+            problem = _held(problem)
         if Accelerated.fits(problem):
             asked = Accelerated(self.tolerance)
             quick = asked.within_reach(problem)
@@ -233,6 +234,7 @@ class _Automatic:
             done = _continued(problem, done, lambda left, _: quick.run(left, _annealed(left)))
             if quick != asked:  # there is more to do for all
                 done = replace(done, status=[_MORE.get(word, word) for word in done.status])
+            problem = _held(problem)
             done = _continued(problem, done, newton.run)
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
             done = newton.run(problem, _annealed(problem) if start is None else start)

@@ -23,7 +23,7 @@ from iotsolve.kernels.replay import Replayed
 from iotsolve.marginals import Scalar, number
 from iotsolve.problem import Potentials, Problem
 
-__all__ = ["Outcome", "Status", "iterate", "judge", "sobered"]
+__all__ = ["Outcome", "Status", "dearness", "iterate", "judge", "sobered", "spread"]
 
 
 class Status(Enum):
@@ -194,6 +194,24 @@ def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
         if word is Status.CONVERGED and not (usable[k] and not blunt[k]):
             status[k] = Status.STALLED if usable[k] else Status.NOT_FINITE
     return replace(outcome, status=status)
+
+
+def spread(problem: Problem) -> float:
+    """The range of the costs and of 0, in epsilons; of points a bound."""
+    cost = problem.cost
+    if isinstance(cost, Dense):
+        low, high = cost.surveyed().ends
+        sizes = abs(low), high, high - low
+    else:
+        sizes = float(cost.range().amax()), cost.ceiling
+    return max((x for x in sizes if x < math.inf), default=0.0) / number(problem.epsilon)
+
+
+def dearness(problem: Problem) -> float:
+    """How many times as exact as its tolerance a solution has to be, for the repair of its plan to cost no more: one at a usual
+    epsilon, five at small ones, where what a certificate fills in is priced by the largest cost.
+    """
+    return max(1.0, min(5.0, spread(problem) / 16))
 
 
 def _largest(x: Tensor) -> float:

@@ -118,8 +118,8 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
                 f"{name}{_at(z.detach().norm(dim=-1) == 0)} is the zero vector: it has no direction, so no cosine. Drop it."
             )
     try:
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    except RuntimeError as error:
+        batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])  # torch's takes half a second when first called
+    except ValueError as error:
         raise ValueError(
             f"points x {tuple(x.shape)} and y {tuple(y.shape)} have leading dimensions that do not broadcast: each must be the "
             "batch's, or absent."
@@ -335,8 +335,8 @@ def common_batch(cost: Cost, a: Tensor, b: Tensor) -> torch.Size:
     if batches[0] == batches[1] == batches[2]:
         return batches[0]
     try:
-        return torch.broadcast_shapes(*batches)
-    except RuntimeError as error:
+        return torch.Size(np.broadcast_shapes(*batches))
+    except ValueError as error:
         raise ValueError(
             f"cost {tuple(cost.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)} have leading dimensions that do not broadcast: "
             "each must be the batch's, or absent. Is a weight vector missing its batch, or the cost?"

@@ -648,7 +648,7 @@ def test_few_points_are_a_matrix_and_never_its_differences():
 
 
 def test_double_points_begin_in_single_precision(monkeypatch):
-    """And end where they would have: the first sweeps are half the work."""
+    """And end where they would have, as on a device: the first sweeps are half the work."""
     front, seen = sys.modules["iotsolve.solve"], []
     step = front.iterate
 
@@ -659,6 +659,7 @@ def test_double_points_begin_in_single_precision(monkeypatch):
 
     monkeypatch.setattr(front, "iterate", counted)
     monkeypatch.setattr(front, "_FEW", 0)
+    monkeypatch.setattr(front.Accelerated, "fits", lambda problem: False)
     cost = Points(*clouds(600, 600))
     climbed = solve(Problem(cost, epsilon=1.0), tolerance=1e-10)
     assert [dtype for dtype, _ in seen] == [torch.float32, torch.float64] and seen[1][1] < seen[0][1] + 20

@@ -414,16 +414,19 @@ def each_block(
     *,
     spare: bool = False,
     added: tuple[Tensor, Tensor] | None = None,
+    least: int = 1,
 ) -> None:
     """``visit(piece, rows, block, spare)`` for all blocks of rows of ``x y'``, plus ``u_i + v_j`` if these are ``added``, with
-    ``-inf`` where barred, and a second buffer of its size if asked for. If ``worth``, a block is made by who visits it.
+    ``-inf`` where barred, and a second buffer of its size if asked for. If ``worth``, a block is made by who visits it, of at
+    ``least`` so many rows.
     """
     if added is not None:  # by two more features, which cost less than two more looks at a block
         u, v = (z.unsqueeze(-1) for z in added)
         x, y = torch.cat([x, torch.ones_like(u), u], -1), torch.cat([y, v, torch.ones_like(v)], -1)
     if not worth:
+        most = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
         with in_full():
-            for part, block, second in _blocks(x, y, barred, spare, _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE):
+            for part, block, second in _blocks(x, y, barred, spare, most, least):
                 visit(0, part, block, second)
         return
 
@@ -432,7 +435,7 @@ def each_block(
     def work(k: int, first: int, last: int) -> None:
         torch.set_num_threads(1)  # of this thread
         with torch.inference_mode(inferring), torch.no_grad():
-            for part, block, second in _blocks(x[first:last], y, _cut(barred, slice(first, last)), spare, _BLOCK // 4):
+            for part, block, second in _blocks(x[first:last], y, _cut(barred, slice(first, last)), spare, _BLOCK // 4, least):
                 visit(k, slice(first + part.start, first + part.stop), block, second)
 
     with torch_on(1), in_full():
@@ -440,10 +443,10 @@ def each_block(
 
 
 def _blocks(
-    x: Tensor, y: Tensor, barred: Tensor | None, spare: bool, most: int
+    x: Tensor, y: Tensor, barred: Tensor | None, spare: bool, most: int, least: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     n, m = len(x), len(y)
-    size = min(n, max(1, most // max(m, 1)))
+    size = min(n, max(least, most // max(m, 1)))
     buffer, second = x.new_empty(size, m), x.new_empty(size, m) if spare else None
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from iotsolve.kernels.numeric import compiled, exp_double, exp_single
+from iotsolve.kernels.numeric import LOG2E, compiled, exp2_double, exp2_single, exp_double, exp_single
 
-__all__ = ["exponentiate", "weigh"]
+__all__ = ["exponentials", "exponentiate", "weigh"]
 
 _FLUSH = 128  # rows whose column sums float32 may add up
 
@@ -23,6 +23,20 @@ def exponentiate(block):
     for i in range(n):
         for j in range(m):
             block[i, j] = exp_single(block[i, j])
+
+
+@compiled
+def exponentials(block, into):
+    """``into = exp(block)``, in its own precision; what is in range of neither end is kept finite."""
+    n, m = block.shape
+    if into.itemsize == 8:
+        for i in range(n):
+            for j in range(m):
+                into[i, j] = exp2_double(np.float64(block[i, j]) * LOG2E)
+        return
+    for i in range(n):
+        for j in range(m):
+            into[i, j] = exp2_single(np.float64(block[i, j]) * LOG2E)
 
 
 @compiled

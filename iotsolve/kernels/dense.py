@@ -39,7 +39,7 @@ MATCH, RESPOND, WEIGH, TAKE = range(4)
 """Rules for a row's scaling, given its sum y: ``w / y``; what the side's aprox answers; ``w y``; ``w``."""
 
 _LANES = 64
-_FLUSH = 128  # rows whose column sums float32 may add up
+_FLUSH, _LONG = 128, 2**13  # rows whose column sums, and columns whose row sums float32 may add up
 SIDE = (1.0, -math.inf, 0.0, 0.0, 0.0)  # of a rule that asks no side: FIXED's
 
 
@@ -113,14 +113,19 @@ def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first
     since = 0
     for i in range(first, last - 3, 4):
         k0, k1, k2, k3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
-        y0, y1, y2, y3 = scale.dtype.type(0), scale.dtype.type(0), scale.dtype.type(0), scale.dtype.type(0)
-        for j in range(m):
-            x = v[j]
-            y0 += k0[j] * x
-            y1 += k1[j] * x
-            y2 += k2[j] * x
-            y3 += k3[j] * x
-        y[i], y[i + 1], y[i + 2], y[i + 3] = y0, y1, y2, y3
+        y[i], y[i + 1], y[i + 2], y[i + 3] = 0.0, 0.0, 0.0, 0.0
+        for begin in range(0, m, _LONG):
+            y0, y1, y2, y3 = scale.dtype.type(0), scale.dtype.type(0), scale.dtype.type(0), scale.dtype.type(0)
+            for j in range(begin, min(begin + _LONG, m)):
+                x = v[j]
+                y0 += k0[j] * x
+                y1 += k1[j] * x
+                y2 += k2[j] * x
+                y3 += k3[j] * x
+            y[i] += y0
+            y[i + 1] += y1
+            y[i + 2] += y2
+            y[i + 3] += y3
         if rule == MATCH:
             u[i], u[i + 1] = _matched(w[i], y[i]), _matched(w[i + 1], y[i + 1])
             u[i + 2], u[i + 3] = _matched(w[i + 2], y[i + 2]), _matched(w[i + 3], y[i + 3])
@@ -141,10 +146,12 @@ def stored_pass(kernel, v, rule, w, base, known, side, lam, y, u, columns, first
                 part[j] = 0
     for i in range(last - (last - first) % 4, last):
         k0 = kernel[i]
-        y0 = scale.dtype.type(0)
-        for j in range(m):
-            y0 += k0[j] * v[j]
-        y[i] = y0
+        y[i] = 0.0
+        for begin in range(0, m, _LONG):
+            y0 = scale.dtype.type(0)
+            for j in range(begin, min(begin + _LONG, m)):
+                y0 += k0[j] * v[j]
+            y[i] += y0
         u[i] = _scaling(y[i], i, rule, w, base, known, side, lam)
         scale[0] = u[i]
         u0 = scale[0]

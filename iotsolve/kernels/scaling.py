@@ -17,8 +17,7 @@ from numba import njit
 
 from iotsolve.kernels.dense import MATCH, RESPOND, build, stored_pass
 from iotsolve.kernels.numeric import LOG2E, NORMAL, compiled, exp2_double, log_double
-from iotsolve.kernels.passes import build_kernel, logs
-from iotsolve.kernels.threads import pieces, summed
+from iotsolve.kernels.passes import logs
 
 __all__ = [
     "BROKEN",
@@ -286,30 +285,27 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
                 break
 
 
-def _threaded_sweep(kernel, v, rule, w, base, known, side, lam, y, u, columns):
-    n, m = kernel.shape
-    shared = (kernel, v, rule, w, base, known, side, lam, y, u)
-    if len(pieces(n, n * m)) == 1:
-        columns[:] = 0.0
-        stored_pass(*shared, columns, 0, n)
-        return
-    columns[:] = summed(n, m, n * m, lambda total, first, last: stored_pass(*shared, total, first, last))
+def _kernels_own_sweep(kernel, *given):
+    kernel.sweep(*given)
 
 
-_relax_on_threads = FunctionType(relax.py_func.__code__, {**globals(), "_sweep": _threaded_sweep}, "relax")
-"""The loop of :func:`relax`, word for word, interpreted, its pass over the kernel on all threads: for large problems."""
+_relax_on_kernel = FunctionType(relax.py_func.__code__, {**globals(), "_sweep": _kernels_own_sweep}, "relax")
+"""The loop of :func:`relax`, word for word, interpreted, with the kernel's own sweep, on all threads: for large problems."""
 
 
-def relax_alone(cost, a, b, f, g, lam, rules, scale, kernel, settings):
-    """:func:`relax` for one large problem; changes ``f`` and ``g`` in place, returns ``(end, steps, error, lam)``."""
+def relax_alone(kernel, a, b, f, g, lam, rules, settings):
+    """:func:`relax` for one large problem; changes ``f`` and ``g`` in place, returns ``(end, steps, error, lam)``.
+
+    ``kernel`` is one of :mod:`iotsolve.kernels.gibbs`.
+    """
     q, found, total = np.zeros(len(b)), f.copy(), 0
     tolerance, max_steps, slow = settings
     with np.errstate(divide="ignore"):
         for _ in range(_REBUILDS):
-            build_kernel(cost, logs(a, f), logs(b, g), scale, kernel)
+            kernel.absorb(logs(a, f), logs(b, g))
             q[:] = 0.0
             limits = tolerance, max_steps - total, slow
-            end, steps, error, lam = _relax_on_threads(kernel, a, b, f, g, rules, lam, q, found, *limits)
+            end, steps, error, lam = _relax_on_kernel(kernel, a, b, f, g, rules, lam, q, found, *limits)
             total += steps
             f[:] = np.where(a > 0.0, found, f)
             g += q

@@ -13,9 +13,10 @@ from weakref import finalize
 
 import numpy as np
 
-__all__ = ["KEPT", "borrow", "lend_to"]
+__all__ = ["KEPT", "STORED", "borrow", "lend_to"]
 
 KEPT = 2**27
+STORED = 2**29  # bytes of a kernel of points, whose costs nobody holds, that is stored for as long as it is read
 _free: list[np.ndarray] = []
 _lock = Lock()
 
