@@ -97,7 +97,7 @@ class Accelerated:
                 lambda k, *part: scaling.relax_each(*shared, settings, ends, steps, errors, *part),
             )
         else:
-            with _kernels(problem, kernel_type, aim) as kernel:
+            with _kernels(problem, kernel_type, aim, tolerance) as kernel:
                 for k in range(count):
                     given = a[k], b[k], f[k], g[k], lam[k], rules, settings
                     ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(kernel(k), *given)
@@ -158,7 +158,6 @@ _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
 _TINY = 2**14  # entries of a kernel that the nearest cache holds
 _CACHED = 2**19  # entries of a kernel in float64
 _REACH = 60.0  # cost ranges in epsilons that exponentials in float32 span
-_ROUNDINGS = 4.0 * 2.0**-24  # of an exponent in float32, by its size
 
 
 def _stays_in_cache(problem: Problem) -> bool:
@@ -178,20 +177,23 @@ def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: fl
 
 
 @contextmanager
-def _kernels(problem: Problem, kernel_type: type, aim: float) -> Iterator[Callable[[int], Any]]:
-    """The kernels of a batch, one after the other in the same place, or where it would be too large in none."""
+def _kernels(problem: Problem, kernel_type: type, aim: float, tolerance: float) -> Iterator[Callable[[int], Any]]:
+    """The kernels of a batch, one after the other in the same place, or where it would be too large in none.
+
+    Exponents of points in float32 are made in float64 where they are so large that their rounding would be seen.
+    """
     from iotsolve.kernels import gibbs, workspace
 
-    cost, eps, shape = problem.cost, number(problem.epsilon), tuple(problem.shape[-2:])
-    single = kernel_type == np.float32
+    cost, eps, shape, single = problem.cost, number(problem.epsilon), tuple(problem.shape[-2:]), kernel_type == np.float32
     stored = isinstance(cost, Dense) or math.prod(shape) * np.dtype(kernel_type).itemsize <= workspace.STORED
     if isinstance(cost, Points):
-        rounded = cost.dtype == torch.float32 and _ROUNDINGS * spread(problem) > aim
-        if stored and rounded:
+        rounding = 2.0**-24 * spread(problem)  # of exponents in float32
+        if cost.dtype == torch.float32 and (4 * rounding > aim if stored else 2 * rounding > tolerance):
             cost = cost.with_tensors({name: x.double() for name, x in cost.tensors().items()})
         form = cost.bilinear_form(eps)
         if not stored:
-            form = tuple(x.to(torch.float32 if single else torch.float64) for x in form)
+            if single and problem.dtype == torch.float64:  # a beginning, which somebody goes on from
+                form = tuple(x.float() for x in form)
             yield lambda k: gibbs.Streamed(form, cost.barred)
             return
     with workspace.borrow(shape, kernel_type) as array:

@@ -532,6 +532,13 @@ class Points:
         rows, columns = log_rows.flatten() + p, log_columns.flatten() + q
         return products.plan_times(x, y, rows, columns, values, self.barred, turned=axis == -2, backend=self.backend)
 
+    def plan_mass(self, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: Scalar) -> Tensor:
+        """``sum_ij a_i b_j exp((f_i + g_j - C_ij) / epsilon)``, a number, of a bilinear cost: as :meth:`plan_times`.
+
+        Of weights no logarithm is taken, whose second derivative at an empty bin has no digits.
+        """
+        return a.flatten() @ self.plan_times(f / epsilon, g / epsilon, b.reshape(-1, 1), epsilon, axis=-1).squeeze(-1)
+
     def transport(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Tensor:
         """``<C, P>`` of :meth:`gibbs`, a number, of a bilinear cost: as :meth:`plan_times`."""
         x, y, p, q = self.bilinear_form(epsilon)

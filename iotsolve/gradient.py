@@ -227,19 +227,31 @@ def _differentiable_gradient(
     """The same derivatives with a history: of the inputs themselves, and of the potentials that follow them.
 
     They are taken with respect to other names of the inputs, so that the potentials' own dependence, to which the value is
-    stationary, is not followed here; the second derivative follows it.
+    stationary, is not followed here; the second derivative follows it. With rows on many ranks each takes those of its share.
     """
-    p = ctx.p.to(torch.float64)
+    p, ranks = ctx.p.to(torch.float64), _ranks(ctx.problem)
     with calm(ctx.problem.cost), torch.enable_grad():
         problem = ctx.problem.with_tensors(dict(zip(ctx.names, tensors, strict=True)))
         following = _gauged_and_following(problem, p, _pull_implicit)
-        names = {name: t.view_as(t) for name, t in zip(ctx.names, tensors, strict=True)}
+        following = Potentials(*map(ranks.shared, (following.f, following.g, following.lam)))
+        names = {n: (t if n == "x" else ranks.shared(t)).view_as(t) for n, t in zip(ctx.names, tensors, strict=True)}
         twin = _smooth_twin(ctx.problem.with_tensors(names).to(torch.float64), p)
-        value = _lagrangian(twin, _moved(twin, following), None)
-        wanted = [names[n] for n, need in zip(ctx.names, needed, strict=True) if need]
-        value = (upstream.double() * value).sum()
-        found = iter(torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True))
-    return tuple(next(found) if need else None for need in needed)
+        value = _share(twin, _moved(twin, following))
+        wanted = [n for n, need in zip(ctx.names, needed, strict=True) if need]
+        value = (ranks.shared(upstream).double() * value).sum()
+        found = torch.autograd.grad(value, [names[n] for n in wanted], create_graph=True, allow_unused=True)
+        whole = {n: x if n == "x" or x is None else ranks.total(x) for n, x in zip(wanted, found, strict=True)}
+    return tuple(whole.get(name) for name in ctx.names)
+
+
+def _share(problem: Problem, p: Potentials) -> Tensor:
+    """This process's share of the dual, differentiable any number of times, in which nothing is exchanged."""
+    if not isinstance(problem.cost, Sharded):
+        return _lagrangian(problem, p, None)
+    ranks = problem.cost.ranks
+    points, (a, f), (b, g), eps = streamed_parts(problem, p)
+    product = problem.a.sum(-1) * problem.b.sum(-1)
+    return (_dual_sides(problem, p) + eps * product) / ranks.count - eps * points.plan_mass(a, b, f, g, eps)
 
 
 def _pull(

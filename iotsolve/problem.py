@@ -489,8 +489,7 @@ class Problem:
     def dual_entropy(self, p: Potentials) -> Tensor:
         """``-eps (sum P - sum a sum b)``, differentiable at empty bins too."""
         if self._traced(p) and self.streams_everywhere(p):
-            logs = (log_scaling(w, f, self.epsilon) for w, f in ((self.a, p.f + p.lam.unsqueeze(-1)), (self.b, p.g)))
-            total = self.cost.plan_times(*logs, torch.ones_like(self.b.reshape(-1, 1)), self.epsilon, axis=-1).sum()
+            total = self.cost.plan_mass(self.a, self.b, p.f + p.lam.unsqueeze(-1), p.g, self.epsilon)
         elif self._traced(p):
             total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
         elif isinstance(self.cost, Dense):

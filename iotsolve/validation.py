@@ -156,6 +156,8 @@ def _check_finite(x: Tensor, y: Tensor) -> None:
 
 def _barred(barred: Any, shape: tuple[int, ...]) -> Tensor:
     """Forbidden arcs of points, as a mask or as the columns each row leaves out."""
+    if isinstance(barred, np.ndarray | list) and (array := np.asarray(barred)).dtype.kind in "biu":
+        barred = torch.from_numpy(array.astype(bool if array.dtype.kind == "b" else np.int64))  # neither is a number
     tensor = _tensor("barred", barred)
     whole, fits = not tensor.is_floating_point(), tensor.dim() == 2 and len(tensor) == shape[-2] and len(shape) == 2
     if tensor.dtype == torch.bool:

@@ -567,6 +567,28 @@ def test_points_of_no_weight_far_away_do_not_matter(dtype):
     assert (live[1].grad[60:] == 0).all()
 
 
+@pytest.mark.parametrize("sides", [{}, {"rows": KL(1.0)}, {"columns": KL(1.0)}], ids=str)
+def test_second_derivatives_in_weights_are_those_of_differences_at_empty_bins_too(sides):
+    """Of one more-sided difference there: a weight cannot be taken from a bin that has none."""
+    x, y = (torch.tensor(z) for z in clouds(7, 6))
+    a, b, along = weights(7, 1, 3), weights(6, 2), np.r_[0.2, -0.1, 0.1, 0.3, -0.2, -0.1, -0.2]
+
+    def slopes(step, *, graph=False):
+        given = torch.tensor(a + step * along, requires_grad=True), torch.tensor(b, requires_grad=True)
+        value = solve(Problem(Points(x, y), *given, epsilon=0.4, **sides), TIGHT).value
+        return given, torch.autograd.grad(value, given, create_graph=graph)
+
+    given, first = slopes(0.0, graph=True)
+    found = torch.autograd.grad((first[0] * torch.tensor(along)).sum(), given)
+    steps = [slopes(k * 1e-4)[1] for k in range(3)]
+    for k in range(2):
+        expected = (-1.5 * steps[0][k] + 2 * steps[1][k] - 0.5 * steps[2][k]) / 1e-4
+        off = found[k] - expected  # between fixed sides a gradient in weights is one up to a number
+        torch.testing.assert_close(off - off.mean(), torch.zeros_like(off), rtol=0, atol=2e-5)
+        if sides:
+            torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=2e-5)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from contrastive import *
-from iotsolve import FIXED, FREE, KL, Between, Unroll
+from iotsolve import FIXED, FREE, KL, Between, Implicit, Unroll
 
 rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -43,6 +43,11 @@ CASES = {
     "unbalanced": lambda **k: UnbalancedNCELoss(0.3, rho=0.5, learn_temperature=True, **TIGHT, **k),
     "bounded": lambda **k: DoubleBoundedLoss(0.3, learn_temperature=True, **TIGHT, **k),
     "unroll": lambda **k: SinkhornNCELoss(0.3, learn_temperature=True, gradient=Unroll(4), **k),
+    "implicit": lambda **k: SinkhornNCELoss(0.3, learn_temperature=True, gradient=Implicit(), **TIGHT, **k),
+    "uniform sinkhorn": lambda **k: SinkhornNCELoss(0.3, learn_temperature=True, uniformity=0.3, **TIGHT, **k),
+    "uniform unbalanced": lambda **k: UnbalancedNCELoss(0.3, rho=0.5, learn_temperature=True, uniformity=0.3, **TIGHT, **k),
+    "outside": lambda **k: SinkhornNCELoss(0.3, learn_temperature=True, symmetric=True, **TIGHT, **k),
+    "outside stacked": lambda **k: IOTLoss(FIXED, FIXED, temperature=0.3, negatives="all", **TIGHT, **k),
     "uniform": lambda **k: InfoNCELoss(0.3, learn_temperature=True, uniformity=0.3, **k),
     "uniform clip": lambda **k: ClipLoss(0.3, uniformity=0.3, **k),
     "uniform stacked": lambda **k: NTXentLoss(0.3, uniformity=0.3, **k),
@@ -69,7 +74,12 @@ for name, make in CASES.items():
             return self.parts["loss"](*z, **given)
     whole = Whole()
     whole = DistributedDataParallel(whole) if world > 1 else whole
-    given = {"supcon": {"labels": ids[mine]}, "clip ids": {"ids": (ids[mine], other_ids[mine])}}.get(name, {})
+    given = {
+        "supcon": {"labels": ids[mine]},
+        "outside": {"labels": ids[mine]},
+        "outside stacked": {"labels": ids[mine]},
+        "clip ids": {"ids": (ids[mine], other_ids[mine])},
+    }.get(name, {})
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.5)
     value = whole(images[0, mine], images[1, mine], **given)
     value.backward()
@@ -80,6 +90,17 @@ for name, make in CASES.items():
 z = [torch.randn(2, N, 5, generator=torch.Generator().manual_seed(5))[k, mine] for k in range(2)]
 each = ClipLoss(0.2, reduction="none", gather_distributed=True)(*z)
 saved["each"] = each
+# and their gradients follow the solution: each rank's are those of the sum over all, times the ranks
+live = [x.clone().requires_grad_() for x in z]
+weights = torch.arange(N, dtype=torch.float64)[mine]
+(SinkhornNCELoss(0.3, reduction="none", gather_distributed=True, **TIGHT)(*live) * weights).sum().backward()
+saved["slopes of each"] = [x.grad / world for x in live]
+# a parameter of the marginals belongs to all, as a temperature does
+for how in (Implicit(), Unroll(3), None):
+    rho = torch.tensor(0.4, requires_grad=True)
+    options = {"gather_distributed": True} | ({} if how is None else {"gradient": how}) | ({} if isinstance(how, Unroll) else TIGHT)
+    IOTLoss(FIXED, KL(rho), temperature=0.3, symmetric=True, **options)(*z).backward()
+    saved[f"rho {how}"] = rho.grad
 # a solve too large for a matrix is spread over the ranks
 from contrastive import family
 kept, family._DENSE = family._DENSE, 0
@@ -103,11 +124,6 @@ if world > 1:
         saved["error"] = "none"
     except ValueError as error:
         saved["error"] = str(error)
-    try:
-        SinkhornNCELoss(gather_distributed=True, uniformity=0.1)(*(x.clone().requires_grad_() for x in z))
-        saved["hessian"] = "none"
-    except ValueError as error:
-        saved["hessian"] = str(error)
 if world == 4:
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = groups[rank % 2]
@@ -144,17 +160,21 @@ def launch(world, folder):
     for process in running:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
+
+
+def worlds(once, world):
+    folder = once(f"losses{world}", lambda folder: launch(world, folder))
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return launch(1, tmp_path_factory.mktemp("one"))[0]
+def alone(once):
+    return worlds(once, 1)[0]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def many(request, tmp_path_factory):
-    return launch(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+def many(request, once):
+    return worlds(once, request.param)
 
 
 def test_a_step_of_sgd_is_that_of_one_process(alone, many):
@@ -172,6 +192,21 @@ def test_every_rank_has_its_own_anchors(alone, many):
     torch.testing.assert_close(got, alone["each"], rtol=1e-12, atol=1e-12)
 
 
+def test_every_ranks_anchors_have_the_gradient_of_all(alone, many):
+    for k, expected in enumerate(alone["slopes of each"]):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(torch.cat([rank["slopes of each"][k] for rank in many]), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_parameter_of_the_marginals_has_its_whole_derivative_on_every_rank(alone, many):
+    names = [name for name in alone if name.startswith("rho ")]
+    assert len(names) == 3
+    for name in names:
+        assert alone[name].abs() > 1e-4
+        for rank in many:
+            torch.testing.assert_close(rank[name], alone[name], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["spread", "queued", "bank"])
 def test_values_are_those_of_one_process(alone, many, name):
     for rank in many:
@@ -187,7 +222,6 @@ def test_queues_are_the_same_everywhere(alone, many):
 def test_errors_arrive_on_every_rank(many):
     for rank in many:
         assert "representations differ between ranks" in rank["error"]
-        assert "needs the inner problem's Hessian, which is not spread over ranks" in rank["hessian"]
 
 
 def test_a_subgroup_is_a_batch_of_its_own(many):
