@@ -549,8 +549,9 @@ class IOTLoss(nn.Module):
             first = Accelerated(self.solver.tolerance, self.solver.max_steps)
             outcome = run(problem, first if first.fits(problem) else self.solver)
             steps = outcome.steps[0]
-            if small and outcome.status[0] is not Status.CONVERGED:
-                outcome = run(problem, None, _usable(outcome.potentials), tolerance=self.solver.tolerance)
+            if (small or first.fits(problem)) and outcome.status[0] is not Status.CONVERGED:
+                further = None if small else self.solver
+                outcome = run(problem, further, _usable(outcome.potentials), tolerance=self.solver.tolerance)
                 steps += outcome.steps[0]
             p = Potentials(
                 *(ranks.first(x[0]) for x in (outcome.potentials.f, outcome.potentials.g, outcome.potentials.lam))

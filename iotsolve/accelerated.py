@@ -67,8 +67,8 @@ class Accelerated:
 
     def within_reach(self, problem: Problem) -> Accelerated:
         """This solver, to the tolerance that a quick kernel's precision allows: large kernels are kept in float32."""
-        tolerance = self._threshold(problem)
-        return self if _stays_in_cache(problem) else replace(self, tolerance=max(tolerance, _SINGLE))
+        near = self._threshold(problem) >= _SINGLE or _stays_in_cache(problem)
+        return self if near else replace(self, tolerance=_SINGLE)
 
     def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
         """Solve every problem of a detached flat batch."""
@@ -99,8 +99,11 @@ class Accelerated:
         else:
             with _kernels(problem, kernel_type, aim, tolerance) as kernel:
                 for k in range(count):
-                    given = a[k], b[k], f[k], g[k], lam[k], rules, settings
-                    ends[k], steps[k], errors[k], lam[k] = scaling.relax_alone(kernel(k), *given)
+                    for stage, least in kernel(k):
+                        limits = max(aim, least), self.max_steps, self.slow
+                        given = a[k], b[k], f[k], g[k], lam[k], rules, limits
+                        ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
+                        steps[k] += taken
         f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
         left, enough = (scaling.BROKEN, scaling.SLOW), tolerance / 2 if not clouds else max(2 * aim, tolerance / share)
@@ -177,30 +180,40 @@ def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: fl
 
 
 @contextmanager
-def _kernels(problem: Problem, kernel_type: type, aim: float, tolerance: float) -> Iterator[Callable[[int], Any]]:
-    """The kernels of a batch, one after the other in the same place, or where it would be too large in none.
+def _kernels(
+    problem: Problem, kernel_type: type, aim: float, tolerance: float
+) -> Iterator[Callable[[int], list[tuple[Any, float]]]]:
+    """The kernels of a batch, one after the other in the same place, or where it would be too large in none, each with an error
+    below which it is no use.
 
-    Exponents of points in float32 are made in float64 where they are so large that their rounding would be seen.
+    Exponents of points in float32 are made in float64 where they are so large that their rounding would be seen; where that has
+    to be done at every sweep, float32 begins.
     """
     from iotsolve.kernels import gibbs, workspace
 
-    cost, eps, shape, single = problem.cost, number(problem.epsilon), tuple(problem.shape[-2:]), kernel_type == np.float32
-    stored = isinstance(cost, Dense) or math.prod(shape) * np.dtype(kernel_type).itemsize <= workspace.STORED
-    if isinstance(cost, Points):
-        rounding = 2.0**-24 * spread(problem)  # of exponents in float32
-        if cost.dtype == torch.float32 and (4 * rounding > aim if stored else 2 * rounding > tolerance):
-            cost = cost.with_tensors({name: x.double() for name, x in cost.tensors().items()})
-        form = cost.bilinear_form(eps)
-        if not stored:
-            if single and problem.dtype == torch.float64:  # a beginning, which somebody goes on from
-                form = tuple(x.float() for x in form)
-            yield lambda k: gibbs.Streamed(form, cost.barred)
-            return
-    with workspace.borrow(shape, kernel_type) as array:
-        if isinstance(cost, Points):
-            yield lambda k: gibbs.OfPoints(array, form, cost.barred)
-        else:
-            yield lambda k: gibbs.Stored(array, cost.matrix[k].numpy(), math.log2(math.e) / eps)
+    cost, eps, shape = problem.cost, number(problem.epsilon), tuple(problem.shape[-2:])
+    if isinstance(cost, Dense):
+        with workspace.borrow(shape, kernel_type) as array:
+            yield lambda k: [(gibbs.Stored(array, cost.matrix[k].numpy(), math.log2(math.e) / eps), 0.0)]
+        return
+
+    def form(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        given = {name: x.to(dtype) for name, x in cost.tensors().items()}
+        return (cost if dtype == cost.dtype else cost.with_tensors(given)).bilinear_form(eps)
+
+    rounding, is_double = 2.0**-24 * spread(problem), cost.dtype == torch.float64
+    if math.prod(shape) * np.dtype(kernel_type).itemsize <= workspace.STORED:
+        exponents = form(torch.float64 if is_double or 4 * rounding > aim else torch.float32)
+        with workspace.borrow(shape, kernel_type) as array:
+            yield lambda k: [(gibbs.OfPoints(array, exponents, cost.barred), 0.0)]
+        return
+    stages, lasting = [], is_double and kernel_type == np.float64
+    if not lasting:
+        lasting = not is_double and rounding > tolerance
+        stages.append((gibbs.Streamed(form(torch.float32), cost.barred), rounding if lasting else 0.0))
+    if lasting:
+        stages.append((gibbs.Streamed(form(torch.float64), cost.barred), 0.0))
+    yield lambda k: stages
 
 
 def _doubles(x: Tensor) -> np.ndarray:

@@ -98,7 +98,8 @@ saved["slopes of each"] = [x.grad / world for x in live]
 # a parameter of the marginals belongs to all, as a temperature does
 for how in (Implicit(), Unroll(3), None):
     rho = torch.tensor(0.4, requires_grad=True)
-    options = {"gather_distributed": True} | ({} if how is None else {"gradient": how}) | ({} if isinstance(how, Unroll) else TIGHT)
+    options = {"gather_distributed": True} | ({} if how is None else {"gradient": how})
+    options |= {} if isinstance(how, Unroll) else TIGHT
     IOTLoss(FIXED, KL(rho), temperature=0.3, symmetric=True, **options)(*z).backward()
     saved[f"rho {how}"] = rho.grad
 # a solve too large for a matrix is spread over the ranks

@@ -119,11 +119,12 @@ class Streamed(Kernel):
             stored_pass(kernel, v, rule, *own, 0, len(kernel))
 
         points = self.form[:2]
-        bilinear.each_block(self.worth, *points, self.barred, visit, added=self.added, least=_ROWS)
+        least = min(max(_ROWS[0], points[0].shape[1]), _ROWS[1])
+        bilinear.each_block(self.worth, *points, self.barred, visit, added=self.added, least=least)
         columns[:] = totals.sum(0)
 
 
-_ROWS = 16  # of a block at least
+_ROWS = 16, 64  # of a block at least: in few dimensions and in many, where a product of few rows would be slow
 
 
 def _absorbed(
