@@ -203,7 +203,7 @@ def _kernels(
 
     rounding, is_double = 2.0**-24 * spread(problem), cost.dtype == torch.float64
     if math.prod(shape) * np.dtype(kernel_type).itemsize <= workspace.STORED:
-        exponents = form(torch.float64 if is_double or 4 * rounding > aim else torch.float32)
+        exponents = form(torch.float64 if is_double or 2 * rounding > aim else torch.float32)
         with workspace.borrow(shape, kernel_type) as array:
             yield lambda k: [(gibbs.OfPoints(array, exponents, cost.barred), 0.0)]
         return

@@ -361,11 +361,11 @@ class Points:
     def _centre(self) -> Float[Tensor, "*batch 1 d"]:
         """A common centre, about which far from the origin no digits are lost to the square; any will do, and one is remembered.
 
-        The median, which a few points far away, of no weight perhaps, do not move.
+        The median of some points, which a few far away, of no weight perhaps, do not move.
         """
         if "centre" not in self._known:
-            both = torch.cat([self.x.detach(), self.y.detach()], -2)
-            self._known["centre"] = both.median(-2, keepdim=True).values
+            some = [z.detach()[..., :: 1 + z.shape[-2] // _ASKED, :] for z in (self.x, self.y)]
+            self._known["centre"] = torch.cat(some, -2).median(-2, keepdim=True).values
         return self._known["centre"].to(self.dtype).reshape(*self.x.shape[:-2], 1, -1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -458,19 +458,37 @@ class Points:
         return float(reach / 2 + _PRODUCTS[self.metric] if self.metric in _PRODUCTS else reach)
 
     def range(self) -> Float[Tensor, "*batch"]:
-        """An upper bound of largest minus smallest entry, without looking at pairs unless the metric is a function."""
+        """An upper bound of largest minus smallest entry, without looking at pairs unless the metric is a function.
+
+        It has no derivative, and is remembered: a solver asks for it at every turn.
+        """
+        with torch.no_grad():
+            if self.x.is_inference() or self.y.is_inference():  # nobody tells whether they were changed
+                return self._range()
+            key = self.x._version, self.y._version
+            if self._known.get("range", (None,))[0] != key:
+                self._known["range"] = key, self._range()
+            return self._known["range"][1].reshape(self.shape[:-2])
+
+    def _range(self) -> Float[Tensor, "*batch"]:
         if callable(self.metric):
-            with torch.no_grad():
-                ends = [(block.matrix.amax((-2, -1)), block.matrix.amin((-2, -1))) for _, block in self.blocks()]
+            ends = [(block.matrix.amax((-2, -1)), block.matrix.amin((-2, -1))) for _, block in self.blocks()]
             highest, lowest = (torch.stack(end) for end in zip(*ends, strict=True))
             return highest.amax(0) - lowest.amin(0)
         if self.metric == "cosine":
             return torch.full(self.shape[:-2], 2.0, dtype=self.dtype, device=self.device)
-        both = torch.cat([self.x, self.y], -2)
         if self.metric in _PRODUCTS:
             return 2 * self.x.norm(dim=-1).amax(-1) * self.y.norm(dim=-1).amax(-1)
-        across = (both.amax(-2) - both.amin(-2)).square().sum(-1)
-        return across if self.metric == "sqeuclidean" else across.sqrt()
+        across = self.across
+        if self.metric == "sqeuclidean":  # in many dimensions points are far from the corners of their box
+            return torch.minimum(across, sum((z - self._centre).norm(dim=-1).amax(-1) for z in (self.x, self.y)).square())
+        return across.sqrt()
+
+    @property
+    def across(self) -> Float[Tensor, "*batch"]:
+        """The squared diagonal of the box that holds all points."""
+        both = torch.cat([self.x, self.y], -2)
+        return (both.amax(-2) - both.amin(-2)).square().sum(-1)
 
     def between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> Cost:
         """The same points, those of all other bins moved to one of them: nothing is forbidden among points."""
@@ -594,4 +612,5 @@ def busy(cost: Cost) -> AbstractContextManager[None]:
     return torch_on(allowed()) if large and torch.get_num_threads() < allowed() else nullcontext()
 
 
+_ASKED = 256  # points of either cloud for their centre
 _WORTH_THREADS = 2**20  # entries

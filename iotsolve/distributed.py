@@ -251,7 +251,8 @@ class Sharded:
             return self.local.range()
         corners = self.ranks.stack(torch.stack([x.amin(0), x.amax(0), x[x.norm(dim=1).argmax()]]))
         points = corners.reshape(-1, x.shape[1]).expand(*self.local.x.shape[:-2], -1, -1)
-        return replace(self.local, x=points, barred=None).range()
+        found = replace(self.local, x=points, barred=None)
+        return found.across if self.local.metric == "sqeuclidean" else found.range()  # of corners, which no point is in
 
     @property
     def ceiling(self) -> float:

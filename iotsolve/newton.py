@@ -240,14 +240,14 @@ class Newton:
         here = _Point.at(problem, swept(problem, p) if cold else p)
         if here.error > _FAR and not cold:
             here = _Point.at(problem, swept(problem, p))
-        best, status, trail = here, Status.MAX_STEPS, []
+        (best, error), status, trail = (here.p, here.error), Status.MAX_STEPS, []  # of a plan no longer looked at no copy
         for step in range(self.max_steps + 1):
-            if here.error < best.error:
-                best = here
-            trail.append(best.error)
+            if here.error < error:
+                best, error = here.p, here.error
+            trail.append(error)
             if not math.isfinite(here.error):
                 status = Status.NOT_FINITE
-            elif best.error <= aim / 2:
+            elif error <= aim / 2:
                 status = Status.CONVERGED
             if status is not Status.MAX_STEPS or step == self.max_steps:
                 break
@@ -261,9 +261,9 @@ class Newton:
                     status = Status.STALLED
                     break
             here = fresh
-        if best.error <= tolerance / 2:
+        if error <= tolerance / 2:
             status = Status.CONVERGED
-        return answered(problem, best.p).to(dtype), status, step
+        return answered(problem, best).to(dtype), status, step
 
 
 @dataclass(frozen=True)

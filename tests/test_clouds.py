@@ -4,6 +4,7 @@ Problems here are large enough for compiled passes; ``STORED = 0`` takes away th
 """
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -256,6 +257,37 @@ def test_what_is_stored_of_points_has_a_bound(monkeypatch):
         monkeypatch.setattr(workspace, "STORED", limit)
         assert work() <= limit
     assert workspace.STORED == 0
+
+
+def test_newtons_method_holds_one_copy_of_a_plan(monkeypatch):
+    """That of the point it stands at; the best of those it has left is potentials alone."""
+    lent, most, lend = [], [], workspace.lend_to
+
+    def counted(borrower, *given):
+        lent.append(weakref.ref(borrower))
+        most.append(sum(x() is not None for x in lent))
+        return lend(borrower, *given)
+
+    monkeypatch.setattr(workspace, "lend_to", counted)
+    problem = Problem(Points(*drawn(300, 280, 3)), epsilon=0.02).working().flat()
+    assert NewtonSolver(tolerance=1e-12).run(problem).status[0].name == "CONVERGED"
+    assert len(most) > 3 and max(most) == 1
+
+
+def test_blocks_of_very_many_columns_have_few_rows(monkeypatch):
+    """A block is a few rows at least, and no more than its bound where rows are long."""
+    sizes, made = [], gibbs.bilinear.exponential
+    monkeypatch.setattr(gibbs.bilinear, "exponential", lambda worth, block: sizes.append(block.shape) or made(worth, block))
+    monkeypatch.setattr(gibbs, "_ENTRIES", 2**16)
+    monkeypatch.setattr(gibbs.bilinear, "_BLOCK", 2**16)
+    for m, rows in ((100, 655), (3000, 21), (30_000, 4)):
+        sizes.clear()
+        x, y = drawn(900, m, 100)
+        kernel = kernels(x, y, 50.0, None, torch.float64)[1]
+        kernel.absorb(np.zeros(900), np.zeros(m))
+        found, _ = kernel.product(np.ones(900), np.ones(m), as_given=True)
+        np.testing.assert_allclose(found[:5], np.exp(-cdist(x[:5], y, "sqeuclidean") / 50.0).sum(1), rtol=1e-10)
+        assert max(n for n, _ in sizes) <= rows
 
 
 def test_points_are_centred_once(monkeypatch):

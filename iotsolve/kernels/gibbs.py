@@ -119,12 +119,13 @@ class Streamed(Kernel):
             stored_pass(kernel, v, rule, *own, 0, len(kernel))
 
         points = self.form[:2]
-        least = min(max(_ROWS[0], points[0].shape[1]), _ROWS[1])
+        least = max(4, min(max(_ROWS[0], points[0].shape[1]), _ROWS[1], _ENTRIES // len(columns)))
         bilinear.each_block(self.worth, *points, self.barred, visit, added=self.added, least=least)
         columns[:] = totals.sum(0)
 
 
 _ROWS = 16, 64  # of a block at least: in few dimensions and in many, where a product of few rows would be slow
+_ENTRIES = 2**23  # of it at most, but for four rows
 
 
 def _absorbed(
