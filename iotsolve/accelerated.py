@@ -100,7 +100,7 @@ class Accelerated:
             with _kernels(problem, kernel_type, aim, tolerance) as kernel:
                 for k in range(count):
                     for stage, least in kernel(k):
-                        limits = max(aim, least), self.max_steps, self.slow
+                        limits = max(aim, least), max(1, self.max_steps - steps[k]), self.slow
                         given = a[k], b[k], f[k], g[k], lam[k], rules, limits
                         ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
                         steps[k] += taken

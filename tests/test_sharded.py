@@ -159,6 +159,16 @@ print("held:", held() + x.numel() * 4, flush=True)
 """
 
 
+def drawn():
+    """The workers' points and weights, and the generator they came from."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (60, 45))
+    a, b = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1 for k in (60, 45))
+    a[3] = 0.0
+    a, b = a / a.sum(), b / b.sum()
+    return generator, x, y, a, b
+
+
 def launch(script, world, folder, *, expect=0):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -251,11 +261,7 @@ def test_second_derivatives_are_those_of_one_process(alone, many):
 
 def test_one_process_has_the_second_derivatives_of_a_matrix(alone):
     """Of which autograd makes them without points."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (60, 45))
-    a, b = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1 for k in (60, 45))
-    a[3] = 0.0
-    a, b = a / a.sum(), b / b.sum()
+    generator, x, y, a, b = drawn()
     a = (a + 0.01) / (a + 0.01).sum()
     [torch.randn(k, 3, generator=generator, dtype=torch.float64) for k in (60, 45)]
     along = [torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (60, 45)]
@@ -274,11 +280,7 @@ def test_empty_bins_that_count_for_each_other_are_refused_where_rows_are_elsewhe
 
 
 def test_one_process_is_that_of_points(alone):
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (60, 45))
-    a, b = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1 for k in (60, 45))
-    a[3] = 0.0
-    a, b = a / a.sum(), b / b.sum()
+    _, x, y, a, b = drawn()
     solution = solve(Problem(Points(x, y), a, b, epsilon=2.0, rows=KL(2.0), columns=KL(0.5)))
     assert float(solution.value) == pytest.approx(float(alone["sqeuclidean kl Newton"]["value"]), rel=1e-9)
     full, live = (a + 0.01) / (a + 0.01).sum(), x.clone().requires_grad_()
