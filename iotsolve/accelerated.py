@@ -100,15 +100,17 @@ class Accelerated:
             with _kernels(problem, kernel_type, aim, tolerance) as kernel:
                 for k in range(count):
                     for stage, least in kernel(k):
-                        limits = max(aim, least), max(1, self.max_steps - steps[k]), self.slow
+                        left = max(1, self.max_steps - steps[k])  # one at least, which judges in that precision
+                        limits = max(aim, least), left, self.slow
                         given = a[k], b[k], f[k], g[k], lam[k], rules, limits
                         ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
                         steps[k] += taken
         f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
-        left, enough = (scaling.BROKEN, scaling.SLOW), tolerance / 2 if not clouds else max(2 * aim, tolerance / share)
+        enough = min(tolerance / 2, 2 * aim) if clouds else tolerance / 2
+        given_up = scaling.BROKEN, scaling.SLOW
         status = [
-            Status.CONVERGED if error <= enough else Status.STALLED if end in left else Status.MAX_STEPS
+            Status.CONVERGED if error <= enough else Status.STALLED if end in given_up else Status.MAX_STEPS
             for end, error in zip(ends.tolist(), errors.tolist(), strict=True)
         ]
         if any(0 < side.recession < math.inf for side in (problem.rows, problem.columns)):

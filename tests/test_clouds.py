@@ -134,6 +134,28 @@ def test_exponents_of_stored_kernels_are_as_good_as_the_points(monkeypatch):
         asked.clear()
 
 
+def test_a_kernel_in_float32_does_not_claim_what_it_cannot_reach():
+    problem = Problem(Points(*drawn(800, 700, 3)), epsilon=0.1).working().flat()
+    for tolerance, reached in ((1e-5, True), (1e-6, True), (1e-9, False)):
+        for stored in (workspace.STORED, 0):
+            with pytest.MonkeyPatch.context() as here:
+                here.setattr(workspace, "STORED", stored)
+                done = Accelerated(tolerance).run(problem)
+            assert (done.status[0].name == "CONVERGED") is reached
+
+
+@pytest.mark.parametrize("most", [1, 6])
+def test_two_precisions_share_the_steps(most, monkeypatch):
+    """Where float32 begins and float64 ends, which looks once at least."""
+    monkeypatch.setattr(workspace, "STORED", 0)
+    swept, sweep = [], gibbs.Streamed.sweep
+    monkeypatch.setattr(gibbs.Streamed, "sweep", lambda self, *given: swept.append(self.dtype) or sweep(self, *given))
+    problem = Problem(Points(*drawn(300, 280, 3, dtype=np.float32)), epsilon=2e-3).working().flat()
+    done = Accelerated(1e-5, max_steps=most).run(problem)
+    assert done.status[0].name != "CONVERGED" and done.steps == [most + 1] == [len(swept)]
+    assert swept == [np.float32] * most + [np.float64]
+
+
 # -- solutions -----------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +321,23 @@ def test_points_are_centred_once(monkeypatch):
     whole = torch.cat([block.matrix for _, block in far.blocks()])
     assert len(medians) == 1 and len(list(far.blocks())) > 3
     np.testing.assert_allclose(whole, cdist(x + 1e5, y + 1e5, "sqeuclidean"), atol=1e-9)
+
+
+@pytest.mark.parametrize("d", [1, 2, 60])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_range_of_squared_distances_is_a_bound_and_remembered(d, seed):
+    """By the diagonal of the box or by the distances from the centre, whichever is less; after a change in place anew."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(300, d)) + 10.0 * seed, rng.normal(size=(5, d)) ** 3
+    points, cost = Points(torch.tensor(x), torch.tensor(y)), cdist(x, y, "sqeuclidean")
+    both = np.concatenate([x, y])
+    box = (np.ptp(both, axis=0) ** 2).sum()
+    for _ in range(2):
+        assert cost.max() <= float(points.range()) * (1 + 1e-12) and float(points.range()) <= box * (1 + 1e-12)
+    if d == 60 and seed == 0:
+        assert float(points.range()) < 0.8 * box
+    points.x.mul_(3.0)
+    assert cdist(3.0 * x, y, "sqeuclidean").max() <= float(points.range()) * (1 + 1e-12)
 
 
 def test_a_part_of_points_is_not_taken_for_the_whole():
