@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Dense, Points
+from iotsolve.distributed import Alone, Sharded
 from iotsolve.kernels.backends import usable
 from iotsolve.marginals import number
 from iotsolve.plans import plan_of
@@ -60,7 +61,7 @@ class Accelerated:
     def fits(problem: Problem) -> bool:
         """Whether this is a problem for it."""
         lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
-        return isinstance(problem.cost, Dense | Points) and problem.cost.is_compiled and None not in lines
+        return isinstance(problem.cost, Dense | Points | Sharded) and problem.cost.is_compiled and None not in lines
 
     def _threshold(self, problem: Problem) -> float:
         return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
@@ -79,7 +80,7 @@ class Accelerated:
         count, n, m = len(problem.a), *problem.shape[-2:]
         tiny = n * m <= _TINY
         wide = tiny or (tolerance < _SINGLE and _stays_in_cache(problem))
-        clouds = isinstance(cost, Points)
+        clouds = not isinstance(cost, Dense)
         share = 4.0 * (dearness(problem) if tiny or clouds else 1.0)  # where no plan is at hand to be corrected
         aim = max(tolerance / share, 0.0 if wide else _SINGLE / 4)
         a, b = _doubles(problem.a), _doubles(problem.b)
@@ -173,8 +174,8 @@ def _stays_in_cache(problem: Problem) -> bool:
 
 def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: float) -> list[Status]:
     """The status where a marginal's error has a price of its own, by which a small one may cost much."""
-    double = in_double(problem)
-    error, dual, _ = judge(double, p.to(torch.float64), *plan_of(double, p, lazy=True).marginals(), stationary=False)
+    double, p = in_double(problem), p.to(torch.float64)
+    error, dual, _ = judge(double, p, *plan_of(double, p, lazy=True).marginals(), stationary=False)
     dear = ~((error <= tolerance / 2) & dual.isfinite())
     return [
         Status.STALLED if x is Status.CONVERGED and bad else x for x, bad in zip(status, dear.tolist(), strict=True)
@@ -203,18 +204,23 @@ def _kernels(
         given = {name: x.to(dtype) for name, x in cost.tensors().items()}
         return (cost if dtype == cost.dtype else cost.with_tensors(given)).bilinear_form(eps)
 
+    def joined(kernel: gibbs.Kernel) -> gibbs.Kernel:
+        is_alone = isinstance(cost, Points) or isinstance(cost.ranks, Alone)
+        return kernel if is_alone else gibbs.OverRanks(kernel, shape[0], cost.own, cost.ranks)
+
     rounding, is_double = 2.0**-24 * spread(problem), cost.dtype == torch.float64
-    if math.prod(shape) * np.dtype(kernel_type).itemsize <= workspace.STORED:
+    most, own = (shape[0],) * 2 if isinstance(cost, Points) else (cost.most, cost.local.shape[-2])
+    if most * shape[1] * np.dtype(kernel_type).itemsize <= workspace.STORED:  # on every rank, or on none
         exponents = form(torch.float64 if is_double or 2 * rounding > aim else torch.float32)
-        with workspace.borrow(shape, kernel_type) as array:
-            yield lambda k: [(gibbs.OfPoints(array, exponents, cost.barred), 0.0)]
+        with workspace.borrow((own, shape[1]), kernel_type) as array:
+            yield lambda k: [(joined(gibbs.OfPoints(array, exponents, cost.barred)), 0.0)]
         return
     stages, lasting = [], is_double and kernel_type == np.float64
     if not lasting:
         lasting = not is_double and rounding > tolerance
-        stages.append((gibbs.Streamed(form(torch.float32), cost.barred), rounding if lasting else 0.0))
+        stages.append((joined(gibbs.Streamed(form(torch.float32), cost.barred)), rounding if lasting else 0.0))
     if lasting:
-        stages.append((gibbs.Streamed(form(torch.float64), cost.barred), 0.0))
+        stages.append((joined(gibbs.Streamed(form(torch.float64), cost.barred)), 0.0))
     yield lambda k: stages
 
 
@@ -237,7 +243,7 @@ def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, 
     if start is not None:
         f, g = (torch.where(x.isfinite(), x, 0.0) for x in (start.f, start.g))
         return tuple(np.array(x.numpy(), dtype=np.float64) for x in (f, g, start.lam))
-    if spread(problem) > _REACH and isinstance(problem.cost, Points):
+    if spread(problem) > _REACH and not isinstance(problem.cost, Dense):
         eps = number(problem.epsilon)
         s = problem.cost.softmin(problem.b.log(), eps, axis=-1)
         f = torch.where(s.isfinite(), s, 0.0)

@@ -17,8 +17,8 @@ from torch import Tensor
 from iotsolve.costs import quiet
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
-from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan
-from iotsolve.problem import Potentials, Problem, in_double, saturated
+from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan, streams
+from iotsolve.problem import Potentials, Problem, in_double, in_matrix, saturated
 from iotsolve.validation import default_tolerance
 
 __all__ = ["Certificate", "certify"]
@@ -118,7 +118,9 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     double = in_double(problem).flat()
     n, m = problem.shape[-2:]
     tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
-    if _is_balanced(problem) and (found := _certify_balanced(problem, double, f, g, tolerance)) is not None:
+    if not (problem.is_exact or streams(problem.cost)):
+        double = in_matrix(double)
+    if _is_balanced(double) and (found := _certify_balanced(problem, double, f, g, tolerance)) is not None:
         return found
 
     def enter(name: str, x: Any, *shape: int) -> Tensor:
@@ -323,7 +325,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
     with np.errstate(divide="ignore", invalid="ignore"):
         on_rows, on_columns = a * f, b * g
         scale = abs(on_rows).sum(-1) + abs(on_columns).sum(-1)
-        dearest = _dearest(problem, f, g)
+        dearest = _dearest(double, f, g)
         # a solver's usual violation times the price of filling it in: is there likely something to correct?
         dear = (dearest + np.log(tolerance)) * eps > 4 * scale
         plan = quick_plan(double, p, single=True, lazy=not dear.any())

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from iotsolve.costs import Points, Scalar
+from iotsolve.costs import WORTH_COMPILING, Points, Scalar
 
 __all__ = ["Alone", "Ranks", "Sharded", "meet", "own_plan"]
 
@@ -224,6 +224,16 @@ class Sharded:
         return self.local.device
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether compiled passes read these points, on every rank: as :attr:`iotsolve.Points.is_compiled`, of all rows."""
+        return self.local.in_numpy and math.prod(self.shape) >= WORTH_COMPILING
+
+    @property
+    def most(self) -> int:
+        """The rows of the rank that has most."""
+        return self.local.shape[-2] if isinstance(self.ranks, Alone) else self.repeat * max(self.ranks.sizes)
+
+    @property
     def barred(self) -> Tensor | None:
         return self.local.barred
 
@@ -235,6 +245,10 @@ class Sharded:
 
     def expand(self, batch: tuple[int, ...]) -> Sharded:
         return Sharded.joined(self.local.expand(batch), self.ranks, self.repeat) if batch else self
+
+    def bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As of :class:`iotsolve.Points`, of this rank's."""
+        return self.local.bilinear_form(epsilon)
 
     def rough(self) -> tuple[Sharded, float] | None:
         """As of :class:`iotsolve.Points`."""

@@ -297,8 +297,32 @@ class StoredPlan(QuickPlan):
         return torch.from_numpy(passes.spread(self._copy.values, w.numpy(), rows.numpy()))
 
 
+class _Passed(QuickPlan):
+    """A quick plan whose products are passes over tensors: of one vector, or of two at once."""
+
+    def one(self, z: Tensor, *, turned: bool) -> Tensor:
+        """``P z``, or ``P' z``."""
+        raise NotImplementedError
+
+    def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`product` of tensors."""
+        raise NotImplementedError
+
+    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(z.numpy() for z in self.pair(*map(torch.from_numpy, (w, v)), as_given=as_given))
+
+    def normal(self, w: Tensor, v: Tensor) -> Tensor:
+        return self.pair(w, v, as_given=False)[1] if self.in_numpy else super(QuickPlan, self).normal(w, v)
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.one(v, turned=False)
+
+    def times_back(self, u: Tensor) -> Tensor:
+        return self.one(u, turned=True)
+
+
 @dataclass(frozen=True)
-class StreamedPlan(QuickPlan):
+class StreamedPlan(_Passed):
     """The plan of points whose cost is bilinear: every sum is a pass over blocks, and nothing is kept of them.
 
     Products are those of a copy, where a CPU has one to read that is not too large, and passes elsewhere; in float32 where that
@@ -332,11 +356,9 @@ class StreamedPlan(QuickPlan):
 
     @cached_property
     def _kernel(self) -> Any:
-        """The plan of this process's rows as compiled passes read it: a copy, or where that is too large made at every pass; None
-        where it is not worth it.
-        """
+        """The plan as compiled passes read it: a copy, or where that is too large made at every pass; or None."""
         cost = self.problem.cost
-        shape = (cost.local if isinstance(cost, Sharded) else cost).shape[-2:]
+        shape = cost.shape[-2:]
         if not (self.in_numpy and math.prod(shape) >= _WORTH_COPYING):
             return None
         from iotsolve.kernels import gibbs, workspace
@@ -361,7 +383,6 @@ class StreamedPlan(QuickPlan):
         return self if self.is_precise else replace(self, is_precise=True)
 
     def one(self, z: Tensor, *, turned: bool) -> Tensor:
-        """``P z``, or ``P' z``, by kernels where they serve."""
         if self._kernel is not None:
             nothing = z.new_zeros(1, len(self.double[int(turned)]))
             return self.pair(*((z, nothing) if turned else (nothing, z)), as_given=True)[int(turned)]
@@ -369,25 +390,12 @@ class StreamedPlan(QuickPlan):
         return products.plan_times(*self.form, column, self.problem.cost.barred, turned=turned)[:, 0].double()[None]
 
     def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
-        """:meth:`product` of tensors."""
         if self._kernel is not None:
             w, v = (np.ascontiguousarray(z[0].numpy()) for z in (w, v))
             return tuple(torch.from_numpy(z)[None] for z in self._kernel.product(w, v, as_given=as_given))
         given = (z[0].to(self.form[0].dtype) for z in (w, v))
         found = bilinear.plan_product(*self.form, self.problem.cost.barred, *given, as_given=as_given)
         return tuple(z.double()[None] for z in found)
-
-    def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(z.numpy() for z in self.pair(*map(torch.from_numpy, (w, v)), as_given=as_given))
-
-    def normal(self, w: Tensor, v: Tensor) -> Tensor:
-        return self.pair(w, v, as_given=False)[1] if self.in_numpy else super(QuickPlan, self).normal(w, v)
-
-    def times(self, v: Tensor) -> Tensor:
-        return self.one(v, turned=False)
-
-    def times_back(self, u: Tensor) -> Tensor:
-        return self.one(u, turned=True)
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         if self._kernel is not None and (found := self._kernel.spread(w.numpy(), rows.numpy())) is not None:
@@ -402,8 +410,11 @@ _WORTH_COPYING = 2**11  # entries of a plan of points for which it is worth to w
 
 
 @dataclass(frozen=True)
-class ShardedPlan(StreamedPlan):
-    """A streamed plan whose rows are on many ranks: every rank reads its own, and what it finds is added to the others'."""
+class ShardedPlan(_Passed):
+    """A plan whose rows are on many ranks: every rank has a plan of its own, and what it finds is added to the others'."""
+
+    sums: tuple[Tensor, Tensor]
+    mine: StreamedPlan
 
     @classmethod
     def of(cls, problem: Problem, p: Potentials) -> ShardedPlan:
@@ -417,11 +428,15 @@ class ShardedPlan(StreamedPlan):
                 start = chunk.part.start + cost.own.start
                 yield Chunk(chunk.values, chunk.cost, slice(start, start + chunk.values.shape[-2]))
 
-        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine.double)
+        return cls(problem, read, (rows, cost.ranks.sum(mine.sums[1])), mine)
 
     @property
     def exact(self) -> Plan:
         return _Spread(self.problem, self.read)
+
+    @property
+    def precise(self) -> ShardedPlan:
+        return replace(self, mine=self.mine.precise)
 
     def sum(self, of: Callable[[Chunk], Tensor]) -> Tensor:
         return self.exact.sum(of)
@@ -432,17 +447,17 @@ class ShardedPlan(StreamedPlan):
     def one(self, z: Tensor, *, turned: bool) -> Tensor:
         cost = self.problem.cost
         if turned:
-            return cost.ranks.sum(super().one(z[..., cost.own], turned=True))
-        return cost.ranks.gather(super().one(z, turned=False)[0])[None]
+            return cost.ranks.sum(self.mine.one(z[..., cost.own], turned=True))
+        return cost.ranks.gather(self.mine.one(z, turned=False)[0])[None]
 
     def pair(self, w: Tensor, v: Tensor, *, as_given: bool) -> tuple[Tensor, Tensor]:
         cost = self.problem.cost
-        rows, columns = super().pair(w[..., cost.own], v, as_given=as_given)
+        rows, columns = self.mine.pair(w[..., cost.own], v, as_given=as_given)
         return cost.ranks.gather(rows[0])[None], cost.ranks.sum(columns)
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         own = self.problem.cost.own
-        return self.problem.cost.ranks.sum(super().spread(w[..., own], rows[..., own]))
+        return self.problem.cost.ranks.sum(self.mine.spread(w[..., own], rows[..., own]))
 
 
 @dataclass(frozen=True)

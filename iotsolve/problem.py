@@ -45,7 +45,7 @@ from iotsolve.validation import (
     shared,
 )
 
-__all__ = ["Potentials", "Problem", "in_double", "log_scaling", "saturated", "weighted"]
+__all__ = ["Potentials", "Problem", "in_double", "in_matrix", "log_scaling", "saturated", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -657,6 +657,24 @@ def in_double(problem: Problem) -> Problem:
     if all(x.dtype == torch.float64 for x in named.values()):
         return problem
     return problem._viewed({name: x.double() for name, x in named.items()})
+
+
+def in_matrix(problem: Problem) -> Problem:
+    """Of points on a CPU, the cost as a matrix, for as long as somebody reads it many times: of few points, whose stored kernel
+    is swept in a tenth of the time, and of more that no compiled pass reads (euclidean distances, functions, batches).
+    """
+    cost = problem.cost
+    if not isinstance(cost, Points) or cost.device.type != "cpu":
+        return problem
+    if math.prod(cost.shape) > (_FEW if cost.is_bilinear else _MANY):
+        return problem
+    matrix = torch.empty(cost.shape, dtype=cost.dtype)
+    for rows, block in cost.blocks():  # differences of all points at once would be as many matrices as there are dimensions
+        matrix[..., rows, :] = block.matrix
+    return problem.with_cost(Dense(matrix))
+
+
+_FEW, _MANY = 2**24, 2**27  # arcs
 
 
 def saturated(problem: Problem) -> Problem:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from iotsolve.marginals import Marginal, Scalar, number
+from iotsolve.mixing import Mixing
 from iotsolve.problem import Potentials, Problem, log_marginal
-from iotsolve.validation import check_steps, check_tolerance, default_tolerance
+from iotsolve.validation import check_steps, check_tolerance, check_window, default_tolerance
 
 __all__ = ["Sinkhorn", "SinkhornState", "answered", "swept"]
 
@@ -29,6 +30,7 @@ class SinkhornState:
     potentials: Potentials
     s: Tensor | None
     t: Tensor | None
+    memory: Mixing | None = None
 
     def marginals(self, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
         """``P 1`` and ``P' 1`` at no further cost; None on a side nobody asks about."""
@@ -55,7 +57,8 @@ class SinkhornState:
         """The state of ``(f + t, g + u, lam - t - u)``, whose plan is the same."""
         p, t, u = self.potentials, t.unsqueeze(-1), u.unsqueeze(-1)
         potentials = Potentials(p.f + t, p.g + u, p.lam - (t + u).squeeze(-1))
-        return SinkhornState(potentials, None if self.s is None else self.s - u, None if self.t is None else self.t - t)
+        s, t = None if self.s is None else self.s - u, None if self.t is None else self.t - t
+        return replace(self, potentials=potentials, s=s, t=t)
 
     def projected(self, problem: Problem) -> SinkhornState:
         """The state with potentials that rounding has put just outside the dual's domain back on its border."""
@@ -70,11 +73,13 @@ class SinkhornState:
 
         p, q = self.potentials, other.potentials
         potentials = Potentials(choose(p.f, q.f), choose(p.g, q.g), choose(p.lam, q.lam))
-        return SinkhornState(potentials, choose(self.s, other.s), choose(self.t, other.t))
+        memory = self.memory if self.memory is None or other.memory is None else self.memory.where(mine, other.memory)
+        return SinkhornState(potentials, choose(self.s, other.s), choose(self.t, other.t), memory)
 
     def select(self, index: Tensor) -> SinkhornState:
         p = Potentials(self.potentials.f[index], self.potentials.g[index], self.potentials.lam[index])
-        return SinkhornState(p, *(None if x is None else x[index] for x in (self.s, self.t)))
+        memory = None if self.memory is None else self.memory.select(index)
+        return SinkhornState(p, *(None if x is None else x[index] for x in (self.s, self.t)), memory)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Sinkhorn:
             On soft sides the gap is of second order in the plan's error; this is the first-order condition that gradients of
             the plan need, and ``gradient=Implicit()`` switches it on.
         annealing: ratio of successive epsilons on the way down from the cost range, in ``(0, 1)``; None starts at epsilon.
+        mixing: how many of the sweeps before the last Anderson's mixing reads, from the ninth at the problem's epsilon; 0 for the
+            plain algorithm.
 
     Raises:
         ValueError: on a tolerance, step count or ratio out of range.
@@ -104,10 +111,12 @@ class Sinkhorn:
     max_steps: int = 10_000
     annealing: float | None = 0.5
     stationary: bool = False
+    mixing: int = 0
 
     def __post_init__(self) -> None:
         check_tolerance(self.tolerance)
         check_steps(self.max_steps, default=10_000)
+        check_window(self.mixing)
         if self.annealing is not None and not (isinstance(self.annealing, Real) and 0 < self.annealing < 1):
             raise ValueError(
                 f"annealing = {self.annealing!r}: is a ratio of successive epsilons, so must be in (0, 1); None switches it off."
@@ -156,6 +165,10 @@ class Sinkhorn:
         def lowered(x: Tensor) -> Tensor:
             return x if problem.mass is None else x - p.lam.unsqueeze(-1)
 
+        memory = state.memory
+        if memory is not None:
+            memory = memory.mixed(*_iterate(problem, state))
+            s, p = (memory.at, p) if problem.mass is None else (memory.at[:, :-1], replace(p, lam=memory.at[:, -1]))
         if s is not None:
             p = replace(p, f=rows.aprox(lowered(s), epsilon))
         if not columns.is_free or rows.is_free:  # two free sides still have a mass to be known
@@ -166,11 +179,20 @@ class Sinkhorn:
             p = replace(p, lam=epsilon * (_log(problem.mass) - log_moved))
         if s is not None and not columns.is_free:
             s = problem.softmin(p.g, epsilon, axis=-1)
-        return translate(problem, SinkhornState(p, s, t))
+        return translate(problem, SinkhornState(p, s, t, memory))
+
+    def hasten(self, problem: Problem, state: SinkhornState) -> SinkhornState:
+        """The state for a long way, which from now on remembers its steps: where two sides wait for each other."""
+        if not self.mixing or problem.rows.is_free or problem.columns.is_free:
+            return state
+        return replace(state, memory=Mixing.empty(_iterate(problem, state)[0], self.mixing))
 
     def settle(self, problem: Problem, state: SinkhornState) -> SinkhornState:
         """The translation that has no closed form: a bisection, so asked for now and then only."""
-        return settle(problem, state)
+        fresh = settle(problem, state)
+        if state.memory is None:
+            return fresh
+        return replace(fresh, memory=state.memory.restarted((fresh.potentials.f != state.potentials.f).any(-1)))
 
 
 def answered(problem: Problem, p: Potentials) -> Potentials:
@@ -185,6 +207,14 @@ def swept(problem: Problem, p: Potentials) -> Potentials:
     """The potentials after one sweep, each exactly at its kink if it is at one."""
     method = Sinkhorn()
     return method.step(problem, method.init(problem, p), problem.epsilon).potentials
+
+
+def _iterate(problem: Problem, state: SinkhornState) -> tuple[Tensor, Tensor]:
+    """What a sweep makes another one of, with its weights: the soft-minima that rows answer to, and the multiplier."""
+    if problem.mass is None:
+        return state.s, problem.a
+    lam = state.potentials.lam.unsqueeze(-1)
+    return torch.cat([state.s, lam], -1), torch.cat([problem.a, torch.ones_like(lam) * problem.mass], -1)
 
 
 _EASY = 0.05  # epsilon, in cost ranges, above which annealing only costs sweeps

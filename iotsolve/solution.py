@@ -120,8 +120,10 @@ class Solution:
         never_held = not isinstance(self.problem.cost, Dense) and self.exact_plan is None
         if not sparse and not (never_held and isinstance(self.differentiation, Envelope)):
             return None
-        flat = self.problem.detach().to(self.potentials.f.dtype).flat()
-        p = Potentials(*(x.reshape(y.shape) for x, y in zip(self._frozen, (flat.a, flat.b, flat.a[:, 0]), strict=True)))
+        dtype = torch.float64 if streams(self.problem.cost) and not sparse else self.potentials.f.dtype
+        flat = self.problem.detach().to(dtype).flat()
+        frozen = zip(self._frozen, (flat.a, flat.b, flat.a[:, 0]), strict=True)
+        p = Potentials(*(x.reshape(y.shape).to(dtype) for x, y in frozen))
         return plan_of(flat, p, in_batch(self.exact_plan) if sparse else None)
 
     @property
@@ -156,7 +158,7 @@ class Solution:
         if self._read is None:
             return self.problem.leave(of_dense())
         with calm(self.problem.cost), torch.no_grad():
-            found = of_read(self._read).reshape((*self.problem.batch_shape, *shape))
+            found = of_read(self._read).reshape((*self.problem.batch_shape, *shape)).to(self.potentials.f.dtype)
         return self.problem.leave(self.differentiation.plan(self.problem, found))
 
     @property

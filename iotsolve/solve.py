@@ -20,7 +20,7 @@ from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
 from iotsolve.plans import is_quick, out_of_batch, plan_of
-from iotsolve.problem import Potentials, Problem, in_double, log_scaling, saturated
+from iotsolve.problem import Potentials, Problem, in_double, in_matrix, log_scaling, saturated
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate, judge, sobered
@@ -222,9 +222,9 @@ class _Automatic:
             )
         n, m = problem.shape[-2:]
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
-        newton, interior = Newton(**options), Interior(**options)
+        first, newton, interior = Sinkhorn(mixing=_MIXED, **options), Newton(**options), Interior(**options)
         if not Accelerated.fits(problem):
-            problem = _held(problem)
+            problem = in_matrix(problem)
         if Accelerated.fits(problem):
             asked = Accelerated(self.tolerance)
             quick = asked.within_reach(problem)
@@ -234,33 +234,19 @@ class _Automatic:
             done = _continued(problem, done, lambda left, _: quick.run(left, _annealed(left)))
             if quick != asked:  # there is more to do for all
                 done = replace(done, status=[_MORE.get(word, word) for word in done.status])
-            problem = _held(problem)
+            problem = in_matrix(problem)
             done = _continued(problem, done, newton.run)
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
             second, small = is_quick(problem.cost), n * m <= _FITS
-            done = _climbed(problem, Sinkhorn(max_steps=_QUICK if second or small else _PATIENT, **options), start)
+            done = _climbed(problem, replace(first, max_steps=_QUICK if second or small else _PATIENT), start)
             if second or (isinstance(problem.cost, Points | Sharded) and not small):
                 done = _continued(problem, done, newton.run)
         if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
-        return _continued(problem, done, lambda left, p: iterate(left, Sinkhorn(max_steps=sweeps, **options), p))
-
-
-def _held(problem: Problem) -> Problem:
-    """Of few points on a CPU, the cost as a matrix, forgotten after the solve: sweeps of a stored kernel take a tenth of it."""
-    cost = problem.cost
-    if isinstance(cost, Points) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW:
-        matrix = torch.empty(cost.shape, dtype=cost.dtype)
-        for rows, block in cost.blocks():  # differences of all points at once would be as many matrices as there are dimensions
-            matrix[..., rows, :] = block.matrix
-        return problem.with_cost(Dense(matrix))
-    return problem
-
-
-_FEW = 2**24  # arcs
+        return _continued(problem, done, lambda left, p: iterate(left, replace(first, max_steps=sweeps), p))
 
 
 def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Outcome:
@@ -312,6 +298,7 @@ def _annealed(problem: Problem) -> Potentials | None:
 _TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # largest epsilon in cost ranges, ratio of successive ones, their tolerance
 _LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
+_MIXED = 15  # sweeps
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 

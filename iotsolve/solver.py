@@ -72,6 +72,8 @@ class Method(Protocol):
 
     def step(self, problem: Problem, state: Any, epsilon: Scalar) -> Any: ...
 
+    def hasten(self, problem: Problem, state: Any) -> Any: ...
+
     def settle(self, problem: Problem, state: Any) -> Any: ...
 
 
@@ -179,6 +181,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             least = float(wait.min())
         if k and (late & (late - 1) == 0 or late % 64 == 0):
             state = method.settle(problem, state)
+        if k and late == _WORTH_HASTENING:
+            state = method.hasten(problem, state)
     raise AssertionError("unreachable: every problem runs out of steps")
 
 
@@ -223,6 +227,7 @@ _PATIENCE = 30  # checks without progress
 _DEAR = 2**24  # entries from which on a step takes so long that every one is followed by a check
 _DEAR_ON_DEVICE = 2**33
 _CHEAP_ON_DEVICE = 2**28  # below, a check takes as long as some steps: a device waits for the questions
+_WORTH_HASTENING = 8  # steps, with which most are done
 _WORTH_RECORDING = 10  # the eighth has been looked at, the ninth was taken by the problems that are left, and more is to be done
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "check_problem",
     "check_steps",
     "check_tolerance",
+    "check_window",
     "common_batch",
     "default_tolerance",
     "rounding",
@@ -63,6 +64,18 @@ def check_steps(max_steps: Any, *, default: int) -> None:
     """
     if not (_is(max_steps, Integral) and max_steps >= 1):
         raise ValueError(f"max_steps = {max_steps!r}: must be a whole number, at least 1; the default is {default:,}.")
+
+
+def check_window(mixing: Any) -> None:
+    """A number of sweeps to be mixed.
+
+    Raises:
+        ValueError: if it is no whole number, or below 0.
+    """
+    if not (_is(mixing, Integral) and mixing >= 0):
+        raise ValueError(
+            f"mixing = {mixing!r}: must be a whole number of sweeps, 0 for none; 10 is usual, and more than 20 seldom help."
+        )
 
 
 def _is(x: Any, kind: type) -> bool:

@@ -171,6 +171,7 @@ MISUSE = {
         r"gradient = <class.*of type Envelope or Implicit.*without brackets",
     ),
     "negative tolerance": (lambda: Sinkhorn(tolerance=-1e-3), r"tolerance = -0\.001.*\[0, 1\).*1e-8"),
+    "negative window": (lambda: Sinkhorn(mixing=-1), r"mixing = -1.*0 for none"),
     "no steps": (lambda: Sinkhorn(max_steps=0), r"max_steps = 0.*at least 1"),
     "annealing upwards": (lambda: Sinkhorn(annealing=1.5), r"annealing = 1\.5.*\(0, 1\).*None"),
     "warm start of another size": (

@@ -100,6 +100,20 @@ try:
     saved["near"] = "none"
 except ValueError as error:
     saved["near"] = str(error)
+from iotsolve.kernels import workspace
+WIDE, NARROW = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (720, 600))
+part = WIDE[12 * sum(SIZES[:rank]) : 12 * sum(SIZES[: rank + 1])]  # enough for kernels and for copies of plans, on every rank
+for name, sides in REGIMES.items():
+    for what, solver in (("front door", None), ("Newton", Newton(tolerance=1e-12))):
+        for kept in (workspace.STORED, 2**10) if name in ("balanced", "tv") else (workspace.STORED,):
+            whole, workspace.STORED = workspace.STORED, kept
+            for dtype in (torch.float64, torch.float32)[: 1 + (solver is None)]:
+                points = Points(part.to(dtype), NARROW.to(dtype))
+                solution = solve(Problem(Sharded(points), epsilon=0.02, **sides), solver, throw=False)
+                saved[f"large {name} {what} {dtype} {kept == whole}"] = dict(
+                    value=solution.value, f=solution.f, g=solution.g, rows=solution.row_marginal,
+                    holds=bool(solution.certificate.holds), steps=solution.steps)
+            workspace.STORED = whole
 x = X[mine].clone().requires_grad_()
 saved["automatic"] = float(solve(Problem(Sharded(Points(x, Y)), A, B, epsilon=0.5)).value.detach())
 if world > 1:
@@ -207,7 +221,7 @@ def many(request, once):
 
 def test_everything_is_that_of_one_process(alone, many):
     """To rounding; with kinks, where rounding decides on which side a bin is, to what the solver was asked for."""
-    for name in (n for n, found in alone.items() if isinstance(found, dict)):
+    for name in (n for n, found in alone.items() if isinstance(found, dict) and not n.startswith("large ")):
         expected, close = alone[name], 1e-7 if " tv " in name or " partial " in name else 1e-12
         assert expected["holds"] and expected["status"] == "CONVERGED", name
         for rank in many:
@@ -273,6 +287,34 @@ def test_one_process_has_the_second_derivatives_of_a_matrix(alone):
     sum((slope * way).sum() for slope, way in zip(first, ways, strict=True)).backward()
     for leaf, found in zip(leaves, alone["second sqeuclidean kl full"], strict=True):
         torch.testing.assert_close(found, leaf.grad, rtol=1e-8, atol=1e-9)
+
+
+def test_large_problems_are_those_of_one_process(alone, many):
+    """By kernels that are kept, and by kernels made again at every sweep; in as many steps, but where rounding decides."""
+    names = [name for name in alone if name.startswith("large ")]
+    assert len(names) == 3 * (6 + 2)
+    for name in names:
+        expected = alone[name]
+        double = "float64" in name
+        close = 1e-11 if "Newton" in name and " tv " not in name and " partial " not in name else 1e-6 if double else 1e-4
+        assert expected["holds"], name
+        for rank in many:
+            found = rank[name]
+            assert found["holds"] and abs(found["steps"] - expected["steps"]) <= 3, (name, found["steps"], expected["steps"])
+            for key in ("value", "f", "g", "rows"):
+                torch.testing.assert_close(
+                    found[key], expected[key], rtol=close, atol=close, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+                )
+
+
+def test_one_process_has_the_values_of_points(alone):
+    """Of points that are no rows of anybody's."""
+    x, y = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (720, 600))
+    for name, sides in (("balanced", {}), ("kl", dict(rows=KL(2.0), columns=KL(0.5)))):
+        value = float(solve(Problem(Points(x, y), epsilon=0.02, **sides)).value)
+        for dtype, close in (("float64", 1e-9), ("float32", 1e-5)):
+            found = float(alone[f"large {name} front door torch.{dtype} True"]["value"])
+            assert found == pytest.approx(value, rel=close)
 
 
 def test_empty_bins_that_count_for_each_other_are_refused_where_rows_are_elsewhere(many):

@@ -19,7 +19,7 @@ from iotsolve.kernels.numeric import LOG2E
 from iotsolve.kernels.passes import build_kernel, spread
 from iotsolve.kernels.threads import PIECES, pieces, summed
 
-__all__ = ["Kernel", "OfPoints", "Stored", "Streamed"]
+__all__ = ["Kernel", "OfPoints", "OverRanks", "Stored", "Streamed"]
 
 
 class Kernel:
@@ -122,6 +122,34 @@ class Streamed(Kernel):
         least = max(4, min(max(_ROWS[0], points[0].shape[1]), _ROWS[1], _ENTRIES // len(columns)))
         bilinear.each_block(self.worth, *points, self.barred, visit, added=self.added, least=least)
         columns[:] = totals.sum(0)
+
+
+class OverRanks(Kernel):
+    """A kernel of ``rows`` of which each rank sweeps its own, a slice: all have whole vectors, and the same numbers in them.
+
+    ``ranks`` is a :class:`iotsolve.distributed.Ranks`.
+    """
+
+    def __init__(self, local: Kernel, rows: int, own: slice, ranks: Any) -> None:
+        self.local, self.rows, self.own, self.ranks = local, rows, own, ranks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.local.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.local.dtype
+
+    def absorb(self, alpha: np.ndarray, beta: np.ndarray) -> None:
+        self.local.absorb(alpha[self.own], beta)
+
+    def sweep(self, v: np.ndarray, rule: int, w: np.ndarray, *given: Any) -> None:
+        base, known, side, lam, y, u, columns = given
+        own = y[self.own], u[self.own]
+        self.local.sweep(v, rule, w[self.own], base[self.own], known[self.own], side, lam, *own, columns)
+        y[:], u[:] = self.ranks.gather(torch.from_numpy(np.stack(own, 1))).numpy().T
+        columns[:] = self.ranks.sum(torch.from_numpy(columns)).numpy()
 
 
 _ROWS = 16, 64  # of a block at least: in few dimensions and in many, where a product of few rows would be slow

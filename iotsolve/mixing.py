@@ -1,0 +1,93 @@
+"""Anderson's mixing of a fixed-point iteration, in tensors: for a batch, on any device, without waiting for it.
+
+Of the last iterates and of what the map made of them, the combination whose residual is least takes the place of the last (type
+II; Walker and Ni, SIAM J. Numer. Anal. 2011). :mod:`iotsolve.kernels.scaling` has the same in compiled steps, for one problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Mixing"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What is remembered: the iterate whose image comes next, the one before and its residual, and differences of both between
+    earlier ones, the latest last.
+    """
+
+    at: Float[Tensor, "b n"]
+    x: Float[Tensor, "b n"]
+    r: Float[Tensor, "b n"]
+    dx: Float[Tensor, "b window n"]
+    dr: Float[Tensor, "b window n"]
+    known: Float[Tensor, " b"]
+    """How many of the differences are any, per problem; -1 before the first iterate."""
+    least: Float[Tensor, " b"]
+    """Squared residuals, the least since the memory was empty."""
+
+    @classmethod
+    def empty(cls, like: Float[Tensor, "b n"], window: int) -> Mixing:
+        """To begin with, for iterates of this shape."""
+        nothing = like.new_zeros(len(like), window, like.shape[1])
+        zero, none = torch.zeros_like(like), like.new_full((len(like),), -1.0)
+        return cls(zero, zero, zero, nothing, nothing, none, torch.full_like(none, torch.inf))
+
+    def mixed(self, image: Float[Tensor, "b n"], weights: Float[Tensor, "b n"]) -> Mixing:
+        """What is remembered when the map has made ``image`` of the iterate; the next one is its ``at``.
+
+        Residuals are measured in the metric of the weights. Where the residual has grown fourfold since its least, or a number is
+        not finite, the iterate is the image, and what was known is forgotten.
+        """
+        begun = self.known.unsqueeze(-1) >= 0
+        finite = self.at.isfinite() & image.isfinite()
+        here, r = torch.where(finite, self.at, 0.0), torch.where(finite & begun, image - self.at, 0.0)
+        size = torch.where(self.known >= 0, (weights * r.square()).sum(-1), torch.inf)
+        grown = size > _GROWTH**2 * self.least
+        known = torch.where(grown, 0.0, self.known)
+        dx, dr = (
+            torch.cat([old[:, 1:], (new - last).unsqueeze(1)], 1)
+            for old, new, last in ((self.dx, here, self.x), (self.dr, r, self.r))
+        )
+        window = dx.shape[1]
+        valid = torch.arange(window, device=image.device) >= window - known.unsqueeze(-1)
+        step = r - (_shares(dr, r, weights, valid).unsqueeze(-1) * torch.where(valid.unsqueeze(-1), dx + dr, 0.0)).sum(1)
+        sound = step.isfinite().all(-1, keepdim=True)
+        following = torch.where(finite & begun, here + torch.where(sound, step, r), image)
+        known = torch.where(sound.squeeze(-1), known + 1, (known + 1).clamp(max=0.0)).clamp(max=window)
+        least = torch.where(grown, size, torch.minimum(self.least, size))
+        return Mixing(following, here, r, dx, dr, known, least)
+
+    def restarted(self, those: Tensor) -> Mixing:
+        """For some problems an empty memory."""
+        known, least = torch.where(those, -1.0, self.known), torch.where(those, torch.inf, self.least)
+        return replace(self, known=known, least=least)
+
+    def where(self, mine: Tensor, other: Mixing) -> Mixing:
+        """This memory for some problems of the batch, another for the rest."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return Mixing(*(torch.where(mine.reshape(-1, *[1] * (x.dim() - 1)), x, y) for x, y in pairs))
+
+    def select(self, index: Tensor) -> Mixing:
+        return Mixing(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+_GROWTH = 4.0
+_RIDGE = 1e-12  # of the Gram matrix, relative
+
+
+def _shares(dr: Tensor, r: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """Of each difference, how much to take back: those that leave least of the residual. Of none that is not valid."""
+    dr = torch.where(valid.unsqueeze(-1), dr, 0.0).double()
+    weighed = dr * weights.double().unsqueeze(-2)
+    gram = weighed @ dr.mT
+    largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    ridge = torch.where(valid, _RIDGE * largest, 1.0) + torch.where(largest > 0, 0.0, 1.0)
+    factor, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))
+    right = weighed @ r.double().unsqueeze(-1)
+    return torch.cholesky_solve(right, factor).squeeze(-1).to(r.dtype)
