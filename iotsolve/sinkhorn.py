@@ -94,8 +94,8 @@ class Sinkhorn:
             On soft sides the gap is of second order in the plan's error; this is the first-order condition that gradients of
             the plan need, and ``gradient=Implicit()`` switches it on.
         annealing: ratio of successive epsilons on the way down from the cost range, in ``(0, 1)``; None starts at epsilon.
-        mixing: how many of the sweeps before the last Anderson's mixing reads, from the ninth at the problem's epsilon; 0 for the
-            plain algorithm.
+        mixing: how many sweeps back Anderson's mixing looks, which begins after eight at the problem's epsilon and saves most of
+            them where they are many; 0 for the textbook's sweeps.
 
     Raises:
         ValueError: on a tolerance, step count or ratio out of range.
@@ -111,7 +111,7 @@ class Sinkhorn:
     max_steps: int = 10_000
     annealing: float | None = 0.5
     stationary: bool = False
-    mixing: int = 0
+    mixing: int = 15
 
     def __post_init__(self) -> None:
         check_tolerance(self.tolerance)

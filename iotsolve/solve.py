@@ -222,7 +222,7 @@ class _Automatic:
             )
         n, m = problem.shape[-2:]
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
-        first, newton, interior = Sinkhorn(mixing=_MIXED, **options), Newton(**options), Interior(**options)
+        first, newton, interior = Sinkhorn(**options), Newton(**options), Interior(**options)
         if not Accelerated.fits(problem):
             problem = in_matrix(problem)
         if Accelerated.fits(problem):
@@ -298,7 +298,6 @@ def _annealed(problem: Problem) -> Potentials | None:
 _TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # largest epsilon in cost ranges, ratio of successive ones, their tolerance
 _LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
-_MIXED = 15  # sweeps
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 

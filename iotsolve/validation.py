@@ -74,7 +74,7 @@ def check_window(mixing: Any) -> None:
     """
     if not (_is(mixing, Integral) and mixing >= 0):
         raise ValueError(
-            f"mixing = {mixing!r}: must be a whole number of sweeps, 0 for none; 10 is usual, and more than 20 seldom help."
+            f"mixing = {mixing!r}: must be a whole number of sweeps, 0 for none; the default is 15."
         )
 
 

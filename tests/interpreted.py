@@ -13,7 +13,8 @@ from iotsolve.kernels.products import plan_times
 
 torch.set_default_device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
-SIZES = [(1, 1, 1), (5, 130, 3), (70, 33, 17), (64, 64, 32), (129, 200, 65), (40, 50, 140)]
+SIZES = [(70, 33, 17), (1, 1, 1), (5, 130, 3), (64, 64, 32), (129, 200, 65), (40, 50, 140)]
+BARRED = [None, "mask", "list"]
 # relative to the largest entry: forward, gradient; those of half precision are for the numbers as they were rounded
 ERRORS = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-6, 1e-3), torch.bfloat16: (1e-6, 1e-3)}
 KEPT = {
@@ -21,6 +22,16 @@ KEPT = {
     torch.float16: 1e-3,
     torch.bfloat16: 5e-3,
 }  # gradients of points are rounded to their dtype
+
+
+# all that can be told about points together, of one size; of the others, any two of them
+COMBINED = [
+    (size, dtype, barred)
+    for i, size in enumerate(SIZES)
+    for j, dtype in enumerate(ERRORS)
+    for k, barred in enumerate(BARRED)
+    if i == 0 or (i + j + k) % 3 == 0
+]
 
 
 def case(n, m, d, dtype, barred=None, *, spread=1.0, seed=0):
@@ -66,9 +77,7 @@ def assert_near(found, expected, error, size=0.0):
 
 
 @pytest.mark.parametrize("even", [False, True], ids=["", "even"])
-@pytest.mark.parametrize("barred", [None, "mask", "list"])
-@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size, dtype, barred", COMBINED, ids=str)
 def test_sums_and_derivatives(size, dtype, barred, even):
     x, y, u, v, mask = case(*size, dtype, barred)
     wide = x.double(), y.double(), u.double(), v.double()
@@ -86,8 +95,7 @@ def test_sums_and_derivatives(size, dtype, barred, even):
 
 
 @pytest.mark.parametrize("even", [False, True], ids=["", "even"])
-@pytest.mark.parametrize("barred", [None, "mask", "list"])
-@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
+@pytest.mark.parametrize("dtype, barred", [(dtype, barred) for _, dtype, barred in COMBINED[9:18]], ids=str)
 def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
     """What points of many features are derived by, in more than one piece; and where one exponential cannot serve both sums."""
     monkeypatch.setattr(streamed, "_WIDE", 0)
@@ -99,21 +107,23 @@ def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
     prepare = streamed._prepared
     monkeypatch.setattr(streamed, "_prepared", lambda *given: (found := prepare(*given), flags.append(float(found[1][2])))[0])
     for far in (1.0, 12.0):
-        x, y, u, v, mask = case(300, 70, 20, dtype, barred)
+        x, y, u, v, mask = case(150, 70, 20, dtype, barred)
         u, v = (z.clamp(min=-5.0) if far == 1 else z * far for z in (u, v))  # all bins, or some without weight
         if far > 1 and not even:  # as a point without weight may be, at any distance
             x[1] *= 1e4 if dtype == torch.float32 else 10.0
         wide = x.double(), y.double(), u.double(), v.double()
         expected = bilinear._log_sums(*wide, mask)
         upstream = [torch.randn(len(s), generator=torch.Generator(s.device).manual_seed(k)) for k, s in enumerate(expected)]
-        for needed in ((True, True), (False, True)):
+        for needed in ((True, True), (False, True))[: 1 + (far == 1)]:
             asked = (*needed, False, False)
             exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], asked)
             ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, asked, even=even)
-            for one, other in zip(ours[:2], exact[:2], strict=True):
-                assert_near(one, other, KEPT[dtype])
+            kept = torch.arange(len(x)) != 1  # whose own exponents, of thousands, have no more digits
+            for one, other in ((ours[0], exact[0]), (ours[1], exact[1])):
+                pairs = (one, other) if one is None or far == 1 or len(one) != len(x) else (one[kept], other[kept])
+                assert_near(*pairs, KEPT[dtype])
         assert flags[-1] == (far == 1)  # whether one exponential served both
-    assert len(pieces) >= 2 * 2 * 2 * 3
+    assert len(pieces) >= 3 * 2 * 2
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -206,9 +216,15 @@ def test_products_with_a_plan(large, barred, turned):
     assert_near(mine, theirs, 1e-5, float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("both", [True, False], ids=["both", "rows"])
-@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
-@pytest.mark.parametrize("size", [(2, 1), (129, 65), (40, 140)], ids=str)
+@pytest.mark.parametrize(
+    "size, dtype, both",
+    [
+        (size, dtype, (i + j) % 2 == 0)
+        for i, size in enumerate([(129, 65), (2, 1), (40, 140), (33, 17)])
+        for j, dtype in enumerate(ERRORS)
+    ],
+    ids=str,
+)
 def test_cross_entropies_from_points_of_any_length(size, dtype, both):
     """Against a matrix in float64; one point has no length, and one's is a million."""
     g = torch.Generator(torch.get_default_device()).manual_seed(0)
@@ -324,7 +340,7 @@ def test_many_small_problems_in_one_launch(shape, dtype):
         p, steps = relaxed_together(problem, tolerance)
         found = certify(problem, p.f, p.g, tolerance=1e-7 if dtype == torch.float64 else 1e-4)
         assert found.holds.all(), (rows, columns, found)
-        theirs = iterate(problem, Sinkhorn(tolerance=tolerance, annealing=None, stationary=True)).steps
+        theirs = iterate(problem, Sinkhorn(tolerance=tolerance, annealing=None, stationary=True, mixing=0)).steps
         # the translation of a TV side, which has no closed form, is left to others
         assert isinstance(rows, TV) or all(x <= y + 8 for x, y in zip(steps, theirs, strict=True)), (
             rows,
@@ -340,7 +356,7 @@ def test_a_small_problem_that_gets_nowhere_is_left():
     from iotsolve import Problem, solve
     from iotsolve.accelerated import _TOGETHER, relaxed_together
 
-    cost = torch.rand(3, 5, 7, generator=torch.Generator(torch.get_default_device()).manual_seed(0), dtype=torch.float64)
+    cost = torch.rand(2, 4, 5, generator=torch.Generator(torch.get_default_device()).manual_seed(0), dtype=torch.float64)
     problem = Problem(cost, epsilon=3e-4)
     _, steps = relaxed_together(problem, 1e-6)
     assert max(steps) < _TOGETHER and any(k % 64 == 0 for k in steps)
@@ -353,7 +369,7 @@ def test_a_batch_through_the_front_door(monkeypatch):
     monkeypatch.setattr(accelerated, "_TOGETHER", 200)
 
     g = torch.Generator(torch.get_default_device()).manual_seed(0)
-    cost = torch.rand(6, 9, 12, generator=g, dtype=torch.float64)
+    cost = torch.rand(3, 6, 5, generator=g, dtype=torch.float64)
     for epsilon in (0.3, 0.005):  # the second is left to others
         found = solve(Problem(cost, epsilon=epsilon))
         assert found.certificate.holds.all() and (found.steps > 0).all()

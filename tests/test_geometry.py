@@ -624,8 +624,9 @@ def assert_held(action, blocks):
 def test_distances_too_many_for_an_interior_point_are_solved_by_second_order(monkeypatch):
     """As on a device: after the sweeps it has patience for, a solve goes on in blocks of the plan, and is certified."""
     front = sys.modules["iotsolve.solve"]
-    for name, value in (("_FEW", 0), ("_FITS", 100), ("_PATIENT", 20), ("_LAST", 1)):
+    for name, value in (("_FITS", 1), ("_PATIENT", 20), ("_LAST", 1)):
         monkeypatch.setattr(front, name, value)
+    monkeypatch.setattr(sys.modules["iotsolve.problem"], "_MANY", 0)
     problem = Problem(Points(*clouds(60, 50), "euclidean"), epsilon=0.02)
     solution = solve(problem)
     assert solution.certificate.holds and 20 < solution.steps < 60
@@ -655,9 +656,27 @@ def test_points_too_many_for_a_matrix_have_its_answer(metric, regime, monkeypatc
     """What the automatic solver does with them, as if these were."""
     points, matrix = both(metric, regime, 0.5)
     expected = solve(matrix, tolerance=1e-10)
-    monkeypatch.setattr(sys.modules["iotsolve.solve"], "_FEW", 0)
+    for name in ("_FEW", "_MANY"):
+        monkeypatch.setattr(sys.modules["iotsolve.problem"], name, 0)
     assert_same(solve(points, tolerance=1e-10), expected, rtol=1e-5, atol=1e-5)
     assert solve(points).certificate.holds
+
+
+@pytest.mark.parametrize("sides", [{}, {"rows": KL(1.0)}], ids=str)
+def test_the_certificate_of_distances_is_that_of_their_matrix(sides, monkeypatch):
+    """Which is made once, and not at every product that corrects the plan."""
+    x, y = clouds(70, 60)
+    points, matrix = (
+        Problem(z, epsilon=0.02, **sides)
+        for z in (Points(x, y, "euclidean"), np.linalg.norm(x[:, None] - y[None], axis=-1))
+    )
+    solution, made = solve(points, tolerance=1e-6), []
+    blocks = Points.blocks
+    monkeypatch.setattr(Points, "blocks", lambda self: made.append(1) or blocks(self))
+    found, expected = (certify(problem, solution.f, solution.g) for problem in (points, matrix))
+    assert len(made) == 1 and found.holds == expected.holds
+    for name in ("primal", "dual", "gap", "mass"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-12)
 
 
 def test_few_points_are_a_matrix_and_never_its_differences():
@@ -680,7 +699,7 @@ def test_double_points_begin_in_single_precision(monkeypatch):
         return done
 
     monkeypatch.setattr(front, "iterate", counted)
-    monkeypatch.setattr(front, "_FEW", 0)
+    monkeypatch.setattr(sys.modules["iotsolve.problem"], "_FEW", 0)
     monkeypatch.setattr(front.Accelerated, "fits", lambda problem: False)
     cost = Points(*clouds(600, 600))
     climbed = solve(Problem(cost, epsilon=1.0), tolerance=1e-10)
@@ -698,6 +717,7 @@ def test_points_never_make_a_matrix(metric, monkeypatch):
     """n = m = 3000: ten blocks at a time where the matrix is 34 of them, back, and twenty there, where a certificate is asked for
     because one step is too few."""
     monkeypatch.setattr(bilinear, "_BLOCK", costs._BLOCK)
+    monkeypatch.setattr(sys.modules["iotsolve.problem"], "_MANY", 0)  # as of more
     x, made = leaves(*clouds(3000, 3000, 2)), []
 
     def solving():

@@ -11,7 +11,7 @@ from iotsolve import FIXED, FREE, KL, TV, Between, Potentials, Problem, Sinkhorn
 from iotsolve.testing import problems
 from iotsolve.testing.references import numbers
 
-TIGHT = Sinkhorn(tolerance=1e-12, stationary=True)
+TIGHT = Sinkhorn(tolerance=1e-12, stationary=True, mixing=0)  # mixed sweeps would magnify rounding
 
 
 def rebuilt(problem, **changes):
@@ -215,7 +215,8 @@ def test_numpy_equals_torch(case):
     ):
         from_numpy, from_torch = getattr(ours, name), getattr(theirs, name)
         assert isinstance(from_numpy, np.ndarray | np.floating) and isinstance(from_torch, torch.Tensor)
-        np.testing.assert_allclose(from_numpy, from_torch.numpy(), rtol=1e-12, atol=1e-14)
+        # memory that is aligned differently is summed differently, in the last bit, which mixed sweeps magnify
+        np.testing.assert_allclose(from_numpy, from_torch.numpy(), rtol=1e-10, atol=1e-13)
 
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -319,9 +320,9 @@ def test_a_warm_start_takes_fewer_steps(case):
     problem = case.problem(epsilon=0.1)
     data = numbers(problem)
     nearby = rebuilt(problem, cost=data.cost + 1e-5 * np.random.default_rng(0).random((5, 6)))
-    cold, first = solve(nearby, Sinkhorn()), solve(problem, Sinkhorn())
+    cold, first = solve(nearby, Sinkhorn(mixing=0)), solve(problem, Sinkhorn())
     warm = solve(nearby, Sinkhorn(), init=first)
-    assert warm.steps <= max(1, cold.steps - 1)
+    assert warm.steps <= max(1, cold.steps - 1) and warm.steps <= solve(nearby, Sinkhorn()).steps
     assert warm.value == pytest.approx(cold.value, rel=1e-6)
     again = solve(problem, init=Potentials(*(torch.as_tensor(x) for x in (first.f, first.g, first.mass_multiplier))))
     assert again.steps <= 2
