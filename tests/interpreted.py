@@ -114,14 +114,14 @@ def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
         wide = x.double(), y.double(), u.double(), v.double()
         expected = bilinear._log_sums(*wide, mask)
         upstream = [torch.randn(len(s), generator=torch.Generator(s.device).manual_seed(k)) for k, s in enumerate(expected)]
+        if far > 1 and dtype == torch.float32:
+            upstream[0][1] = 0.0  # the far point's own exponents are thousands, whose rounding decides between two columns
         for needed in ((True, True), (False, True))[: 1 + (far == 1)]:
             asked = (*needed, False, False)
             exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], asked)
             ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, asked, even=even)
-            kept = torch.arange(len(x)) != 1  # whose own exponents, of thousands, have no more digits
-            for one, other in ((ours[0], exact[0]), (ours[1], exact[1])):
-                pairs = (one, other) if one is None or far == 1 or len(one) != len(x) else (one[kept], other[kept])
-                assert_near(*pairs, KEPT[dtype])
+            for one, other in zip(ours[:2], exact[:2], strict=True):
+                assert_near(one, other, KEPT[dtype])
         assert flags[-1] == (far == 1)  # whether one exponential served both
     assert len(pieces) >= 3 * 2 * 2
 
