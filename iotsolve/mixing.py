@@ -6,11 +6,14 @@ II; Walker and Ni, SIAM J. Numer. Anal. 2011). :mod:`iotsolve.kernels.scaling` h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from iotsolve.marginals import Scalar
 
 __all__ = ["Mixing"]
 
@@ -30,19 +33,25 @@ class Mixing:
     """How many of the differences are any, per problem; -1 before the first iterate."""
     least: Float[Tensor, " b"]
     """Squared residuals, the least since the memory was empty."""
+    best: Float[Tensor, "b n"]
+    """The image of the iterate with that residual."""
+    idle: Float[Tensor, " b"]
+    """Steps since it fell."""
 
     @classmethod
     def empty(cls, like: Float[Tensor, "b n"], window: int) -> Mixing:
         """To begin with, for iterates of this shape."""
         nothing = like.new_zeros(len(like), window, like.shape[1])
         zero, none = torch.zeros_like(like), like.new_full((len(like),), -1.0)
-        return cls(zero, zero, zero, nothing, nothing, none, torch.full_like(none, torch.inf))
+        return cls(zero, zero, zero, nothing, nothing, none, torch.full_like(none, torch.inf), zero, torch.zeros_like(none))
 
-    def mixed(self, image: Float[Tensor, "b n"], weights: Float[Tensor, "b n"]) -> Mixing:
+    def mixed(self, image: Float[Tensor, "b n"], weights: Float[Tensor, "b n"], most: Scalar = math.inf) -> Mixing:
         """What is remembered when the map has made ``image`` of the iterate; the next one is its ``at``.
 
         Residuals are measured in the metric of the weights. Where the residual has grown fourfold since its least, or a number is
-        not finite, the iterate is the image, and what was known is forgotten.
+        not finite, the iterate is the image, and what was known is forgotten. No entry with a weight is ``most`` or more from its
+        image. Where the residual has not fallen by a tenth for four windows, mixing is given up: the iterate is the best one's
+        image, and from then on always the image.
         """
         begun = self.known.unsqueeze(-1) >= 0
         finite = self.at.isfinite() & image.isfinite()
@@ -56,17 +65,24 @@ class Mixing:
         )
         window = dx.shape[1]
         valid = torch.arange(window, device=image.device) >= window - known.unsqueeze(-1)
-        step = r - (_shares(dr, r, weights, valid).unsqueeze(-1) * torch.where(valid.unsqueeze(-1), dx + dr, 0.0)).sum(1)
+        back = (_shares(dr, r, weights, valid).unsqueeze(-1) * torch.where(valid.unsqueeze(-1), dx + dr, 0.0)).sum(1)
+        longest = torch.where(weights > 0, back, 0.0).abs().amax(-1, keepdim=True)
+        step = r - torch.where(longest > most, back * (most / longest), back)
         sound = step.isfinite().all(-1, keepdim=True)
         following = torch.where(finite & begun, here + torch.where(sound, step, r), image)
         known = torch.where(sound.squeeze(-1), known + 1, (known + 1).clamp(max=0.0)).clamp(max=window)
-        least = torch.where(grown, size, torch.minimum(self.least, size))
-        return Mixing(following, here, r, dx, dr, known, least)
+        better, most_idle = size < _FALLEN**2 * self.least, _PATIENCE * window
+        best = torch.where(better.unsqueeze(-1), image, self.best)
+        idle = torch.where(better & (self.idle <= most_idle), 0.0, self.idle + 1)
+        given_up = (idle > most_idle).unsqueeze(-1)
+        following = torch.where(given_up, torch.where((self.idle <= most_idle).unsqueeze(-1), best, image), following)
+        least = torch.where(better, size, self.least)
+        return Mixing(following, here, r, dx, dr, known, least, best, idle)
 
     def restarted(self, those: Tensor) -> Mixing:
         """For some problems an empty memory."""
         known, least = torch.where(those, -1.0, self.known), torch.where(those, torch.inf, self.least)
-        return replace(self, known=known, least=least)
+        return replace(self, known=known, least=least)  # not what is known of mixing
 
     def where(self, mine: Tensor, other: Mixing) -> Mixing:
         """This memory for some problems of the batch, another for the rest."""
@@ -77,8 +93,9 @@ class Mixing:
         return Mixing(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
-_GROWTH = 4.0
-_RIDGE = 1e-12  # of the Gram matrix, relative
+_GROWTH, _FALLEN = 4.0, 0.9
+_PATIENCE = 4  # windows
+_RIDGE = 1e-10  # of the Gram matrix, relative
 
 
 def _shares(dr: Tensor, r: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
@@ -88,6 +105,20 @@ def _shares(dr: Tensor, r: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
     gram = weighed @ dr.mT
     largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     ridge = torch.where(valid, _RIDGE * largest, 1.0) + torch.where(largest > 0, 0.0, 1.0)
-    factor, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))
-    right = weighed @ r.double().unsqueeze(-1)
+    gram, right = gram + torch.diag_embed(ridge), weighed @ r.double().unsqueeze(-1)
+    if gram.is_cuda:
+        return eliminated(gram, right).squeeze(-1).to(r.dtype)
+    factor, _ = torch.linalg.cholesky_ex(gram)
     return torch.cholesky_solve(right, factor).squeeze(-1).to(r.dtype)
+
+
+def eliminated(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solutions of small positive definite systems, ``(b, k, k)`` and ``(b, k, 1)``, by operations that a CUDA graph may record,
+    as those of cuSOLVER may not be.
+    """
+    both = torch.cat([matrix, right], -1)
+    for k in range(matrix.shape[-1]):
+        row = both[:, k : k + 1] / both[:, k : k + 1, k : k + 1]
+        both = torch.addcmul(both, both[:, :, k : k + 1], row, value=-1.0)
+        both[:, k : k + 1] = row
+    return both[..., -1:]

@@ -167,7 +167,7 @@ class Sinkhorn:
 
         memory = state.memory
         if memory is not None:
-            memory = memory.mixed(*_iterate(problem, state))
+            memory = memory.mixed(*_iterate(problem, state), _FARTHEST * epsilon)
             s, p = (memory.at, p) if problem.mass is None else (memory.at[:, :-1], replace(p, lam=memory.at[:, -1]))
         if s is not None:
             p = replace(p, f=rows.aprox(lowered(s), epsilon))
@@ -217,6 +217,7 @@ def _iterate(problem: Problem, state: SinkhornState) -> tuple[Tensor, Tensor]:
     return torch.cat([state.s, lam], -1), torch.cat([problem.a, torch.ones_like(lam) * problem.mass], -1)
 
 
+_FARTHEST = 30.0  # from a sweep's own answer, in epsilons: exponentials stay in range
 _EASY = 0.05  # epsilon, in cost ranges, above which annealing only costs sweeps
 
 

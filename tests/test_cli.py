@@ -86,8 +86,8 @@ def test_forbidden_arc_in_a_csv(folder):
 
 
 def test_tolerance_and_max_steps_reach_the_solver(folder):
-    loose = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.2, "--tolerance", 1e-2)
-    tight = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.2)
+    loose = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.02, "--tolerance", 1e-2)
+    tight = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.02)
     assert int(cell(loose, "steps")) < int(cell(tight, "steps"))
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import gmres
 
 from iotsolve import AT_MOST, FREE, KL, L2, TV, Newton, Points, Problem, Sinkhorn, solve
-from iotsolve.mixing import Mixing
+from iotsolve.mixing import Mixing, eliminated
 from iotsolve.testing import check_certificate, problems
 
 MIXED = Sinkhorn(stationary=True, max_steps=3000)
@@ -68,6 +68,24 @@ def test_weights_and_problems_of_a_batch_are_their_own():
         torch.testing.assert_close(both.at[k : k + 1, :5], run(k, 5), rtol=1e-9, atol=1e-12)
     fixed = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - step, shift)
     torch.testing.assert_close(both.at, fixed, rtol=1e-6, atol=1e-6)
+
+
+def test_small_systems_are_solved_in_steps_that_a_graph_records():
+    factor = torch.randn(4, 15, 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix, right = factor @ factor.mT + 1e-3 * torch.eye(15, dtype=torch.float64), factor[:, :, :1]
+    found = eliminated(matrix, right)
+    torch.testing.assert_close(matrix @ found, right, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-8)
+
+
+def test_on_a_device_the_way_is_the_same(monkeypatch):
+    """As far as one can tell without one: the other arithmetic leads to the same answer in as many steps."""
+    problem = Problem(Points(*clouds()), epsilon=0.005)
+    here = solve(problem, MIXED)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    there = solve(problem, MIXED)
+    assert here.steps == there.steps
+    torch.testing.assert_close(here.f, there.f, rtol=1e-7, atol=1e-9)
 
 
 def test_a_map_that_jumps_away_is_followed_and_its_past_forgotten():

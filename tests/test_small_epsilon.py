@@ -476,7 +476,8 @@ def test_an_uneven_batch_takes_the_steps_and_gives_the_numbers_of_its_problems(k
     for k, single in enumerate(singles):
         alone = solve(single)
         assert together.status[k] is alone.status and together.steps[k] == alone.steps
-        assert_same_numbers(together, k, alone, tolerance=1e-11)
+        # many mixed sweeps magnify the rounding of sums, of which the padding changes the order
+        assert_same_numbers(together, k, alone, tolerance=1e-8 if epsilon == 1e-3 else 1e-11)
     if epsilon == 0.1 and "free" not in kinds:
         assert together.steps[0] < together.steps[1]  # the easy one does not wait for the hard one
 

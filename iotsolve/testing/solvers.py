@@ -215,6 +215,9 @@ def _read(said: Any, data: Numbers) -> Answer:
             raise _Wrong("form", f"a gradient in {name!r}: those in cost, a and b are judged")
         gradient[name] = _array(f"gradient[{name!r}]", x, getattr(data, name).shape)
         if not np.isfinite(gradient[name]).all():
+            if said.converged is False:
+                del gradient[name]
+                continue
             raise _Wrong("finite", f"gradient[{name!r}] = {gradient[name].tolist()}")
     return replace(said, gradient=gradient, **read)
 
