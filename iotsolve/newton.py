@@ -62,8 +62,12 @@ class DualSystem:
     def corrections(
         self, rows: Tensor, columns: Tensor, *, enough: Tensor | float = 0.0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """``u, v`` of :meth:`solve` without ``mass``, of a quick plan, and ``P v, P' u``, which the last pass gives as well."""
-        inverse, v, _, known = self._eliminated(rows, columns, torch.zeros_like(rows[..., 0]), enough)
+        """``u, v`` of :meth:`solve` between fixed sides, of a quick plan, and ``P v, P' u``, which the last pass gives as well.
+
+        ``(u + t, v - t)`` for any ``t`` is another solution: of these the one with a mean of 0 over the columns. Left to itself,
+        rounding leads to others, far away.
+        """
+        inverse, v, _, known = self._eliminated(rows, columns, torch.zeros_like(rows[..., 0]), enough, anchored=True)
         inverse, v = inverse.numpy(), v.numpy()
         image, pulled = self.plan.product(inverse, v, as_given=False)
         return inverse * (rows.numpy() - image), v, image, known.numpy() - pulled
@@ -72,9 +76,9 @@ class DualSystem:
         return self.plan.marginals() if isinstance(self.plan, Plan) else (self.plan.sum(-1), self.plan.sum(-2))
 
     def _eliminated(
-        self, rows: Tensor, columns: Tensor, mass: Tensor, enough: Tensor | float
+        self, rows: Tensor, columns: Tensor, mass: Tensor, enough: Tensor | float, *, anchored: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``1 / R`` where kept, the solution's ``v`` and ``w``, and ``P' (rows / R)``."""
+        """``1 / R`` where kept, the solution's ``v`` and ``w``, and ``P' (rows / R)``; ``anchored``: of a mean of 0."""
         keep_u, keep_v = self.keep_rows.to(rows.dtype), self.keep_columns.to(rows.dtype)
         r, c = self._sums()
         inverse = keep_u / torch.where(self.keep_rows, self.row_diagonal, 1.0)
@@ -92,6 +96,8 @@ class DualSystem:
         if isinstance(self.plan, QuickPlan) and self.plan.in_numpy:
             given = tuple(None if x is None else x.numpy() for x in given)
             schur = _schur(lambda w, v: self.plan.product(w, v, as_given=False)[1], *given)
+            if anchored:
+                schur = _anchored(schur, given[1] * given[2])
             x = _conjugate_gradients(schur, right.numpy(), 1.0 / diagonal.numpy(), enough.numpy())
             x = torch.from_numpy(x)
         else:
@@ -141,6 +147,12 @@ def _schur(
         return np.concatenate([top, bottom], -1) if isinstance(x, np.ndarray) else torch.cat([top, bottom], -1)
 
     return bordered if border is not None else lambda v: keep * (diagonal * v - normal(inverse, v))
+
+
+def _anchored(system: Callable[[Array], Array], weights: Array) -> Callable[[Array], Array]:
+    """A system that does not see a constant, and the mean in its place."""
+    total = weights.sum(-1, keepdims=True)
+    return lambda v: system(v) + weights * ((weights * v).sum(-1, keepdims=True) / total)
 
 
 def _conjugate_gradients(

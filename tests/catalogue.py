@@ -68,6 +68,9 @@ def _mass(rows, columns):
 PLAIN = {f"{r}-{c}": Case(SIDES[r], SIDES[c], None, *_totals(SIDES[r], SIDES[c])) for r in SIDES for c in SIDES}
 WITH_MASS = {f"{k}-mass": replace(case, mass=_mass(case.rows, case.columns)) for k, case in PLAIN.items()}
 CASES = PLAIN | WITH_MASS
+# one of two that are each other's mirror: for laws that ask nothing of the order, beside the law that it does not matter
+PLACE = list(SIDES.values()).index
+UNORDERED = {k: case for k, case in CASES.items() if PLACE(case.rows) <= PLACE(case.columns)}
 
 
 @cache

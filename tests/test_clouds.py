@@ -4,6 +4,7 @@ Problems here are large enough for compiled passes; ``STORED = 0`` takes away th
 """
 
 import math
+import sys
 import weakref
 
 import numpy as np
@@ -203,6 +204,16 @@ def test_converged_means_certified(epsilon, d, dtype, tolerance, stored, storage
         assert solution.certificate.holds or not solution.converged
         if dtype == np.float64:
             assert solution.converged
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("epsilon", [0.02, 0.01])
+def test_corrections_by_products_in_single_precision_do_not_drift(epsilon, seed, monkeypatch):
+    """Along the constants, that a system between fixed sides does not see but for the rounding of exponents."""
+    monkeypatch.setattr(workspace, "STORED", 2**10)
+    monkeypatch.setattr(sys.modules["iotsolve.problem"], "_FEW", 0)
+    solution = solve(Problem(Points(*drawn(540, 500, 3, seed, np.float32)), epsilon=epsilon))
+    assert solution.certificate.holds
 
 
 @pytest.mark.parametrize("points", [True, False])

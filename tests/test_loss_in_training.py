@@ -153,7 +153,7 @@ def test_with_autocast_and_a_scaler(name):
     assert not torch.equal(encoder.weight, before) and loss.log_temperature.grad is not None
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["clip", "sinkhorn"])  # closed, and with an inner problem to be solved
 def test_compiled_with_one_break(name):
     """The loss is a break in the graph, as documented; the encoder around it is compiled."""
     encoder, loss = nn.Linear(6, 5), LOSSES[name](0.2)

@@ -55,6 +55,7 @@ for metric in ("sqeuclidean", "cosine"):
                 a=a.grad, b=b.grad, epsilon=eps.grad, rows=solution.row_marginal.detach(),
                 cost=solution.transport_cost.detach(), plan=own_plan(solution), holds=bool(c.holds),
                 dual=torch.tensor(float(c.dual)), status=solution.status.name, steps=solution.steps)
+FEWER = ("kl", "partial") if world == 4 else REGIMES  # four ranks on two processors wait most of the time
 FULL = (A + 0.01) / (A + 0.01).sum()
 U, V = (torch.randn(k, 3, generator=generator, dtype=torch.float64) for k in (60, 45))
 LOSSES = {
@@ -64,10 +65,12 @@ LOSSES = {
     "columns": lambda s, u, v: (s.apply(u, axis=-2) ** 2).sum() + s.apply(u[:, 0], axis=-2)[0],
     "rows": lambda s, u, v: (s.apply(v) ** 2).sum(),  # of one's own rows: a share of the loss
 }
-for name, sides in REGIMES.items():
+for name, sides in ((name, REGIMES[name]) for name in FEWER):
     for bins, weights in (("full", FULL), ("empty", A)):
         for what, loss in LOSSES.items():
             if (what, bins) != ("potentials", "full") and (bins == "full" or name not in ("balanced", "kl", "partial")):
+                continue
+            if world == 4 and what != "potentials" and name == "partial":
                 continue
             x, y, a, b, u, v = (z.clone().requires_grad_() for z in (X[mine], Y, weights, B, U[mine], V))
             eps = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -76,7 +79,7 @@ for name, sides in REGIMES.items():
             loss(solution, u, v).backward()
             saved[f"implicit {name} {bins} {what}"] = [z.grad for z in (x, u, y, a, b, eps, v)]
 DX, DY = (torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (60, 45))
-for name, sides in REGIMES.items():
+for name, sides in ((name, REGIMES[name]) for name in FEWER):
     for bins, weights in (("full", FULL), ("empty", A)):
         for metric in ("sqeuclidean", "cosine") if name == "kl" else ("sqeuclidean",):
             x, y, a, b = (z.clone().requires_grad_() for z in (X[mine], Y, weights, B))
@@ -88,7 +91,7 @@ for name, sides in REGIMES.items():
             sum((slope * way).sum() for slope, way in zip(first, along)).backward()  # that in x a share, the others all have
             saved[f"second {metric} {name} {bins}"] = [z.grad for z in (x, y, a, b, eps)]
 x = X[mine].clone().requires_grad_()
-solve(Problem(Sharded(Points(x, Y)), A, B, epsilon=2.0), Newton(tolerance=1e-13), gradient=Unroll(60)).f.square().sum().backward()
+solve(Problem(Sharded(Points(x, Y)), A, B, epsilon=2.0), Newton(tolerance=1e-13), gradient=Unroll(20)).f.square().sum().backward()
 saved["unrolled"] = x.grad
 solution = solve(Problem(Sharded(Points(X[mine], Y)), A, B, epsilon=2.0), Newton(tolerance=1e-13))
 saved["applied"] = [solution.apply(V), solution.apply(U[mine], axis=-2)]
@@ -101,13 +104,13 @@ try:
 except ValueError as error:
     saved["near"] = str(error)
 from iotsolve.kernels import workspace
-WIDE, NARROW = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (720, 600))
-part = WIDE[12 * sum(SIZES[:rank]) : 12 * sum(SIZES[: rank + 1])]  # enough for kernels and for copies of plans, on every rank
+WIDE, NARROW = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (540, 500))
+part = WIDE[9 * sum(SIZES[:rank]) : 9 * sum(SIZES[: rank + 1])]  # enough for kernels and for copies of plans, on every rank
 for name, sides in REGIMES.items():
-    for what, solver in (("front door", None), ("Newton", Newton(tolerance=1e-12))):
+    for what, solver in (("front door", None), ("Newton", Newton(tolerance=1e-12)))[: 1 + (name in ("balanced", "partial"))]:
         for kept in (workspace.STORED, 2**10) if name in ("balanced", "tv") else (workspace.STORED,):
             whole, workspace.STORED = workspace.STORED, kept
-            for dtype in (torch.float64, torch.float32)[: 1 + (solver is None)]:
+            for dtype in (torch.float64, torch.float32)[: 1 + (solver is None and name in ("balanced", "tv", "kl"))]:
                 points = Points(part.to(dtype), NARROW.to(dtype))
                 solution = solve(Problem(Sharded(points), epsilon=0.02, **sides), solver, throw=False)
                 saved[f"large {name} {what} {dtype} {kept == whole}"] = dict(
@@ -238,8 +241,8 @@ def test_everything_is_that_of_one_process(alone, many):
 
 def test_derivatives_are_those_of_one_process(alone, many):
     """Of potentials, marginals, mass, transport cost and products with the plan, empty bins and none."""
-    names = [name for name in alone if name.startswith("implicit ")]
-    assert len(names) == 6 + 3 * 5
+    names = [name for name in many[0] if name.startswith("implicit ")]
+    assert len(names) == (6 + 3 * 5 if len(many) == 2 else 2 + 5 + 1)
     for name in names:
         expected, close = alone[name], 1e-6 if " tv " in name or " partial " in name else 1e-12
         ranks = [rank[name] for rank in many]
@@ -261,8 +264,8 @@ def test_derivatives_are_those_of_one_process(alone, many):
 
 def test_second_derivatives_are_those_of_one_process(alone, many):
     """Of the value, whose square was differentiated along a direction in everything at once."""
-    names = [name for name in alone if name.startswith("second ")]
-    assert len(names) == 14
+    names = [name for name in many[0] if name.startswith("second ")]
+    assert len(names) == (14 if len(many) == 2 else 6)
     for name in names:
         close = 1e-6 if " tv " in name or " partial " in name else 1e-11
         assert alone[name][0].abs().max() > 1e-4
@@ -292,7 +295,7 @@ def test_one_process_has_the_second_derivatives_of_a_matrix(alone):
 def test_large_problems_are_those_of_one_process(alone, many):
     """By kernels that are kept, and by kernels made again at every sweep; in as many steps, but where rounding decides."""
     names = [name for name in alone if name.startswith("large ")]
-    assert len(names) == 3 * (6 + 2)
+    assert len(names) == 6 + 2 + 5 + 3
     for name in names:
         expected = alone[name]
         double = "float64" in name
@@ -301,6 +304,9 @@ def test_large_problems_are_those_of_one_process(alone, many):
         for rank in many:
             found = rank[name]
             assert found["holds"] and abs(found["steps"] - expected["steps"]) <= 3, (name, found["steps"], expected["steps"])
+            if " balanced " in name or " tv " in name:  # where a constant may pass from one side to the other
+                t = found["f"].mean() - expected["f"].mean()
+                found = {**found, "f": found["f"] - t, "g": found["g"] + t}
             for key in ("value", "f", "g", "rows"):
                 torch.testing.assert_close(
                     found[key], expected[key], rtol=close, atol=close, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
@@ -309,7 +315,7 @@ def test_large_problems_are_those_of_one_process(alone, many):
 
 def test_one_process_has_the_values_of_points(alone):
     """Of points that are no rows of anybody's."""
-    x, y = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (720, 600))
+    x, y = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (540, 500))
     for name, sides in (("balanced", {}), ("kl", dict(rows=KL(2.0), columns=KL(0.5)))):
         value = float(solve(Problem(Points(x, y), epsilon=0.02, **sides)).value)
         for dtype, close in (("float64", 1e-9), ("float32", 1e-5)):

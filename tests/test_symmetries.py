@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from catalogue import CASES, PLAIN, WITH_MASS, over, select, with_leaves
+from catalogue import CASES, PLAIN, UNORDERED, WITH_MASS, over, select, with_leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +67,7 @@ def in_units(problem, factor):
     return rebuilt(problem, cost=factor * data.cost, epsilon=factor * data.epsilon, **sides)
 
 
-@over(CASES)
+@over(UNORDERED)
 def test_the_unit_of_the_cost_does_not_matter(case):
     problem = case.problem()
     one = solve(problem, TIGHT)
@@ -96,7 +96,7 @@ def test_a_constant_added_to_the_cost_of_a_given_mass_moves_the_value_only(case)
     np.testing.assert_allclose(one.plan, two.plan, atol=1e-9)
 
 
-@over(CASES)
+@over(UNORDERED)
 def test_masses_scale(case):
     """With all masses doubled, so is the plan, once the cost pays for what the product of the weights has gained."""
     problem = case.problem()
@@ -106,7 +106,7 @@ def test_masses_scale(case):
     np.testing.assert_allclose(solve(doubled, TIGHT).plan, 2 * solve(problem, TIGHT).plan, atol=1e-9)
 
 
-@over(CASES)
+@over(UNORDERED)
 def test_a_bin_may_be_split(case):
     problem = case.problem()
     data = numbers(problem)
@@ -149,7 +149,7 @@ def assert_batch_is_loop(singles):
         np.testing.assert_allclose(together.plan[i], alone.plan, atol=1e-12)
 
 
-@over(CASES)
+@over(UNORDERED)
 def test_a_batch_equals_a_loop(case):
     assert_batch_is_loop([case.problem(epsilon=0.2, seed=seed, empty=seed == 1) for seed in range(3)])
 
@@ -198,7 +198,7 @@ def test_one_hard_problem_does_not_make_the_easy_ones_pay():
 # -- NumPy, torch, dtypes ----------------------------------------------------------------------------------------------
 
 
-@over(CASES)
+@over(UNORDERED)
 def test_numpy_equals_torch(case):
     problem = case.problem()
     ours, theirs = solve(problem), solve(with_leaves(problem))
@@ -315,7 +315,7 @@ def test_a_one_by_one_problem_has_the_answer_by_hand():
 # -- warm starts -------------------------------------------------------------------------------------------------------
 
 
-@over(CASES)
+@over(UNORDERED)
 def test_a_warm_start_takes_fewer_steps(case):
     problem = case.problem(epsilon=0.1)
     data = numbers(problem)

@@ -148,6 +148,7 @@ def test_every_regime_agrees_with_cvxpy(regime):
     `HYPOTHESIS_PROFILE=nightly` draws 2,000 problems of each.
     """
 
+    @settings(max_examples=settings().max_examples // 2)
     @given(problem=REGIMES[regime])
     def agrees(problem):
         solution = solve(problem)
