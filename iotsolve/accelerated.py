@@ -107,6 +107,8 @@ class Accelerated:
                         ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
                         steps[k] += taken
         f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
+        if isinstance(cost, Sharded):
+            f, g, lam = (cost.ranks.first(x) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
         enough = min(tolerance / 2, 2 * aim) if clouds else tolerance / 2
         given_up = scaling.BROKEN, scaling.SLOW

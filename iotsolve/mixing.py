@@ -33,17 +33,18 @@ class Mixing:
     """How many of the differences are any, per problem; -1 before the first iterate."""
     least: Float[Tensor, " b"]
     """Squared residuals, the least since the memory was empty."""
+    lowest: Float[Tensor, " b"]
+    """The least of all; ``best`` is the image of its iterate, ``idle`` the steps since it fell by a tenth."""
     best: Float[Tensor, "b n"]
-    """The image of the iterate with that residual."""
     idle: Float[Tensor, " b"]
-    """Steps since it fell."""
 
     @classmethod
     def empty(cls, like: Float[Tensor, "b n"], window: int) -> Mixing:
         """To begin with, for iterates of this shape."""
         nothing = like.new_zeros(len(like), window, like.shape[1])
         zero, none = torch.zeros_like(like), like.new_full((len(like),), -1.0)
-        return cls(zero, zero, zero, nothing, nothing, none, torch.full_like(none, torch.inf), zero, torch.zeros_like(none))
+        endless = torch.full_like(none, torch.inf)
+        return cls(zero, zero, zero, nothing, nothing, none, endless, endless, zero, torch.zeros_like(none))
 
     def mixed(self, image: Float[Tensor, "b n"], weights: Float[Tensor, "b n"], most: Scalar = math.inf) -> Mixing:
         """What is remembered when the map has made ``image`` of the iterate; the next one is its ``at``.
@@ -71,18 +72,20 @@ class Mixing:
         sound = step.isfinite().all(-1, keepdim=True)
         following = torch.where(finite & begun, here + torch.where(sound, step, r), image)
         known = torch.where(sound.squeeze(-1), known + 1, (known + 1).clamp(max=0.0)).clamp(max=window)
-        better, most_idle = size < _FALLEN**2 * self.least, _PATIENCE * window
-        best = torch.where(better.unsqueeze(-1), image, self.best)
+        better, most_idle = size < _FALLEN**2 * self.lowest, _PATIENCE * window
+        best, lowest = torch.where(better.unsqueeze(-1), image, self.best), torch.where(better, size, self.lowest)
         idle = torch.where(better & (self.idle <= most_idle), 0.0, self.idle + 1)
-        given_up = (idle > most_idle).unsqueeze(-1)
-        following = torch.where(given_up, torch.where((self.idle <= most_idle).unsqueeze(-1), best, image), following)
-        least = torch.where(better, size, self.least)
-        return Mixing(following, here, r, dx, dr, known, least, best, idle)
+        given_up, now = (idle > most_idle).unsqueeze(-1), ((self.idle <= most_idle) & lowest.isfinite()).unsqueeze(-1)
+        following = torch.where(given_up, torch.where(now, best, image), following)
+        least = torch.where(grown, size, torch.minimum(self.least, size))
+        return Mixing(following, here, r, dx, dr, known, least, lowest, best, idle)
 
     def restarted(self, those: Tensor) -> Mixing:
-        """For some problems an empty memory."""
+        """For some problems an empty memory; of mixing that was given up it stays known."""
+        empty = those & (self.idle <= _PATIENCE * self.dx.shape[1])
         known, least = torch.where(those, -1.0, self.known), torch.where(those, torch.inf, self.least)
-        return replace(self, known=known, least=least)  # not what is known of mixing
+        lowest, idle = torch.where(empty, torch.inf, self.lowest), torch.where(empty, 0.0, self.idle)
+        return replace(self, known=known, least=least, lowest=lowest, idle=idle)
 
     def where(self, mine: Tensor, other: Mixing) -> Mixing:
         """This memory for some problems of the batch, another for the rest."""

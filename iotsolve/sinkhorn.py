@@ -15,6 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from iotsolve.distributed import Sharded
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.mixing import Mixing
 from iotsolve.problem import Potentials, Problem, log_marginal
@@ -168,6 +169,8 @@ class Sinkhorn:
         memory = state.memory
         if memory is not None:
             memory = memory.mixed(*_iterate(problem, state), _FARTHEST * epsilon)
+            if isinstance(problem.cost, Sharded):  # unlike processors round unlike, and mixing magnifies it
+                memory = replace(memory, at=problem.cost.ranks.first(memory.at))
             s, p = (memory.at, p) if problem.mass is None else (memory.at[:, :-1], replace(p, lam=memory.at[:, -1]))
         if s is not None:
             p = replace(p, f=rows.aprox(lowered(s), epsilon))
@@ -192,7 +195,8 @@ class Sinkhorn:
         fresh = settle(problem, state)
         if state.memory is None:
             return fresh
-        return replace(fresh, memory=state.memory.restarted((fresh.potentials.f != state.potentials.f).any(-1)))
+        before, after = (_iterate(problem, x)[0] for x in (state, fresh))
+        return replace(fresh, memory=state.memory.restarted((before != after).any(-1)))
 
 
 def answered(problem: Problem, p: Potentials) -> Potentials:

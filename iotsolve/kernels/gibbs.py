@@ -125,7 +125,7 @@ class Streamed(Kernel):
 
 
 class OverRanks(Kernel):
-    """A kernel of ``rows`` of which each rank sweeps its own, a slice: all have whole vectors, and the same numbers in them.
+    """A kernel of ``rows`` of which each rank sweeps its own, a slice: all have whole vectors, and the first rank's are swept.
 
     ``ranks`` is a :class:`iotsolve.distributed.Ranks`.
     """
@@ -147,6 +147,7 @@ class OverRanks(Kernel):
     def sweep(self, v: np.ndarray, rule: int, w: np.ndarray, *given: Any) -> None:
         base, known, side, lam, y, u, columns = given
         own = y[self.own], u[self.own]
+        v = self.ranks.first(torch.from_numpy(v)).numpy()
         self.local.sweep(v, rule, w[self.own], base[self.own], known[self.own], side, lam, *own, columns)
         y[:], u[:] = self.ranks.gather(torch.from_numpy(np.stack(own, 1))).numpy().T
         columns[:] = self.ranks.sum(torch.from_numpy(columns)).numpy()
