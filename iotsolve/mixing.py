@@ -87,6 +87,10 @@ class Mixing:
         lowest, idle = torch.where(empty, torch.inf, self.lowest), torch.where(empty, 0.0, self.idle)
         return replace(self, known=known, least=least, lowest=lowest, idle=idle)
 
+    def given_up(self, those: Tensor) -> Mixing:
+        """For some problems no more mixing."""
+        return replace(self, idle=torch.where(those, torch.inf, self.idle))
+
     def where(self, mine: Tensor, other: Mixing) -> Mixing:
         """This memory for some problems of the batch, another for the rest."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)

@@ -190,6 +190,10 @@ class Sinkhorn:
             return state
         return replace(state, memory=Mixing.empty(_iterate(problem, state)[0], self.mixing))
 
+    def relent(self, state: SinkhornState, those: Tensor) -> SinkhornState | None:
+        """The state of plain sweeps for some problems, that mixed ones get nowhere with; None if they are plain anyway."""
+        return None if state.memory is None else replace(state, memory=state.memory.given_up(those))
+
     def settle(self, problem: Problem, state: SinkhornState) -> SinkhornState:
         """The translation that has no closed form: a bisection, so asked for now and then only."""
         fresh = settle(problem, state)

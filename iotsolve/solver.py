@@ -74,6 +74,8 @@ class Method(Protocol):
 
     def hasten(self, problem: Problem, state: Any) -> Any: ...
 
+    def relent(self, state: Any, those: Tensor) -> Any | None: ...
+
     def settle(self, problem: Problem, state: Any) -> Any: ...
 
 
@@ -124,7 +126,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
 
     Finished problems leave the work set, so that a hard one does not make the easy ones pay. The loop stops at half the
     tolerance, which leaves the certificate room for the rounding of its own arithmetic. A problem has stalled when for many
-    checks neither its error has fallen nor its dual risen: with bounds the error may rest while the potentials still travel.
+    checks neither its error has fallen nor its dual risen: with bounds the error may rest while the potentials still travel. A
+    method that was hastened goes on without haste first, for as many checks again.
     """
     size = problem.batch_shape[0]
     (ladder, wait), tolerance = method.schedule(problem, start), method.threshold(problem)
@@ -133,7 +136,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     final = Potentials(state.potentials.f.clone(), state.potentials.g.clone(), state.potentials.lam.clone())
     status, steps = [Status.MAX_STEPS] * size, [method.max_steps] * size
     best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
-    highest = torch.full_like(final.lam, -torch.inf)
+    highest, relented = torch.full_like(final.lam, -torch.inf), torch.zeros_like(final.lam, dtype=torch.bool)
     on_device = problem.cost.device.type == "cuda"
     entries = math.prod(problem.shape[-2:])
     dear, cheap = entries >= (_DEAR_ON_DEVICE if on_device else _DEAR), on_device and entries < _CHEAP_ON_DEVICE
@@ -159,6 +162,10 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
         broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
+        if (calmer := method.relent(state, stuck)) is not None:
+            state, first = calmer, stuck & ~relented
+            best, highest = torch.where(first, torch.inf, best), torch.where(first, -torch.inf, highest)
+            patience, relented, stuck = torch.where(first, 0.0, patience), relented | stuck, stuck & ~first
         done = near | broken | stuck | spent
         if any(done.tolist()):  # potentials that nobody takes for an answer are not looked at
             usable, rounding = _soundness(problem, state.potentials)
@@ -177,7 +184,8 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             if not len(left):
                 return Outcome(final, status, steps)
             problem, state, replayed = problem.select(left), state.select(left), None
-            active, wait, best, highest, patience = (x[left] for x in (active, wait, best, highest, patience))
+            given = active, wait, best, highest, patience, relented
+            active, wait, best, highest, patience, relented = (x[left] for x in given)
             least = float(wait.min())
         if k and (late & (late - 1) == 0 or late % 64 == 0):
             state = method.settle(problem, state)

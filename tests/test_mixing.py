@@ -1,5 +1,7 @@
 """Anderson's mixing: against GMRES, which it is on linear maps, and in sweeps of every pair of sides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,22 @@ def test_a_problem_of_kinks_that_plain_sweeps_do_not_end():
     problem = Problem(Points(x, y), epsilon=0.05, rows=TV(0.3))
     assert not solve(problem, Sinkhorn(stationary=True, max_steps=1000, mixing=0), throw=False).converged
     assert solve(problem, MIXED).certificate.holds
+
+
+def test_what_mixing_gets_nowhere_with_is_swept_as_before(monkeypatch):
+    """As of a mixture that leads astray, again and again: as many sweeps as without, after those it has cost."""
+    problem = Problem(Points(*clouds()), epsilon=0.01)
+    plain = solve(problem, Sinkhorn(mixing=0))
+    mixed = Mixing.mixed
+
+    def astray(self, image, weights, most):
+        found = mixed(self, image, weights, most)
+        lost = torch.where((found.idle > 4 * 15).unsqueeze(-1), found.at, image + 0.1)
+        return replace(found, at=lost + torch.linspace(0, 0.1, image.shape[1]) * (found.idle <= 4 * 15).unsqueeze(-1))
+
+    monkeypatch.setattr(Mixing, "mixed", astray)
+    lost = solve(problem, Sinkhorn())
+    assert lost.certificate.holds and plain.steps < lost.steps < plain.steps + 8 * 45
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

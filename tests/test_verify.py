@@ -313,7 +313,7 @@ BUGS = {
 
 @pytest.mark.parametrize("solver, regime, law", BUGS.values(), ids=BUGS.keys())
 def test_every_planted_bug_is_found_and_named(solver, regime, law):
-    report = verify(solver, regimes=[regime], examples=FEW, shrink=0)
+    report = verify(solver, regimes=[regime], examples=2 * FEW, shrink=0)
     assert not report.passed
     assert law in report[regime].broken, report
 
