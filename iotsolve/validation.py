@@ -73,9 +73,7 @@ def check_window(mixing: Any) -> None:
         ValueError: if it is no whole number, or below 0.
     """
     if not (_is(mixing, Integral) and mixing >= 0):
-        raise ValueError(
-            f"mixing = {mixing!r}: must be a whole number of sweeps, 0 for none; the default is 15."
-        )
+        raise ValueError(f"mixing = {mixing!r}: must be a whole number of sweeps, 0 for none; the default is 15.")
 
 
 def _is(x: Any, kind: type) -> bool:

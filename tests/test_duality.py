@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import kl_div
 
-from iotsolve import FREE, KL, TV, Potentials, Problem, Sinkhorn, certify, solve
+from iotsolve import FIXED, FREE, KL, TV, Potentials, Problem, Sinkhorn, certify, solve
 from iotsolve.testing import check_certificate, check_duality, costs, marginals, problems, weights
 from iotsolve.testing.references import dual_objective, gibbs_plan, numbers, objective, violation
 
@@ -247,3 +247,20 @@ def test_the_law_of_certificates_catches_a_wrong_claim(name):
         check_certificate(case.problem(), replace(solution, potentials=moved))
     with pytest.raises(AssertionError, match=r"bounds: .*optimal_value"):
         check_certificate(case.problem(), solution, answer=replace(found, value=found.value + 1e-4))
+
+
+@pytest.mark.parametrize("sides", [(FIXED, FIXED), (FIXED, KL(0.5))], ids=str)
+def test_the_certificates_of_a_batch_of_two_dimensions_are_those_of_its_problems(sides):
+    """With an empty bin, among costs for compiled passes, where plain transport is judged in vectors."""
+    rng = np.random.default_rng(0)
+    cost, a = rng.random((2, 3, 60, 50)), rng.random((2, 3, 60))
+    a[..., 3] = 0.0
+    a /= a.sum(-1, keepdims=True)
+    solution = solve(Problem(cost, a, epsilon=0.1, rows=sides[0], columns=sides[1]))
+    whole = solution.certificate
+    assert whole.holds.shape == (2, 3) and whole.holds.all()
+    for i, j in np.ndindex(2, 3):
+        single = Problem(cost[i, j], a[i, j], epsilon=0.1, rows=sides[0], columns=sides[1])
+        own = certify(single, solution.f[i, j], solution.g[i, j])
+        assert whole.dual[i, j] == pytest.approx(own.dual, rel=1e-12)
+        assert whole.gap[i, j] == pytest.approx(own.gap, rel=1e-3, abs=1e-14)

@@ -473,12 +473,12 @@ OUT_OF_STEP = [("fixed", "chi2"), ("tv", "kl"), ("between", "l2"), ("at_most", "
 @pytest.mark.parametrize("epsilon", [0.1, 1e-3, 0.0])
 def test_an_uneven_batch_takes_the_steps_and_gives_the_numbers_of_its_problems(kinds, epsilon):
     singles = uneven(kinds, epsilon=epsilon)
-    together = solve(batch(singles), throw=False)
+    options = {"tolerance": 1e-12} if epsilon == 1e-3 else {}  # many mixed sweeps magnify rounding, as far as they may differ
+    together = solve(batch(singles), throw=False, **options)
     for k, single in enumerate(singles):
-        alone = solve(single)
+        alone = solve(single, **options)
         assert together.status[k] is alone.status and together.steps[k] == alone.steps
-        # many mixed sweeps magnify the rounding of sums, of which the padding changes the order
-        assert_same_numbers(together, k, alone, tolerance=1e-8 if epsilon == 1e-3 else 1e-11)
+        assert_same_numbers(together, k, alone, tolerance=1e-11)
     if epsilon == 0.1 and "free" not in kinds:
         assert together.steps[0] < together.steps[1]  # the easy one does not wait for the hard one
 
