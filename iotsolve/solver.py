@@ -162,12 +162,15 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
         best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
         broken = ~(dual + scale).isfinite()
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
-        if (calmer := method.relent(state, stuck)) is not None:
+        done = near | broken | stuck | spent
+        some = any(done.tolist())
+        if some and (calmer := method.relent(state, stuck)) is not None:
             state, first = calmer, stuck & ~relented
             best, highest = torch.where(first, torch.inf, best), torch.where(first, -torch.inf, highest)
             patience, relented, stuck = torch.where(first, 0.0, patience), relented | stuck, stuck & ~first
-        done = near | broken | stuck | spent
-        if any(done.tolist()):  # potentials that nobody takes for an answer are not looked at
+            done = near | broken | stuck | spent
+            some = any(done.tolist())
+        if some:  # potentials that nobody takes for an answer are not looked at
             usable, rounding = _soundness(problem, state.potentials)
             broken, blunt = broken | ~usable, rounding > tolerance
             looked_at = torch.stack([active, own.to(active.dtype), near, stuck, blunt, broken, done | broken]).T.tolist()

@@ -6,7 +6,7 @@ import numpy as np
 import ot
 import pytest
 import torch
-from catalogue import CASES, UNORDERED, answer, over
+from catalogue import CASES, answer, over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import kl_div
@@ -23,7 +23,7 @@ def potentials_of(solution):
 # -- weak duality ------------------------------------------------------------------------------------------------------
 
 
-@over(UNORDERED)
+@over(CASES)
 def test_no_iterate_of_sinkhorn_is_above_the_optimum(case):
     problem, solution = case.problem(epsilon=0.1), None
     for _ in range(20):
@@ -31,7 +31,7 @@ def test_no_iterate_of_sinkhorn_is_above_the_optimum(case):
         check_duality(problem, *potentials_of(solution), answer=answer(case, epsilon=0.1))
 
 
-@over(UNORDERED)
+@over(CASES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 20])
 def test_no_certificate_of_an_iterate_misses_the_optimum(case, steps):
     problem = case.problem(epsilon=0.1)
@@ -39,7 +39,7 @@ def test_no_certificate_of_an_iterate_misses_the_optimum(case, steps):
     check_certificate(problem, solution, answer=answer(case, epsilon=0.1))
 
 
-@over(UNORDERED)
+@over(CASES)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 100.0])
 def test_no_random_potential_is_above_the_optimum(case, spread):
     problem, rng = case.problem(empty=True, forbidden=True), np.random.default_rng(3)
@@ -94,7 +94,7 @@ def test_the_gap_is_a_sum_of_terms_that_are_not_negative(case):
     assert float(stated) == pytest.approx(gap, abs=1e-6)
 
 
-@over(UNORDERED)
+@over(CASES)
 def test_the_certified_gap_is_primal_less_dual(case):
     problem = case.problem(epsilon=0.1, empty=True)
     certificate = solve(problem, Sinkhorn(max_steps=3), throw=False).certificate
@@ -129,7 +129,7 @@ def test_the_certificate_holds_at_the_tolerance_asked_for(problem, tolerance):
     check_certificate(problem, solution)
 
 
-@over(UNORDERED)
+@over(CASES)
 @pytest.mark.parametrize("steps", [1, 1000])
 def test_violations_equal_a_recomputation_in_numpy(case, steps):
     problem = case.problem(epsilon=0.1, empty=True, forbidden=True)
@@ -151,7 +151,7 @@ GARBAGE = {
 }
 
 
-@over(UNORDERED)
+@over(CASES)
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_is_certified_only_if_it_is_the_answer(case, name):
     problem = case.problem()
@@ -198,7 +198,7 @@ def test_pot_exact_potentials_are_certified_with_their_plan(seed):
     assert not certify(problem, log["u"], log["v"]).holds
 
 
-@over(UNORDERED)
+@over(CASES)
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_float32_converged_means_within_tolerance_in_float64(case, epsilon):
     double, found = case.problem(epsilon=epsilon), answer(case, epsilon=epsilon)

@@ -324,6 +324,19 @@ def test_the_solver_that_was_wrapped_passes():
     assert all(x.verdict == "passed" and x.converged == x.offered == x.examples for x in report.regimes)
 
 
+@pytest.mark.parametrize("converged", [True, None, False])
+def test_what_a_solver_says_it_has_not_found_is_not_looked_at(converged):
+    """A gradient as little as a plan; of a solver that says nothing of the kind both are."""
+    problem = Problem(np.eye(3), epsilon=0.5)
+
+    def said(*data, **wrong):
+        return replace(iotsolve_solver(*data), converged=converged, **wrong)
+
+    for wrong in ({"gradient": {"cost": np.full((3, 3), np.inf)}}, {"plan": np.full((3, 3), np.nan)}):
+        broken = judge(problem, lambda *data, wrong=wrong: said(*data, **wrong)).broken
+        assert ("finite" in broken) == (converged is not False), broken
+
+
 def test_a_rounding_at_the_edge_of_the_domain_is_no_fault_of_a_solver():
     """Feasible to the last digit, with a potential exactly at its lowest: lowering it by a rounding must not leave the domain."""
     problem = Problem(

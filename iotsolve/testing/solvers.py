@@ -213,12 +213,11 @@ def _read(said: Any, data: Numbers) -> Answer:
     for name, x in (said.gradient or {}).items():
         if name not in ("cost", "a", "b"):
             raise _Wrong("form", f"a gradient in {name!r}: those in cost, a and b are judged")
-        gradient[name] = _array(f"gradient[{name!r}]", x, getattr(data, name).shape)
-        if not np.isfinite(gradient[name]).all():
-            if said.converged is False:
-                del gradient[name]
-                continue
-            raise _Wrong("finite", f"gradient[{name!r}] = {gradient[name].tolist()}")
+        found = _array(f"gradient[{name!r}]", x, getattr(data, name).shape)
+        if np.isfinite(found).all():
+            gradient[name] = found
+        elif said.converged is not False:
+            raise _Wrong("finite", f"gradient[{name!r}] = {found.tolist()}")
     return replace(said, gradient=gradient, **read)
 
 
