@@ -71,9 +71,15 @@ class Accelerated:
         near = self._threshold(problem) >= _SINGLE or _stays_in_cache(problem)
         return self if near else replace(self, tolerance=_SINGLE)
 
+    def patient(self, problem: Problem) -> Accelerated:
+        """This solver, that gives up later where a thousand sweeps cost less than a step of second order."""
+        n, m = problem.shape[-2:]
+        return replace(self, max_steps=max(1000, self.max_steps), slow=1.0) if n * m <= _TINY else self
+
     def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
         """Solve every problem of a detached flat batch."""
         from iotsolve.kernels import scaling  # numba is imported where it runs
+        from iotsolve.kernels.threads import each_piece, pieces
 
         tolerance = self._threshold(problem)
         eps, cost = number(problem.epsilon), problem.cost
@@ -81,28 +87,27 @@ class Accelerated:
         tiny = n * m <= _TINY
         wide = tiny or (tolerance < _SINGLE and _stays_in_cache(problem))
         clouds = not isinstance(cost, Dense)
-        share = 4.0 * (dearness(problem) if tiny or clouds else 1.0)  # where no plan is at hand to be corrected
-        aim = max(tolerance / share, 0.0 if wide else _SINGLE / 4)
+        share = 4.0 * (dearness(problem) if tiny or clouds else np.ones(count))  # where no plan is at hand to be corrected
+        aims = np.maximum(tolerance / share, 0.0 if wide else _SINGLE / 4)
         a, b = _doubles(problem.a), _doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
-        rules, settings = _rules(problem, eps), (aim, self.max_steps, self.slow)
+        rules, settings = _rules(problem, eps), (aims, self.max_steps, self.slow)
         kernel_type = np.float64 if wide else np.float32
         ends, steps, errors = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
-        if count > 1 and cost.matrix.stride(0):
+        serial = not clouds and len(pieces(n, n * m)) == 1  # a pass is on one thread, and so may be the loop around it
+        if serial or (not clouds and count > 1 and cost.matrix.stride(0)):
             shared = cost.matrix.numpy(), a, b, f, g, lam, rules, math.log2(math.e) / eps, np.empty((0, 0), kernel_type)
-            from iotsolve.kernels.threads import each_piece
-
             each_piece(
                 count,
                 math.prod(problem.shape),
                 lambda k, *part: scaling.relax_each(*shared, settings, ends, steps, errors, *part),
             )
         else:
-            with _kernels(problem, kernel_type, aim, tolerance) as kernel:
+            with _kernels(problem, kernel_type, float(aims.min()), tolerance) as kernel:
                 for k in range(count):
                     for stage, least in kernel(k):
                         left = max(1, self.max_steps - steps[k])  # one at least, which judges in that precision
-                        limits = max(aim, least), left, self.slow
+                        limits = max(aims[k], least), left, self.slow
                         given = a[k], b[k], f[k], g[k], lam[k], rules, limits
                         ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
                         steps[k] += taken
@@ -110,11 +115,11 @@ class Accelerated:
         if isinstance(cost, Sharded):
             f, g, lam = (cost.ranks.first(x) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
-        enough = min(tolerance / 2, 2 * aim) if clouds else tolerance / 2
+        enough = np.minimum(tolerance / 2, 2 * aims) if clouds else np.full(count, tolerance / 2)
         given_up = scaling.BROKEN, scaling.SLOW
         status = [
-            Status.CONVERGED if error <= enough else Status.STALLED if end in given_up else Status.MAX_STEPS
-            for end, error in zip(ends.tolist(), errors.tolist(), strict=True)
+            Status.CONVERGED if error <= most else Status.STALLED if end in given_up else Status.MAX_STEPS
+            for end, error, most in zip(ends.tolist(), errors.tolist(), enough.tolist(), strict=True)
         ]
         if any(0 < side.recession < math.inf for side in (problem.rows, problem.columns)):
             status = _priced(problem, p, status, tolerance)
@@ -210,7 +215,7 @@ def _kernels(
         is_alone = isinstance(cost, Points) or isinstance(cost.ranks, Alone)
         return kernel if is_alone else gibbs.OverRanks(kernel, shape[0], cost.own, cost.ranks)
 
-    rounding, is_double = 2.0**-24 * spread(problem), cost.dtype == torch.float64
+    rounding, is_double = 2.0**-24 * float(spread(problem)[0]), cost.dtype == torch.float64
     most, own = (shape[0],) * 2 if isinstance(cost, Points) else (cost.most, cost.local.shape[-2])
     if most * shape[1] * np.dtype(kernel_type).itemsize <= workspace.STORED:  # on every rank, or on none
         exponents = form(torch.float64 if is_double or 2 * rounding > aim else torch.float32)
@@ -240,20 +245,30 @@ def _rules(problem: Problem, eps: float) -> Any:
 
 def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Potentials around which the kernel stays in range: the start's; none; or at a small epsilon those of the costs alone, or
-    of points those of one sweep, which reads them as often.
+    of points those of one sweep, which reads them as often. Those of a free side are 0, at its empty bins too.
     """
+    held, far = (problem.rows.is_free, problem.columns.is_free), spread(problem) > _REACH
     if start is not None:
-        f, g = (torch.where(x.isfinite(), x, 0.0) for x in (start.f, start.g))
-        return tuple(np.array(x.numpy(), dtype=np.float64) for x in (f, g, start.lam))
-    if spread(problem) > _REACH and not isinstance(problem.cost, Dense):
-        eps = number(problem.epsilon)
-        s = problem.cost.softmin(problem.b.log(), eps, axis=-1)
-        f = torch.where(s.isfinite(), s, 0.0)
-        t = problem.cost.softmin(log_scaling(problem.a, f, eps), eps, axis=-2)
-        return _doubles(f), _doubles(torch.where(t.isfinite(), t, 0.0)), np.zeros(len(f))
-    f, g, lam = (np.zeros(x.shape) for x in (problem.a, problem.b, problem.a[:, 0]))
-    if spread(problem) > _REACH:
-        from iotsolve.kernels import passes
+        f, g, lam = start.f, start.g, start.lam
+    else:
+        f, g, lam = torch.zeros_like(problem.a), torch.zeros_like(problem.b), torch.zeros_like(problem.a[:, 0])
+        if far.any() and isinstance(problem.cost, Dense):
+            f, g = (z * torch.from_numpy(far)[:, None] for z in _lowest(problem))
+        elif far.any():
+            eps = number(problem.epsilon)
+            f = f if held[0] else problem.cost.softmin(problem.b.log(), eps, axis=-1)
+            g = problem.cost.softmin(log_scaling(problem.a, torch.where(f.isfinite(), f, 0.0), eps), eps, axis=-2)
+    f, g = (torch.where(z.isfinite() & (not free), z, 0.0) for z, free in zip((f, g), held, strict=True))
+    return tuple(np.array(z.numpy(), dtype=np.float64) for z in (f, g, lam))
 
-        passes.lowest(problem.cost.matrix.numpy(), problem.a.numpy() > 0, problem.b.numpy() > 0, f, g)
-    return f, g, lam
+
+def _lowest(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``f = min_j C_ij`` and ``g = min_i C_ij - f_i`` over bins that have a weight; where rows are free ``f = 0``."""
+    from iotsolve.kernels import passes
+
+    cost = problem.cost.matrix
+    if problem.rows.is_free:
+        return torch.zeros_like(problem.a), torch.where((problem.a > 0).unsqueeze(-1), cost, math.inf).amin(-2)
+    f, g = (np.zeros(x.shape) for x in (problem.a, problem.b))
+    passes.lowest(cost.numpy(), problem.a.numpy() > 0, problem.b.numpy() > 0, f, g)
+    return torch.from_numpy(f), torch.from_numpy(g)

@@ -62,7 +62,8 @@ class Certificate:
     @property
     def relative_violation(self) -> Any:
         """Sum of the violations, less what the mismatch makes unavoidable, over the mass of the plan."""
-        total = np.asarray(self.row_violation + self.column_violation + self.mass_violation)
+        with np.errstate(over="ignore"):
+            total = np.asarray(self.row_violation + self.column_violation + self.mass_violation)
         return _ratio_or_infinity(np.maximum(total - 2 * self.mismatch, 0.0), self.mass)
 
     @property
@@ -109,7 +110,7 @@ def certify(
         >>> bool(certify(problem, np.zeros(2), np.zeros(2)).gap > 0)
         True
     """
-    with quiet(problem.cost), torch.no_grad():
+    with quiet(problem.cost), torch.no_grad(), np.errstate(all="ignore"):  # what is not finite does not hold
         return _certify(problem, f, g, lam, plan, tolerance)
 
 

@@ -64,7 +64,7 @@ def solve(
     columns: Annotated[str, typer.Option(help="Marginal of the columns, as for the rows.")] = "fixed",
     mass: Annotated[float | None, typer.Option(help="Total mass of the plan; else the marginals decide.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative error to stop at, if epsilon > 0: 1e-8.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Sweeps at most, if epsilon > 0: 10000.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="So many plain sweeps at most, if epsilon > 0.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write plan, f, g, lam, value and status to this .npz file.")] = None,
     allow_unconverged: Annotated[
         bool, typer.Option("--allow-unconverged", help="Accept a result that did not converge.")
@@ -90,7 +90,10 @@ def solve(
         settings = {k: v for k, v in dict(tolerance=tolerance, max_steps=max_steps).items() if v is not None}
         if settings and problem.is_exact:
             raise ValueError(f"{' and '.join(settings)} with epsilon = 0: exact transport takes neither; leave it out.")
-        solution = solve(problem, Sinkhorn(**settings) if settings else None, throw=False)
+        if max_steps is None:
+            solution = solve(problem, tolerance=tolerance, throw=False)
+        else:
+            solution = solve(problem, Sinkhorn(**settings), throw=False)
         accepted = bool(solution.converged) or allow_unconverged
         if accepted and out is not None:
             _write(out, solution)

@@ -44,11 +44,9 @@ class Dense:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether compiled passes read this cost: on a CPU, in rows, large enough for a first call to wait for numba."""
+        """Whether compiled passes read this cost: on a CPU, in rows."""
         matrix = self.matrix
-        ready = matrix.device.type == "cpu" and matrix.dtype in (torch.float64, torch.float32)
-        large = matrix.shape[-2] * matrix.shape[-1] >= WORTH_COMPILING or matrix.numel() >= 16 * WORTH_COMPILING
-        return ready and large and matrix.stride(-1) == 1
+        return matrix.device.type == "cpu" and matrix.dtype in (torch.float64, torch.float32) and matrix.stride(-1) == 1
 
     def surveyed(self) -> Dense:
         """The same cost with its ends known."""
@@ -302,12 +300,7 @@ class Points:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether compiled passes read these points: as :attr:`Dense.is_compiled`, a scalar product at heart."""
-        return self.in_numpy and math.prod(self.shape) >= WORTH_COMPILING
-
-    @property
-    def in_numpy(self) -> bool:
-        """Whether compiled passes can read these points."""
+        """Whether compiled passes read these points: on a CPU, a scalar product at heart."""
         return self.is_bilinear and self.device.type == "cpu" and self.dtype in (torch.float64, torch.float32)
 
     @property
@@ -586,7 +579,6 @@ def _is_same(x: Tensor, y: Tensor) -> bool:
 
 Cost = Dense | Points
 
-WORTH_COMPILING = 2**11  # entries of a problem; of a batch of smaller ones sixteen times that
 _WHOLE = 2**22  # entries of a matrix that is not cut
 _BLOCK = 2**18  # entries of a block: 2 MB in float64 stay in the cache; larger ones are three times slower
 _BLOCK_ON_DEVICE = 2**26  # where a block is a launch

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from iotsolve.costs import WORTH_COMPILING, Points, Scalar
+from iotsolve.costs import Points, Scalar
 
 __all__ = ["Alone", "Ranks", "Sharded", "meet", "own_plan"]
 
@@ -225,8 +225,8 @@ class Sharded:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether compiled passes read these points, on every rank: as :attr:`iotsolve.Points.is_compiled`, of all rows."""
-        return self.local.in_numpy and math.prod(self.shape) >= WORTH_COMPILING
+        """Whether compiled passes read these points, on every rank: as :attr:`iotsolve.Points.is_compiled`."""
+        return self.local.is_compiled
 
     @property
     def most(self) -> int:

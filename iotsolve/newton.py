@@ -98,7 +98,8 @@ class DualSystem:
             schur = _schur(lambda w, v: self.plan.product(w, v, as_given=False)[1], *given)
             if anchored:
                 schur = _anchored(schur, given[1] * given[2])
-            x = _conjugate_gradients(schur, right.numpy(), 1.0 / diagonal.numpy(), enough.numpy())
+            with np.errstate(over="ignore", invalid="ignore"):  # of iterates that rounding has led away, which are not kept
+                x = _conjugate_gradients(schur, right.numpy(), 1.0 / diagonal.numpy(), enough.numpy())
             x = torch.from_numpy(x)
         else:
             x = _conjugate_gradients(_schur(self._normal, *given), right, 1.0 / diagonal, enough)
@@ -247,7 +248,7 @@ class Newton:
 
     def _one(self, problem: Problem, p: Potentials, cold: bool) -> tuple[Potentials, Status, int]:
         tolerance, dtype, problem = self._threshold(problem), p.f.dtype, in_double(problem)
-        aim = tolerance / dearness(problem)
+        aim = tolerance / float(dearness(problem)[0])
         p = _projected(problem, p.to(torch.float64))
         here = _Point.at(problem, swept(problem, p) if cold else p)
         if here.error > _FAR and not cold:

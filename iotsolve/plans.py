@@ -256,6 +256,7 @@ class StoredPlan(QuickPlan):
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values.double(), cost.dense(), part) for (part, values), (_, cost) in blocks)
 
+        read = _kept(read) if problem.cost.matrix.numel() <= _KEPT_DOUBLE else read
         memory = problem.memory if single or lazy else None
         if memory is not None and (known := memory.of(p)) is not None:
             return cls(problem, read, known.sums, known)
@@ -359,7 +360,7 @@ class StreamedPlan(_Passed):
         """The plan as compiled passes read it: a copy, or where that is too large made at every pass; or None."""
         cost = self.problem.cost
         shape = cost.shape[-2:]
-        if not (self.in_numpy and math.prod(shape) >= _WORTH_COPYING):
+        if not self.in_numpy:
             return None
         from iotsolve.kernels import gibbs, workspace
 
@@ -406,7 +407,6 @@ class StreamedPlan(_Passed):
 
 _RESOLVED = 200.0  # exponents up to which float32 leaves an entry five digits
 _KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
-_WORTH_COPYING = 2**11  # entries of a plan of points for which it is worth to wait for numba
 
 
 @dataclass(frozen=True)
@@ -535,3 +535,14 @@ def _sorted(index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
 def _once(read: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:
     chunks = list(read())
     return lambda: iter(chunks)
+
+
+def _kept(read: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:
+    """What is read, once somebody has."""
+    chunks: list[Chunk] = []
+
+    def again() -> Iterator[Chunk]:
+        chunks.extend(() if chunks else read())
+        return iter(chunks)
+
+    return again

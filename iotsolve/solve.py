@@ -226,7 +226,7 @@ class _Automatic:
         if not Accelerated.fits(problem):
             problem = in_matrix(problem)
         if Accelerated.fits(problem):
-            asked = Accelerated(self.tolerance)
+            asked = Accelerated(self.tolerance).patient(problem)
             quick = asked.within_reach(problem)
             done = quick.run(problem, start)
             if quick == asked and all(word is Status.CONVERGED for word in done.status):
@@ -246,7 +246,8 @@ class _Automatic:
         if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
-        return _continued(problem, done, lambda left, p: iterate(left, replace(first, max_steps=sweeps), p))
+        last = replace(first, max_steps=sweeps)
+        return _continued(problem, done, lambda left, p: iterate(left, last, p), (*_UNFINISHED, Status.NOT_FINITE))
 
 
 def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Outcome:
@@ -279,47 +280,60 @@ _LOOSE, _ROUNDINGS, _WORTHLESS = 1e-5, 4.0, 0.1  # relative errors of marginals 
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}
 
 
-def _annealed(problem: Problem) -> Potentials | None:
-    """Loose potentials at the problem's epsilon, by way of larger ones; None where it is large already."""
+def _annealed(problem: Problem) -> Potentials:
+    """Loose potentials at the problem's epsilon, by way of as many larger ones as the range of each problem's costs asks for."""
     target = number(problem.epsilon)
-    top = _TOP * float(problem.cost.between(problem.a > 0, problem.b > 0).range().max())
-    count = math.ceil(math.log(top / target) / math.log(_RATIO)) if top > target else 0
-    p = None
-    for k in range(count, -1 if count else 0, -1):
-        rung = problem.with_epsilon(target * (top / target) ** (k / count))
+    top = _TOP * problem.cost.between(problem.a > 0, problem.b > 0).range().double()
+    rungs = ((top / target).log() / math.log(_RATIO)).ceil().clamp(min=0)
+    p = Potentials(torch.zeros_like(problem.a), torch.zeros_like(problem.b), torch.zeros_like(problem.a[:, 0]))
+    for k in range(int(rungs.max()), -1, -1):
+        rung = problem.with_epsilon(target * _RATIO**k)
         rough = Accelerated(_ROUGH, max_steps=32, slow=1.0) if Accelerated.fits(rung) else Newton(_ROUGH, max_steps=8)
-        found = rough.run(rung, p).potentials
-        if not all(bool(x.isfinite().all()) for x in (found.f, found.g, found.lam)):
-            break
-        p = found
+        for chosen, begun in ((rungs == k, False), (rungs > k, True)):
+            index = chosen.nonzero()[:, 0]
+            if not len(index):
+                continue
+            whole = len(index) == len(rungs)
+            given = p if whole else Potentials(p.f[index], p.g[index], p.lam[index])
+            found = rough.run(rung if whole else rung.select(index), given if begun else None).potentials
+            sound = found.f.isfinite().all(-1) & found.g.isfinite().all(-1) & found.lam.isfinite()
+            p.f[index[sound]], p.g[index[sound]], p.lam[index[sound]] = found.f[sound], found.g[sound], found.lam[sound]
     return p
 
 
-_TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # largest epsilon in cost ranges, ratio of successive ones, their tolerance
+_TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # what the largest epsilon reaches, in cost ranges, ratio of successive ones, tolerance
 _LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 
 
-def _continued(problem: Problem, done: Outcome, go_on: Callable[[Problem, Potentials], Outcome]) -> Outcome:
-    """The outcome with what has not converged taken further."""
-    left = [i for i, status in enumerate(done.status) if status in (Status.MAX_STEPS, Status.STALLED)]
+_UNFINISHED = Status.MAX_STEPS, Status.STALLED
+
+
+def _continued(
+    problem: Problem,
+    done: Outcome,
+    go_on: Callable[[Problem, Potentials], Outcome],
+    unfinished: tuple[Status, ...] = _UNFINISHED,
+) -> Outcome:
+    """The outcome with what has not converged taken further; what leads out of the finite is said, and not taken."""
+    left = [i for i, status in enumerate(done.status) if status in unfinished]
     if not left:
         return done
     index, p = torch.as_tensor(left, device=problem.cost.device), done.potentials
-    if len(left) == len(done.status):  # no copy of the costs
-        more = go_on(problem, p)
-        return replace(more, steps=[x + y for x, y in zip(done.steps, more.steps, strict=True)])
-    more = go_on(problem.select(index), Potentials(p.f[index], p.g[index], p.lam[index]))
+    whole = len(left) == len(done.status)  # no copy of the costs
+    given = p if whole else Potentials(p.f[index], p.g[index], p.lam[index])
+    more = go_on(problem if whole else problem.select(index), given)
     status, steps = list(done.status), list(done.steps)
-    for k, i in enumerate(left):
-        status[i], steps[i] = more.status[k], done.steps[i] + more.steps[k]
-    new = (
-        x.index_copy(0, index, y)
-        for x, y in zip((p.f, p.g, p.lam), (more.potentials.f, more.potentials.g, more.potentials.lam), strict=True)
-    )
-    return Outcome(Potentials(*new), status, steps)
+    for i, word, taken in zip(left, more.status, more.steps, strict=True):
+        status[i] = word if word is Status.CONVERGED or status[i] is not Status.NOT_FINITE else status[i]
+        steps[i] += taken
+    finite = [k for k, word in enumerate(more.status) if word is not Status.NOT_FINITE]
+    found, old = (more.potentials.f, more.potentials.g, more.potentials.lam), (p.f, p.g, p.lam)
+    if not whole or len(finite) < len(left):
+        found = (x.index_copy(0, index[finite], y[finite]) for x, y in zip(old, found, strict=True))
+    return Outcome(Potentials(*found), status, steps)
 
 
 def _start(problem: Problem, init: Solution | Potentials) -> Potentials:

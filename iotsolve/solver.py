@@ -211,22 +211,25 @@ def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
     return replace(outcome, status=status)
 
 
-def spread(problem: Problem) -> float:
-    """The range of the costs and of 0, in epsilons; of points a bound."""
+def spread(problem: Problem) -> np.ndarray:
+    """The range of every problem's costs and of 0, in epsilons; of points a bound."""
     cost = problem.cost
     if isinstance(cost, Dense):
-        low, high = cost.surveyed().ends
+        if len(cost.matrix) == 1:
+            low, high = (np.array([x]) for x in cost.surveyed().ends)
+        else:
+            low, high = (x.double().cpu().numpy() for x in (cost.matrix.amin((-2, -1)), cost.matrix.amax((-2, -1))))
         sizes = abs(low), high, high - low
     else:
-        sizes = float(cost.range().amax()), cost.ceiling
-    return max((x for x in sizes if x < math.inf), default=0.0) / number(problem.epsilon)
+        sizes = tuple(np.array([float(x)]) for x in (cost.range().amax(), cost.ceiling))
+    return np.max([np.where(x < math.inf, x, 0.0) for x in sizes], 0) / number(problem.epsilon)
 
 
-def dearness(problem: Problem) -> float:
-    """How many times as exact as its tolerance a solution has to be, for the repair of its plan to cost no more: one at a usual
-    epsilon, five at small ones, where what a certificate fills in is priced by the largest cost.
+def dearness(problem: Problem) -> np.ndarray:
+    """How many times as exact as its tolerance every solution has to be, for the repair of its plan to cost no more: one at a
+    usual epsilon, five at small ones, where what a certificate fills in is priced by the largest cost.
     """
-    return max(1.0, min(5.0, spread(problem) / 16))
+    return np.clip(spread(problem) / 16, 1.0, 5.0)
 
 
 def _largest(x: Tensor) -> float:

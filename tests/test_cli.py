@@ -86,9 +86,11 @@ def test_forbidden_arc_in_a_csv(folder):
 
 
 def test_tolerance_and_max_steps_reach_the_solver(folder):
-    loose = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.02, "--tolerance", 1e-2)
-    tight = run("solve", "cost.npy", "--a", "a.npy", "--b", "b.csv", "--epsilon", 0.02)
-    assert int(cell(loose, "steps")) < int(cell(tight, "steps"))
+    np.save("many.npy", np.random.default_rng(0).random((30, 30)))
+    default, loose = (run("solve", "many.npy", "--epsilon", 0.1, *options) for options in ((), ("--tolerance", 1e-2)))
+    assert int(cell(loose, "steps")) < int(cell(default, "steps"))
+    few = run("solve", "many.npy", "--epsilon", 0.1, "--max-steps", 2, "--allow-unconverged")
+    assert int(cell(few, "steps")) == 2 and cell(few, "status") == "MAX_STEPS"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ passes through exponentials of base e, but not through those of base 2, whose ca
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import event
 from numba.extending import intrinsic
 
 __all__ = ["FAST", "LOG2E", "NORMAL", "compiled", "exp2_double", "exp2_single", "exp_double", "exp_single", "log_double"]
@@ -31,6 +33,24 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no directory for its cache
         return njit(**options)(function)
+
+
+class _Notice(event.Listener):
+    """Says once, to a person who waits, what for."""
+
+    said = False
+
+    def on_start(self, begun: event.Event) -> None:
+        ours = begun.data["dispatcher"].py_func.__module__.startswith("iotsolve.")
+        if ours and not self.said and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            self.said = True
+            print("iotsolve compiles its kernels for this machine: a few seconds up to half a minute, once.", file=sys.stderr)
+
+    def on_end(self, ended: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Notice())
 
 
 @intrinsic

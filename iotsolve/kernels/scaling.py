@@ -36,8 +36,10 @@ __all__ = [
 WINDOW = 20
 _RIDGE = 1e-12  # of the Gram matrix, relative
 _TINY = 1e-300  # column sums below which nothing is said to arrive
-_REACH = 30.0  # scalings' logarithms from which on the kernel is to absorb them
-_REBUILDS = 8
+_REACH, _WIDE_REACH = 30.0, 60.0  # scalings' logarithms from which on a kernel in float32 and one in float64 are to absorb them
+_FARTHEST = 10.0
+_GROWTH = 10.0  # of the residual at which what mixing remembers is of no use
+_REBUILDS, _CHEAP_REBUILDS = 8, 1000  # kernels made anew; as often where one stays in the nearest cache
 _CHECK = 8  # steps between looks at the progress
 
 Rules = namedtuple("Rules", "rows columns soft_r soft_c mass")
@@ -120,7 +122,8 @@ def translation(a, f, b, g, soft_r, soft_c):
 
 @compiled
 def mix(x, r, weights, memory, gram, count, window):
-    """The next iterate, written into ``x``, from the map's residual ``r`` there and the differences of earlier steps.
+    """The next iterate, written into ``x``, from the map's residual ``r`` there and the differences of earlier steps: no further
+    than ``_FARTHEST`` from what the map itself answers.
 
     ``memory`` ``(2 + 2 window, m)`` holds the last ``x`` and ``r``, then the differences of both in a ring; ``gram`` their
     products; ``count`` is the number of steps mixed since the memory was empty.
@@ -174,19 +177,25 @@ def mix(x, r, weights, memory, gram, count, window):
         for i in range(k + 1, known):
             right[k] -= factor[i, k] * right[i]
         right[k] /= factor[k, k]
+    back, longest = np.zeros(m), 0.0
     for l in range(known):
         dx, dr, share = memory[2 + l], memory[2 + window + l], right[l]
         for j in range(m):
-            x[j] -= share * (dx[j] + dr[j])
+            back[j] += share * (dx[j] + dr[j])
+    for j in range(m):
+        longest = max(longest, abs(back[j]) if weights[j] > 0.0 else 0.0)
+    length = _FARTHEST / longest if longest > _FARTHEST else 1.0
+    for j in range(m):
+        x[j] -= length * back[j]
 
 
 @compiled
 def _scalings(q, v):
     """``v = e^q``, and whether some are so far from 1 that the kernel is to absorb them."""
-    far = 0.0
+    far, reach = 0.0, _REACH if v.itemsize == 4 else _WIDE_REACH
     for j in range(len(q)):
         v[j] = exp2_double(q[j] * LOG2E)
-        far += 1.0 if abs(q[j]) > _REACH else 0.0  # a sum vectorises, a maximum does not
+        far += 1.0 if abs(q[j]) > reach else 0.0  # a sum vectorises, a maximum does not
     return far > 0.0
 
 
@@ -207,13 +216,14 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     mass, exponential = rules.mass, rules.soft_r >= 0.0 and rules.soft_c >= 0.0 and rules.soft_r + rules.soft_c > 0.0
     v, u, y, sums = np.empty(m, kernel.dtype), np.empty(n), np.empty(n), np.empty(m)
     base, log_b, x, r, weights = logarithms(a) + f0, logarithms(b), np.zeros(m + 1), np.zeros(m + 1), np.zeros(m + 1)
-    window = min(WINDOW, max(4, m // 8))  # what mixing costs must not exceed a pass over the kernel
+    window = min(WINDOW, max(4, (b > 0.0).sum() // 2))  # what mixing costs must not exceed a pass over the kernel
     memory, gram, best_y = np.zeros((2 + 2 * window, m + 1)), np.zeros((window, window)), np.zeros(n)
     slope, _, up, down, _ = rules.rows
     rule = MATCH if slope == 1.0 and up == 0.0 and down == 0.0 and mass == 0.0 else RESPOND
     x[:m], weights[:m] = q, b
     x[m], weights[m] = lam, mass
     best, checked, best_lam, asked_lam, steps, end = math.inf, math.inf, lam, lam, 0, -1
+    least, emptied = math.inf, 0
     while end < 0:
         lam = x[m]
         far = _scalings(x[:m], v)
@@ -248,7 +258,10 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
                 r[m] -= t
         elif exponential:
             r[:m] -= translation(a, np.log(u) + f0, b, g0 + x[:m] + r[:m], rules.soft_r, rules.soft_c)
-        mix(x, r, weights, memory, gram, steps - 1, window)
+        size = (weights * r * r).sum()
+        emptied = steps - 1 if size > _GROWTH * _GROWTH * least else emptied
+        least = size if emptied == steps - 1 else min(least, size)
+        mix(x, r, weights, memory, gram, steps - 1 - emptied, window)
     if best < math.inf:
         respond(best_y, base, rules.rows, asked_lam, f)
     return end, steps, best, best_lam
@@ -265,23 +278,28 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
     """:func:`relax` for some problems of a batch, each on a kernel of its own that stays in the cache.
 
     ``f (B, n)``, ``g (B, m)`` and ``lam (B,)`` are in units of epsilon: the start on entry, the answer on return; ``wide`` is an
-    empty array of the kernel's dtype; ``settings`` are ``tolerance, max_steps, slow``.
+    empty array of the kernel's dtype; ``settings`` are the tolerance of each, ``max_steps`` and ``slow``.
     """
     n, m = cost.shape[1:]
-    tolerance, max_steps, slow = settings
+    tolerances, max_steps, slow = settings
     kernel = np.empty((n, m), wide.dtype)
-    q, found = np.zeros(m), np.zeros(n)
+    alpha, beta, q, found = np.empty(n), np.empty(m), np.empty(m), np.empty(n)
     for k in range(first, last):
-        for _ in range(_REBUILDS):
-            alpha, beta = (logarithms(a[k]) + f[k]) * LOG2E, (logarithms(b[k]) + g[k]) * LOG2E
+        log_a, log_b = logarithms(a[k]), logarithms(b[k])
+        for _ in range(_CHEAP_REBUILDS):
+            for i in range(n):
+                alpha[i], found[i] = (log_a[i] + f[k, i]) * LOG2E, f[k, i]
+            for j in range(m):
+                beta[j], q[j] = (log_b[j] + g[k, j]) * LOG2E, 0.0
             build(cost[k], alpha, beta, scale, kernel, 0, n)
-            q[:], found[:] = 0.0, f[k]
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
-            ends[k], taken, errors[k], lam[k] = relax(*start, q, found, tolerance, max_steps, slow)
+            ends[k], taken, errors[k], lam[k] = relax(*start, q, found, tolerances[k], max_steps - steps[k], slow)
             steps[k] += taken
-            f[k] = np.where(a[k] > 0.0, found, f[k])
-            g[k] += q
-            if ends[k] != FAR:
+            for i in range(n):
+                f[k, i] = found[i] if a[k, i] > 0.0 else f[k, i]
+            for j in range(m):
+                g[k, j] += q[j]
+            if ends[k] != FAR or steps[k] >= max_steps:
                 break
 
 

@@ -398,7 +398,7 @@ def _units(case: Case) -> Iterator[str]:
     for name, factor in (("cost", 1.0), ("a", 0.5), ("b", 0.5)):
         whole, halved = (x.gradient.get(name) for x in (case.answer, other))
         if whole is not None and halved is not None:
-            size = np.abs(whole).max() + np.abs(halved).max() + 1e-300
+            size = max(np.abs(whole).max(), np.abs(halved).max(), 1e-300)
             if np.abs(halved - factor * whole).max() > 1e3 * case.tolerance * size:
                 yield f"in halved units the gradient in {name} goes from {whole.tolist()} to {halved.tolist()}"
 

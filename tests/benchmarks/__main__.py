@@ -79,9 +79,18 @@ def entropic(quick: bool) -> Iterator[Callable[[], Row]]:
                     yield partial(_entropic, case, slow.setdefault((kind, epsilon), {}))
 
 
+def small(quick: bool) -> Iterator[Callable[[], Row]]:
+    for kind in ("2d", "random"):
+        for epsilon in cases.EPSILONS[kind]:
+            slow: Slow = {}
+            for n in (10, 30, 100):
+                yield partial(_entropic, cases.Entropic(kind, n, epsilon, 1e-6), slow)
+
+
 def _entropic(case: cases.Entropic, slow: Slow) -> Row:
     c, a, b = case.data()
-    group = f"entropic{', clusters' * (case.kind == 'clusters')}, to {case.accuracy:g}"
+    word = ", clusters" if case.kind == "clusters" else ", small" if case.n <= 100 else ""
+    group = f"entropic{word}, to {case.accuracy:g}"
     return race(
         Row(group, case.name, case.accuracy),
         lambda: peers.ours(c, a, b, case.epsilon, case.accuracy),
@@ -260,6 +269,7 @@ def _gradient(n: int, d: int, epsilon: float) -> Row:
 
 
 GROUPS = {
+    "small": small,
     "entropic": entropic,
     "exact": exact,
     "unbalanced": unbalanced,

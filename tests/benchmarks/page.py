@@ -28,7 +28,7 @@ def groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in sorted(found, key=_place)}
 
 
-_ORDER = ("entropic, to", "entropic, clusters", "exact", "unbalanced", "many", "points", "gradient")
+_ORDER = ("entropic, to", "entropic, clusters", "entropic, small", "exact", "unbalanced", "many", "points", "gradient")
 
 
 def _place(group: str) -> int:
