@@ -115,7 +115,7 @@ class Accelerated:
         if isinstance(cost, Sharded):
             f, g, lam = (cost.ranks.first(x) for x in (f, g, lam))
         p = answered(problem, Potentials(f, g, lam))
-        enough = np.minimum(tolerance / 2, 2 * aims) if clouds else np.full(count, tolerance / 2)
+        enough = np.minimum(tolerance / 2, 2 * aims) if clouds or tiny else np.full(count, tolerance / 2)
         given_up = scaling.BROKEN, scaling.SLOW
         status = [
             Status.CONVERGED if error <= most else Status.STALLED if end in given_up else Status.MAX_STEPS

@@ -23,7 +23,7 @@ from iotsolve.plans import is_quick, out_of_batch, plan_of
 from iotsolve.problem import Potentials, Problem, in_double, in_matrix, log_scaling, saturated
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
-from iotsolve.solver import Outcome, Status, iterate, judge, sobered
+from iotsolve.solver import Outcome, Status, iterate, judge, sobered, spread
 from iotsolve.support import carrying_arcs, separation
 from iotsolve.validation import check_tolerance, default_tolerance
 
@@ -79,29 +79,37 @@ def solve(
         working = problem.working()
         start = None if init is None else _start(working, init)
         pinned = saturated(working)
-        outcome = run(pinned.flat(), solver, start)
-    batch = problem.batch_shape
-    p = Potentials(
-        outcome.potentials.f.reshape(*batch, -1),
-        outcome.potentials.g.reshape(*batch, -1),
-        outcome.potentials.lam.reshape(batch),
-    )
-    if pinned is not working:
-        p = _released(working, pinned, p)
-    if attained is not given:
-        p = _separated(given, problem, p)
-    status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
-    plan = outcome.plan
-    if plan is not None:
-        plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
+        flat = pinned.flat()
+        outcome = run(flat, solver, start)
     tolerance = None if isinstance(solver, Exact) else solver.tolerance
-    solution = Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
+
+    def solution_of(outcome: Outcome) -> Solution:
+        batch, plan = problem.batch_shape, outcome.plan
+        shapes = ((*batch, -1), (*batch, -1), batch)
+        found = (outcome.potentials.f, outcome.potentials.g, outcome.potentials.lam)
+        p = Potentials(*(x.reshape(shape) for x, shape in zip(found, shapes, strict=True)))
+        if pinned is not working:
+            p = _released(working, pinned, p)
+        if attained is not given:
+            p = _separated(given, problem, p)
+        status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
+        if plan is not None:
+            plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
+        return Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
+
+    solution, missed = solution_of(outcome), False
+    if _may_miss(flat, solver) and (missed := (misses := _missing(solution)).any()):
+        status = [Status.STALLED if miss else word for miss, word in zip(misses.tolist(), outcome.status, strict=True)]
+        sharper = replace(solver, tolerance=(default_tolerance(problem.dtype) if tolerance is None else tolerance) / _SHARPER)
+        with torch.no_grad():
+            outcome = _continued(flat, replace(outcome, status=status), lambda left, p: run(left, sharper, p))
+        solution = solution_of(outcome)
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.potentials, tolerance)
-    if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful:
+    if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful or missed:
         # nobody else has judged what the solvers claim
         judgement = solution.certificate
-        solution = replace(solution, status=_judged(status, judgement))
+        solution = replace(solution, status=_judged(solution.status, judgement))
         solution.__dict__["certificate"] = judgement  # once computed
     if not problem.is_checked and bool((contradictory := problem.contradicts_itself()).any()):
         status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
@@ -176,6 +184,21 @@ def _is_blunt(problem: Problem, p: Potentials, tolerance: float | None) -> bool:
     tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
     size = sum(float(torch.where(x.isfinite(), x, 0.0).abs().amax()) for x in (p.f.detach(), p.g.detach()))
     return 2 * size * torch.finfo(p.f.dtype).eps > tolerance * number(problem.epsilon)
+
+
+def _may_miss(problem: Problem, solver: Solver | None) -> bool:
+    """Whether a flat problem's certificate, which is one pass, may ask for more than the solver's rule: at a tiny epsilon."""
+    quick = isinstance(problem.cost, Dense) and problem.cost.is_compiled and not problem.is_exact
+    return quick and not isinstance(solver, Interior) and bool((spread(problem) > _TINY_EPSILON).any())
+
+
+def _missing(solution: Solution) -> np.ndarray:
+    """Which problems of a batch have converged beside a certificate that does not hold."""
+    converged = np.frompyfunc(lambda word: word is Status.CONVERGED, 1, 1)(solution.status)
+    return np.ravel(np.asarray(converged, bool) & ~np.asarray(solution.certificate.holds, bool))
+
+
+_TINY_EPSILON, _SHARPER = 80.0, 20.0  # ranges of the costs in epsilons; by how much to sharpen the tolerance
 
 
 def _judged(status: Any, certificate: Certificate) -> Any:
