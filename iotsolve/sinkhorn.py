@@ -204,11 +204,19 @@ class Sinkhorn:
 
 
 def answered(problem: Problem, p: Potentials) -> Potentials:
-    """The potentials with those of empty bins as the others determine them, by a soft-min over each side."""
-    if problem.is_full:
+    """The potentials with those of empty bins as the others determine them, by a soft-min over each side, and those of bins that
+    no allowed arc joins to a weight, for which it is ``+inf``.
+    """
+    if problem.is_full and problem.cost.all_finite():
         return p
-    s = None if problem.rows.is_free else problem.softmin(p.g, problem.epsilon, axis=-1)
-    return SinkhornState(p, s, problem.softmin(p.f, problem.epsilon, axis=-2)).answer(problem)
+    rows, columns, lam = problem.rows, problem.columns, p.lam.unsqueeze(-1)
+    s, t = (problem.softmin(x, problem.epsilon, axis=axis) for x, axis in ((p.g, -1), (p.f, -2)))
+    f, g = p.f, p.g
+    if not rows.is_free:
+        f = torch.where((problem.a > 0) & (s < torch.inf), f, rows.aprox(s - lam, problem.epsilon))
+    if not columns.is_free:
+        g = torch.where((problem.b > 0) & (t < torch.inf), g, columns.aprox(t - lam, problem.epsilon))
+    return Potentials(f, g, p.lam)
 
 
 def swept(problem: Problem, p: Potentials) -> Potentials:

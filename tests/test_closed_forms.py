@@ -994,3 +994,22 @@ def test_the_divergence_of_close_numbers_keeps_its_digits_with_and_without_autog
     torch.testing.assert_close(odd, torch.tensor([2.0, math.inf, 0.0, 0.0]))
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-7 * apart**2)  # a first-order term cancels
     torch.testing.assert_close(kl_divergence(*given), found, rtol=1e-12, atol=1e-30)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (60, 50)], ids=str)
+@pytest.mark.parametrize("soft", [KL(1.0), TV(1.0), ChiSquared(1.0)], ids=str)
+@pytest.mark.parametrize("other", [FREE, AT_MOST, KL(0.5)], ids=str)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_bin_that_reaches_no_weight_pays_for_all_of_it(size, soft, other, empty):
+    """All its arcs are forbidden, or lead to a bin of weight 0; the value is that without it and its price, either way round."""
+    rng, (n, m) = np.random.default_rng(3), size
+    cost, a, b = rng.random((n, m)), rng.dirichlet(np.ones(n)), rng.dirichlet(np.ones(m))
+    b[0] = 0.0
+    cost[0, 1 if empty else 0 :] = np.inf
+    problem = Problem(cost, a, b, epsilon=0.05, rows=soft, columns=other)
+    turned = Problem(np.ascontiguousarray(cost.T), b, a, epsilon=0.05, rows=other, columns=soft)
+    without = solve(Problem(cost[1:], a[1:], b, epsilon=0.05, rows=soft, columns=other))
+    expected = without.value + price(soft, np.zeros(1), a[:1]).sum() + 0.05 * a[0] * b.sum()  # its share of the reference's mass
+    for solution in (solve(problem), solve(turned)):
+        assert solution.certificate.holds
+        assert solution.value == pytest.approx(expected, rel=1e-7)
