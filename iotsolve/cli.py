@@ -64,7 +64,7 @@ def solve(
     columns: Annotated[str, typer.Option(help="Marginal of the columns, as for the rows.")] = "fixed",
     mass: Annotated[float | None, typer.Option(help="Total mass of the plan; else the marginals decide.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative error to stop at, if epsilon > 0: 1e-8.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="So many plain sweeps at most, if epsilon > 0.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Sinkhorn's sweeps alone, so many at most.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write plan, f, g, lam, value and status to this .npz file.")] = None,
     allow_unconverged: Annotated[
         bool, typer.Option("--allow-unconverged", help="Accept a result that did not converge.")

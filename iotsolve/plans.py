@@ -505,7 +505,7 @@ def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, laz
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values, cost.dense(), part) for (part, values), (_, cost) in blocks)
 
-        return Plan(problem, _once(gibbs) if "cost" in problem.cost.tensors() else gibbs)
+        return Plan(problem, _kept(gibbs) if "cost" in problem.cost.tensors() else gibbs)
     if exact.is_sparse:
         exact = exact.coalesce()
         index = tuple(exact.indices())
@@ -530,11 +530,6 @@ def out_of_batch(plan: Tensor) -> Tensor:
 
 def _sorted(index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.sparse_coo_tensor(index, values, tuple(shape), check_invariants=False, is_coalesced=True)
-
-
-def _once(read: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:
-    chunks = list(read())
-    return lambda: iter(chunks)
 
 
 def _kept(read: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:

@@ -44,14 +44,16 @@ class SinkhornState:
 
     def answer(self, problem: Problem) -> Potentials:
         """The potentials, those of empty bins brought up to date: no stopping rule waits for them, but gradients read them."""
+        return self.potentials if problem.is_full else self.completed(problem)
+
+    def completed(self, problem: Problem) -> Potentials:
+        """The potentials, from the soft-minima those of empty bins, and of bins that reach no weight, where they are ``+inf``."""
         p, lam = self.potentials, self.potentials.lam.unsqueeze(-1)
-        if problem.is_full:
-            return p
         f, g = p.f, p.g
         if self.s is not None:
-            f = torch.where(problem.a > 0, f, problem.rows.aprox(self.s - lam, problem.epsilon))
+            f = torch.where((problem.a > 0) & (self.s < torch.inf), f, problem.rows.aprox(self.s - lam, problem.epsilon))
         if self.t is not None and not problem.columns.is_free:
-            g = torch.where(problem.b > 0, g, problem.columns.aprox(self.t - lam, problem.epsilon))
+            g = torch.where((problem.b > 0) & (self.t < torch.inf), g, problem.columns.aprox(self.t - lam, problem.epsilon))
         return Potentials(f, g, p.lam)
 
     def moved(self, t: Tensor, u: Tensor) -> SinkhornState:
@@ -209,14 +211,8 @@ def answered(problem: Problem, p: Potentials) -> Potentials:
     """
     if problem.is_full and problem.cost.all_finite():
         return p
-    rows, columns, lam = problem.rows, problem.columns, p.lam.unsqueeze(-1)
-    s, t = (problem.softmin(x, problem.epsilon, axis=axis) for x, axis in ((p.g, -1), (p.f, -2)))
-    f, g = p.f, p.g
-    if not rows.is_free:
-        f = torch.where((problem.a > 0) & (s < torch.inf), f, rows.aprox(s - lam, problem.epsilon))
-    if not columns.is_free:
-        g = torch.where((problem.b > 0) & (t < torch.inf), g, columns.aprox(t - lam, problem.epsilon))
-    return Potentials(f, g, p.lam)
+    s = None if problem.rows.is_free else problem.softmin(p.g, problem.epsilon, axis=-1)
+    return SinkhornState(p, s, problem.softmin(p.f, problem.epsilon, axis=-2)).completed(problem)
 
 
 def swept(problem: Problem, p: Potentials) -> Potentials:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -751,3 +752,36 @@ def test_a_loose_certificate_reads_no_plan_and_holds_the_value(tolerance, sides,
     for cost in (rough.problem.cost, rough.problem.cost.dense()):
         found = certify(Problem(cost, epsilon=0.3, **sides), rough.f, rough.g, tolerance=tolerance)
         assert found.holds and found.dual <= value + 1e-6 and value - 1e-6 <= found.primal
+
+
+@pytest.mark.parametrize("sides", [(FIXED, FIXED), (KL(1.0), KL(1.0)), (TV(0.3), TV(0.3))], ids=str)
+def test_sweeps_alone_end_most_small_problems_at_a_small_epsilon(sides):
+    """Of kernels in the nearest cache, which are made anew as often as it takes, by mixing that does not jump."""
+    rng, found = np.random.default_rng(0), []
+    for n in (5, 10, 20, 45):
+        x, line = rng.random((2, n, 2)), np.linspace(0, 1, n)
+        for cost in (
+            np.square(x[0][:, None] - x[1]).sum(-1),
+            np.abs(x[0][:, None, 0] - x[1][:, 0]),
+            np.square(line[:, None] - line),
+            rng.random((n, n)),
+        ):
+            problem = Problem(cost, epsilon=0.003, rows=sides[0], columns=sides[1]).working().flat()
+            found += Accelerated().patient(problem).run(problem).status
+    assert np.mean([word is Status.CONVERGED for word in found]) >= 0.7
+
+
+def test_a_person_who_waits_for_a_compiler_is_told_once(capsys, monkeypatch):
+    from iotsolve.kernels.numeric import _Notice
+
+    def begun(module):
+        compiled = SimpleNamespace(py_func=SimpleNamespace(__module__=module))
+        return SimpleNamespace(data={"dispatcher": compiled})
+
+    notice = _Notice()
+    notice.on_start(begun("iotsolve.kernels.dense"))
+    assert capsys.readouterr().err == ""  # nobody looks
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for module in ("of.somebody.else", "iotsolve.kernels.dense", "iotsolve.kernels.scaling"):
+        notice.on_start(begun(module))
+    assert capsys.readouterr().err.count("compiles") == 1

@@ -142,15 +142,16 @@ def judged(problem, solution):
         exponents = 0.0
         assert slack.max() <= 1e-12 * (abs(f).max() + abs(g).max() + abs(lam))
     price = max((x.recession for x in problem.sides if math.isfinite(x.recession)), default=0.0)
-    noise = 1e-14 * size + exponents * price * total  # of the last digits of potentials
+    noise = 1e-14 * size
 
-    def relative(error):
+    def relative(error, noise=noise):
         if not math.isfinite(error):  # potentials outside the dual's domain
             return INF
         return max(abs(error) - noise, 0.0) / scale if scale else abs(error)
 
     # where every entry is below the smallest number the mass is 0
-    return Errors(violation / total if violation else 0.0, relative(gap), relative(float(solution.value - dual)))
+    paid = noise + exponents * price * total  # for the last digits of potentials
+    return Errors(violation / total if violation else 0.0, relative(gap, paid), relative(float(solution.value - dual)))
 
 
 def assert_no_nan(solution):
@@ -278,7 +279,9 @@ def test_nearly_every_problem_is_certified():
 @pytest.mark.parametrize("epsilon", EPSILONS)
 def test_a_solution_started_from_is_found_in_no_steps(epsilon):
     for problem, solution in solved(epsilon):
-        if solution.converged and not stiff(problem):  # whose rounding may look like an error
+        if solution.converged and stiff(problem):  # rounding may look like an error
+            assert solve(problem, init=solution).value == pytest.approx(solution.value, rel=1e-8)
+        elif solution.converged:
             again = solve(problem, init=solution)
             assert again.steps == 0 and again.value == pytest.approx(solution.value, rel=1e-12)
             assert solve(problem, Sinkhorn(), init=solution.potentials).steps == 0
@@ -481,7 +484,8 @@ def test_an_uneven_batch_takes_the_steps_and_gives_the_numbers_of_its_problems(k
         alone = solve(single, **options)
         assert together.status[k] is alone.status
         # padding regroups the sums of a pass, and mixing magnifies their rounding where there are many sweeps
-        assert abs(int(together.steps[k]) - alone.steps) <= (alone.steps // 4 if epsilon == 1e-3 else 0)
+        room = alone.steps // 4 if epsilon == 1e-3 and single.cost.is_compiled else 0
+        assert abs(int(together.steps[k]) - alone.steps) <= room
         assert_same_numbers(together, k, alone, tolerance=1e-11)
     if epsilon == 0.1 and "free" not in kinds:
         assert together.steps[0] < together.steps[1]  # the easy one does not wait for the hard one
