@@ -149,7 +149,7 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     found = _nearby(plan, p, tolerance, scale)
     if found is None and isinstance(plan, QuickPlan):
         plan = plan.exact
-    rounded, feasible, gap = found or _round(plan, p)
+    rounded, feasible, gap = found or _round(plan, p, _CLOSE * tolerance * scale)
     sane = dual.isfinite() & gap.isfinite()
     gap = torch.where(feasible & sane, gap.clamp(min=0.0), math.inf)
     # dual + gap has the better digits near the optimum, and none where the gap dwarfs the value it should lead back to
@@ -240,8 +240,9 @@ def _repair(problem: Problem, p: Potentials) -> tuple[Potentials, bool]:
     return Potentials(f, projected, p.lam), projected is g and not low.any()
 
 
-def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
-    """What makes the plan feasible on its own support, whether it does, and the gap then; the better of two.
+def _round(plan: Plan, p: Potentials, enough: Tensor) -> tuple[Factors, Tensor, Tensor]:
+    """What makes the plan feasible on its own support, whether it does, and the gap then; the better of two, unless the first
+    has a gap of ``enough``.
 
     ``P o (1 + u + v)`` with the marginals the potentials ask for costs second order in the violation; alternating scalings
     onto the hard sides do what is left, and serve alone where a bound is nearly but not quite active. The rank-one fill of
@@ -252,16 +253,17 @@ def _round(plan: Plan, p: Potentials) -> tuple[Factors, Tensor, Tensor]:
     if bool(_exactly(problem, *plan.marginals()).all()):
         return identity, _feasible(problem, *plan.marginals()), _gap(plan, None, p)
     corrected = _linear_correction(plan, p)
-    starts, best = [corrected] if fixed else [identity, corrected], None
-    for start in starts:
+    best = None
+    for start in [corrected] if fixed else [corrected, identity]:
         rounded = _scale_onto(plan, start, patient=not fixed)
         rounded = _fill(plan, rounded) if fixed else rounded
         feasible, gap = _feasible(problem, *plan.marginals(rounded.on)), _gap(plan, rounded, p)
-        if best is None:
-            best = rounded, feasible, gap
-            continue
-        better = feasible & (~best[1] | ~(best[2] <= gap))
-        best = rounded.where(better, best[0]), feasible | best[1], torch.where(better, gap, best[2])
+        if best is not None:
+            better = feasible & (~best[1] | ~(best[2] <= gap))
+            rounded, feasible, gap = rounded.where(better, best[0]), feasible | best[1], torch.where(better, gap, best[2])
+        best = rounded, feasible, gap
+        if bool((feasible & (gap <= enough)).all()):
+            break
     return best
 
 
@@ -410,6 +412,7 @@ def _exactly(problem: Problem, r: Tensor, c: Tensor) -> Tensor:
 
 
 _PROJECTIONS, _LARGE = 100, 2**20  # at most; entries of a plan from which on a look takes long
+_CLOSE = 0.1  # of the tolerance: a gap with which nobody tries for a smaller one
 _TINY = 1e-14  # relative violation of a plan that is as feasible as float64 sums can say
 
 

@@ -287,6 +287,10 @@ class StoredPlan(QuickPlan):
     def _copy(self) -> _Copy | Judged:
         return self.kept() if callable(self.kept) else self.kept
 
+    @property
+    def exact(self) -> Plan:
+        return self if self._copy.values.dtype == np.float64 else super().exact
+
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         from iotsolve.kernels import passes
 
