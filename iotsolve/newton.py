@@ -95,7 +95,7 @@ class DualSystem:
         given = inverse, keep_v, self.column_diagonal, border, corner
         if isinstance(self.plan, QuickPlan) and self.plan.in_numpy:
             given = tuple(None if x is None else x.numpy() for x in given)
-            schur = _schur(lambda w, v: self.plan.product(w, v, as_given=False)[1], *given)
+            schur = _schur(self.plan.normal_product, *given)
             if anchored:
                 schur = _anchored(schur, given[1] * given[2])
             with np.errstate(over="ignore", invalid="ignore"):  # of iterates that rounding has led away, which are not kept

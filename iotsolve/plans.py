@@ -219,6 +219,10 @@ class QuickPlan(Plan):
         """``P v`` with ``P' (w P v)``, or with ``P' w`` if that is ``as_given``."""
         raise NotImplementedError
 
+    def normal_product(self, w: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """:meth:`normal` of arrays."""
+        return self.product(w, v, as_given=False)[1]
+
     def times(self, v: Tensor) -> Tensor:
         nothing = np.zeros(tuple(self.sums[0].shape))
         return torch.from_numpy(self.product(nothing, v.numpy(), as_given=True)[0])
@@ -458,6 +462,14 @@ class ShardedPlan(_Passed):
         cost = self.problem.cost
         rows, columns = self.mine.pair(w[..., cost.own], v, as_given=as_given)
         return cost.ranks.gather(rows[0])[None], cost.ranks.sum(columns)
+
+    def normal(self, w: Tensor, v: Tensor) -> Tensor:
+        """Of which each rank needs its own rows alone, so that they are not gathered."""
+        cost = self.problem.cost
+        return cost.ranks.sum(self.mine.pair(w[..., cost.own], v, as_given=False)[1])
+
+    def normal_product(self, w: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return self.normal(*map(torch.from_numpy, (w, v))).numpy()
 
     def spread(self, w: Tensor, rows: Tensor) -> Tensor:
         own = self.problem.cost.own

@@ -1,17 +1,38 @@
 """The Triton kernels against eager float64: in the interpreter, run by test_triton.py in a process of its own with
 TRITON_INTERPRET=1; or without that on a GPU."""
 
+import dataclasses
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton.language as tl
 
 from iotsolve.kernels import bilinear, halves, streamed
 from iotsolve.kernels.directions import cross_entropies
 from iotsolve.kernels.products import plan_times
 
-torch.set_default_device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+torch.set_default_device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETED)
+def in_half_the_time():
+    """The interpreter makes the language its own at every call of a function by a kernel, and looks for overflow of every index:
+    here it does the former once a launch, the latter never.
+    """
+    from triton.runtime import interpreter
+
+    everything, known = SimpleNamespace(__globals__={"tl": tl, "core": tl.core}), interpreter._patch_lang
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(interpreter, "_patch_lang", lambda _: known(everything))
+        here.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *given, **named: self.rewrite()(*given, **named))
+        here.setattr(interpreter.interpreter_builder, "options", options)
+        yield
+
 
 SIZES = [(70, 33, 17), (1, 1, 1), (5, 130, 3), (64, 64, 32), (129, 200, 65), (40, 50, 140)]
 BARRED = [None, "mask", "list"]

@@ -751,8 +751,8 @@ def test_what_is_read_of_a_plan_never_makes_a_matrix(monkeypatch):
 @pytest.mark.parametrize("of", ["f", "row_marginal", "transport_cost", "apply"])
 def test_a_derivative_of_what_the_potentials_determine_never_makes_a_matrix(of, empty, gradient, monkeypatch):
     small_blocks(monkeypatch)
-    x = leaves(*clouds(1000, 1000))
-    problem = Problem(Points(*x), weights(1000, 1, empty), weights(1000, 2, empty), epsilon=3.0, rows=KL(1.0))
+    x = leaves(*clouds(700, 700))
+    problem = Problem(Points(*x), weights(700, 1, empty), weights(700, 2, empty), epsilon=3.0, rows=KL(1.0))
     output = getattr(solve(problem, gradient=gradient), of)
     output = output(x[1]) if of == "apply" else output
     assert_held(lambda: (output**2).sum().backward(), 8)
@@ -762,8 +762,8 @@ def test_a_derivative_of_what_the_potentials_determine_never_makes_a_matrix(of, 
 @pytest.mark.parametrize("empty", [None, 3])
 def test_a_second_derivative_of_the_value_never_makes_a_matrix(empty, monkeypatch):
     small_blocks(monkeypatch)
-    x = leaves(*clouds(1000, 1000))
-    value = solve(Problem(Points(*x), weights(1000, 1, empty), epsilon=3.0, rows=KL(1.0))).value
+    x = leaves(*clouds(700, 700))
+    value = solve(Problem(Points(*x), weights(700, 1, empty), epsilon=3.0, rows=KL(1.0))).value
     slopes = []
     assert_held(lambda: slopes.append(torch.autograd.grad(value, x, create_graph=True)), 8)
     assert_held(lambda: (slopes[0][0] ** 2).sum().backward(), 8)
