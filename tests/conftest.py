@@ -1,5 +1,6 @@
 """One thread, reproducible draws, and shapes checked at every call."""
 
+import gc
 import os
 
 import pytest
@@ -10,9 +11,16 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 
+
 def pytest_collection_modifyitems(items):
     """Begin with what takes longest, so that no process is left alone with it in the end."""
     items.sort(key=lambda item: getattr(item, "originalname", None) != "test_the_kernels_in_the_interpreter")
+
+
+def pytest_collection_finish(session):
+    """What is there by now stays, and need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +44,7 @@ def once(tmp_path_factory):
 settings.register_profile(
     "ci",
     derandomize=True,
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, demo.run(out, seeds=1, epochs=20)
+    return out, demo.run(out, seeds=1, epochs=12)
 
 
 def test_summary_is_written_and_finite(finished):

@@ -30,7 +30,7 @@ from iotsolve.testing.references import (
 from iotsolve.testing.solvers import judge
 from iotsolve.testing.verification import iotsolve_solver
 
-FEW = max(settings().max_examples // 10, 1)  # every problem is solved a dozen times and twice by cvxpy
+FEW = max(settings().max_examples // 6, 1)  # every problem is solved a dozen times and twice by cvxpy
 
 # -- what can be drawn -------------------------------------------------------------------------------------------------
 

@@ -190,6 +190,13 @@ def mix(x, r, weights, memory, gram, count, window):
 
 
 @compiled
+def copied(x, into):
+    """To the front of an array: a slice's assignment takes seconds to compile."""
+    for j in range(len(x)):
+        into[j] = x[j]
+
+
+@compiled
 def _scalings(q, v):
     """``v = e^q``, and whether some are so far from 1 that the kernel is to absorb them."""
     far, reach = 0.0, _REACH if v.itemsize == 4 else _WIDE_REACH
@@ -220,15 +227,17 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     memory, gram, best_y = np.zeros((2 + 2 * window, m + 1)), np.zeros((window, window)), np.zeros(n)
     slope, _, up, down, _ = rules.rows
     rule = MATCH if slope == 1.0 and up == 0.0 and down == 0.0 and mass == 0.0 else RESPOND
-    x[:m], weights[:m] = q, b
+    copied(q, x)
+    copied(b, weights)
     x[m], weights[m] = lam, mass
+    at, change = x[:m], r[:m]  # without the multiplier
     best, checked, best_lam, asked_lam, steps, end = math.inf, math.inf, lam, lam, 0, -1
     least, emptied = math.inf, 0
     while end < 0:
         lam = x[m]
-        far = _scalings(x[:m], v)
+        far = _scalings(at, v)
         _sweep(kernel, v, rule, a, base, f0, rules.rows, lam, y, u, sums)
-        moved, before, after = propose(sums, x[:m], g0, log_b, rules.columns, r[:m])
+        moved, before, after = propose(sums, at, g0, log_b, rules.columns, change)
         steps += 1
         error = moved / before if before > 0.0 else math.inf
         if mass > 0.0:
@@ -236,8 +245,8 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
             r[m] = math.log(mass / after) if 0.0 < after < math.inf else 0.0
         if error < best:
             best, best_lam, asked_lam = error, lam + r[m], lam
-            q[:], best_y[:] = x[:m], y
-            q += r[:m]
+            copied(at + change, q)
+            copied(y, best_y)
         if not error < math.inf:
             end = BROKEN
         elif error <= tolerance:
@@ -253,11 +262,11 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
             if rules.soft_r > 0.0:
                 r[m] -= _demand(a, np.log(u) + f0 - lam, rules.soft_r, mass)
             if rules.soft_c > 0.0:
-                t = _demand(b, g0 + x[:m] + r[:m], rules.soft_c, mass)
-                r[:m] += t
+                t = _demand(b, g0 + at + change, rules.soft_c, mass)
+                change += t
                 r[m] -= t
         elif exponential:
-            r[:m] -= translation(a, np.log(u) + f0, b, g0 + x[:m] + r[:m], rules.soft_r, rules.soft_c)
+            change -= translation(a, np.log(u) + f0, b, g0 + at + change, rules.soft_r, rules.soft_c)
         size = (weights * r * r).sum()
         emptied = steps - 1 if size > _GROWTH * _GROWTH * least else emptied
         least = size if emptied == steps - 1 else min(least, size)
