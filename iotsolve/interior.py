@@ -139,8 +139,9 @@ class _Variables:
         self.price, self.entropy, self.reference, self.bend = price, entropy, reference, bend
         cap = np.broadcast_to(cap, price.shape)
         self.capped = np.isfinite(cap)
+        self.bounded = bool(self.capped.any())
         half = np.where(self.capped, cap, 2.0) / 2
-        self.x = np.minimum(reference, half) if self.capped.any() else reference + 0.0 * price
+        self.x = np.minimum(reference, half) if self.bounded else reference + 0.0 * price
         self.v = np.where(self.capped, 2 * half - self.x, 1.0)
         self.z = np.maximum(1.0, price + bend * self.x)
         self.w = np.where(self.capped, 1.0, 0.0)
@@ -167,7 +168,7 @@ class _Variables:
         """Aim at products ``mu``, with Mehrotra's correction by the affine step's second-order terms."""
         dx, dz, dv, dw = (0.0,) * 4 if affine is None else affine
         self.lower = self.x * self.z - mu + dx * dz
-        self.upper = np.where(self.capped, self.v * self.w - mu + dv * dw, 0.0)
+        self.upper = np.where(self.capped, self.v * self.w - mu + dv * dw, 0.0) if self.bounded else 0.0 * self.v
         curve = self.entropy * (dx / self.x) ** 2 / 2
         self.pull = curve - self.residual - self.lower / self.x + self.upper / self.v
 
@@ -175,13 +176,16 @@ class _Variables:
         """The step that goes with a step ``image + fine`` of the multipliers."""
         dx = self.weight * ((image + self.pull) + fine)  # image and pull nearly cancel
         dz = -(self.lower + self.z * dx) / self.x
+        if not self.bounded:
+            return dx, dz, 0.0 * dx, 0.0 * dx
         dv = np.where(self.capped, -dx, 0.0)
         return dx, dz, dv, np.where(self.capped, -(self.upper + self.w * dv) / self.v, 0.0)
 
     def longest(self, direction: _Direction) -> float:
         """The step at which the first variable or multiplier would vanish."""
         dx, dz, dv, dw = direction
-        return min(_reach(self.x, dx), _reach(self.z, dz), _reach(self.v, dv), _reach(self.w, dw))
+        below = min(_reach(self.x, dx), _reach(self.z, dz))
+        return min(below, _reach(self.v, dv), _reach(self.w, dw)) if self.bounded else below
 
     def move(self, direction: _Direction, step: float) -> None:
         dx, dz, dv, dw = direction
@@ -374,11 +378,11 @@ class _Normal:
             )  # else the sides fix it, and the multiplier is theirs
 
     def _columns(self, right: np.ndarray) -> np.ndarray:
-        from scipy.linalg import cho_solve
+        from scipy.linalg.lapack import dpotrs  # at this size half the time of cho_solve is its checks
 
-        x, residual = np.zeros_like(right), right
+        (factor, lower), x, residual = self.factor, np.zeros_like(right), right
         for _ in range(2):  # refined, since the factor was nudged
-            x = x + self.scale * cho_solve(self.factor, self.scale * residual, check_finite=False)
+            x = x + self.scale * dpotrs(factor, self.scale * residual, lower=lower)[0]
             residual = right - self.matrix @ x
         return x
 

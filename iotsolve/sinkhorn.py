@@ -293,8 +293,8 @@ def settle(problem: Problem, state: SinkhornState) -> SinkhornState:
 def _root(falling: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, negligible: Tensor, parts: int) -> Tensor:
     """The point nearest 0 at which a falling step function crosses 0, within bounds.
 
-    On a plateau, where sums of weights differ from each other by rounding alone, nothing moves. Both of its ends are narrowed down
-    at once, by looking at ``parts - 1`` points between, in as many rounds as sixty halvings take.
+    On a plateau, where sums of weights differ from each other by rounding alone, nothing moves. Both of its ends are narrowed
+    down at once, by looking at ``parts - 1`` points between, in as many rounds as sixty halvings take.
     """
     level = torch.stack([negligible, -negligible])
     low, high = (torch.stack([x, x]) for x in (low.clamp(max=0.0), high.clamp(min=0.0)))
