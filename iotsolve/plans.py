@@ -247,10 +247,14 @@ class StoredPlan(QuickPlan):
 
     sums: tuple[Tensor, Tensor]
     kept: _Copy | Judged | Callable[[], _Copy]
+    finer: Callable[[], StoredPlan] | None = None
+    """The same with a copy in float64, where that is not too large."""
 
     @classmethod
-    def of(cls, problem: Problem, p: Potentials, *, single: bool = False, lazy: bool = False) -> StoredPlan:
-        """``single``: the copy is in float32 whatever its size; ``lazy``: it is made when first asked for.
+    def of(
+        cls, problem: Problem, p: Potentials, *, single: bool = False, lazy: bool = False, double: bool = False
+    ) -> StoredPlan:
+        """``single``: the copy is in float32 whatever its size, ``double``: in float64; ``lazy``: it is made when asked for.
 
         Either is asked for by who judges, and then a problem that remembers keeps what there is to see.
         """
@@ -269,7 +273,7 @@ class StoredPlan(QuickPlan):
         lifted = (p.f + p.lam.unsqueeze(-1)).double().numpy() / eps
         alpha = passes.logs(problem.a.double().numpy(), lifted)
         beta = passes.logs(problem.b.double().numpy(), p.g.double().numpy() / eps)
-        dtype = np.float32 if single or cost.size > _KEPT_DOUBLE else np.float64
+        dtype = np.float32 if single or (cost.size > _KEPT_DOUBLE and not double) else np.float64
 
         def summed(into: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return passes.marginals(cost, alpha, beta, passes.LOG2E / eps, into)
@@ -285,7 +289,8 @@ class StoredPlan(QuickPlan):
             return cls(problem, read, judged.sums, judged)
         kept = copied if lazy else _Copy(cost.shape, dtype)
         r, c = summed(np.empty((len(cost), 0, 0), dtype) if lazy else kept.values)
-        return cls(problem, read, (torch.from_numpy(r), torch.from_numpy(c)), kept)
+        finer = (lambda: cls.of(problem, p, double=True)) if cost.size <= _HELD_DOUBLE else None
+        return cls(problem, read, (torch.from_numpy(r), torch.from_numpy(c)), kept, finer)
 
     @cached_property
     def _copy(self) -> _Copy | Judged:
@@ -293,7 +298,9 @@ class StoredPlan(QuickPlan):
 
     @property
     def exact(self) -> Plan:
-        return self if self._copy.values.dtype == np.float64 else super().exact
+        if self._copy.values.dtype == np.float64:
+            return self
+        return super().exact if self.finer is None else self.finer()
 
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         from iotsolve.kernels import passes
@@ -414,7 +421,7 @@ class StreamedPlan(_Passed):
 
 
 _RESOLVED = 200.0  # exponents up to which float32 leaves an entry five digits
-_KEPT_DOUBLE = 2**19  # entries of plans that are copied in float64
+_KEPT_DOUBLE, _HELD_DOUBLE = 2**19, 2**22  # entries of plans that are copied in float64, at once and where float32 is not enough
 
 
 @dataclass(frozen=True)

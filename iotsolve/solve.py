@@ -187,8 +187,10 @@ def _is_blunt(problem: Problem, p: Potentials, tolerance: float | None) -> bool:
 
 
 def _may_miss(problem: Problem, solver: Solver | None) -> bool:
-    """Whether a flat problem's certificate, which is one pass, may ask for more than the solver's rule: at a tiny epsilon."""
-    quick = isinstance(problem.cost, Dense) and problem.cost.is_compiled and not problem.is_exact
+    """Whether a flat problem's certificate, which is a few passes, may ask for more than the solver's rule: at a tiny epsilon."""
+    cost = problem.cost
+    few = isinstance(cost, Points) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW
+    quick = (few or (isinstance(cost, Dense) and cost.is_compiled)) and not problem.is_exact
     return quick and not isinstance(solver, Interior) and bool((spread(problem) > _TINY_EPSILON).any())
 
 
@@ -198,6 +200,7 @@ def _missing(solution: Solution) -> np.ndarray:
     return np.ravel(np.asarray(converged, bool) & ~np.asarray(solution.certificate.holds, bool))
 
 
+_FEW = 2**22  # arcs of points whose certificate takes less than a solve at a tiny epsilon
 _TINY_EPSILON, _SHARPER = 80.0, 20.0  # ranges of the costs in epsilons; by how much to sharpen the tolerance
 
 

@@ -1,5 +1,6 @@
 """Weak duality, the gap as a sum of non-negative terms, and certificates: for anybody's potentials, at every iterate."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import kl_div
 
-from iotsolve import FIXED, FREE, KL, TV, Potentials, Problem, Sinkhorn, certify, solve
+from iotsolve import FIXED, FREE, KL, TV, Between, Points, Potentials, Problem, Sinkhorn, certify, solve
 from iotsolve.testing import check_certificate, check_duality, costs, marginals, problems, weights
 from iotsolve.testing.references import dual_objective, gibbs_plan, numbers, objective, violation
 
@@ -279,3 +280,31 @@ def test_what_has_converged_at_a_tiny_epsilon_is_certified_at_loose_tolerances_t
             assert solution.certificate.holds or not solution.converged, (tolerance, solution.certificate)
             found.append(solution.converged)
     assert np.mean(found) >= (0.75 if solver is None else 0.25)
+
+
+def test_what_has_converged_of_points_is_certified_at_a_tiny_epsilon_and_a_loose_tolerance():
+    """Where sweeps stop at a plan that no rounding makes feasible."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        problem = Problem(Points(rng.random((60, 2)), rng.random((63, 2))), epsilon=0.001, rows=Between(0.5, 2.0))
+        solution = solve(problem, Sinkhorn(tolerance=1e-3, max_steps=400), throw=False)
+        assert solution.converged and solution.certificate.holds, solution.certificate
+
+
+@pytest.mark.parametrize("names", ["at_most-fixed-mass", "fixed-fixed-mass", "between-fixed"])
+@pytest.mark.parametrize("n", [10, 800])  # corrected by a plan's copy that is in float64 anyway, and by one made for it
+def test_bounds_are_met_by_one_correction(names, n, monkeypatch):
+    """Of a plan that is nearly feasible, to the last digits, without scaling it again and again."""
+    case, rounds = CASES[names], []
+    rng = np.random.default_rng(n)
+    cost, a, b = rng.random((n, n + 1)), rng.random(n) + 0.1, rng.random(n + 1) + 0.1
+    mass = None if case.mass is None else (1.0 if "fixed" in names else 0.6)
+    problem = Problem(cost, a / a.sum(), b / b.sum(), epsilon=0.05, rows=case.rows, columns=case.columns, mass=mass)
+    solution = solve(problem)
+    module = sys.modules["iotsolve.certificate"]
+    scaled = module._scale_onto
+    monkeypatch.setattr(module, "_scale_onto", lambda *given, **named: rounds.append(1) or scaled(*given, **named))
+    monkeypatch.setattr(module, "_PROJECTIONS", 2)
+    found = certify(problem, solution.f, solution.g, solution.mass_multiplier)
+    assert found.holds and len(rounds) <= 1
+    assert found.gap <= 1e-9 * found.scale

@@ -167,4 +167,4 @@ def seconds_to_import(package):
 
 
 def test_import_costs_at_most_three_tenths_of_a_second_beyond_torch():
-    assert min(seconds_to_import("iotsolve") for _ in range(5)) <= 0.3
+    assert any(seconds_to_import("iotsolve") <= 0.3 for _ in range(5))
