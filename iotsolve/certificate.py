@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import quiet
+from iotsolve.costs import Dense, quiet
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan, streams
@@ -397,9 +397,17 @@ def _off(w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _dearest(problem: Problem, f: np.ndarray, g: np.ndarray) -> np.ndarray:
     """A bound of ``(C - f - g) / epsilon`` over the bins with weight."""
-    if not problem.is_full:
-        f, g = (np.where(w.detach().numpy() > 0, x, np.inf) for x, w in ((f, problem.a), (g, problem.b)))
-    return (problem.cost.ceiling - f.min(-1) - g.min(-1)) / number(problem.epsilon)
+    cost = problem.cost
+    if problem.is_full:
+        ceiling = cost.ceiling
+    else:
+        rows, columns = problem.a > 0, problem.b > 0
+        f, g = (np.where(kept.numpy(), x, np.inf) for x, kept in ((f, rows), (g, columns)))
+        if isinstance(cost, Dense):
+            ceiling = float(cost.matrix.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), -math.inf).amax())
+        else:
+            ceiling = cost.between(rows, columns).ceiling
+    return (ceiling - f.min(-1) - g.min(-1)) / number(problem.epsilon)
 
 
 def _feasible(problem: Problem, r: Tensor, c: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from iotsolve.gradient import (
     streamed_parts,
 )
 from iotsolve.kernels.precision import product
+from iotsolve.marginals import number
 from iotsolve.plans import Plan, in_batch, plan_of, streams
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.solver import Status
@@ -338,7 +339,7 @@ class Solution:
         n, m = self.problem.shape[-2:]
         if not isinstance(self.status, Status):
             return f"Solution({np.size(self.status)} problems of {n} x {m}: {int(np.sum(self.converged))} converged)"
-        return f"Solution({n} x {m}, value {float(self.value):.6g}, {self.status.name} in {self.steps} steps)"
+        return f"Solution({n} x {m}, value {number(self.value):.6g}, {self.status.name} in {self.steps} steps)"
 
 
 def _spent(plan: Tensor, cost: Tensor) -> Tensor:

@@ -191,7 +191,12 @@ def _may_miss(problem: Problem, solver: Solver | None) -> bool:
     cost = problem.cost
     few = isinstance(cost, Points) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW
     quick = (few or (isinstance(cost, Dense) and cost.is_compiled)) and not problem.is_exact
-    return quick and not isinstance(solver, Interior) and bool((spread(problem) > _TINY_EPSILON).any())
+    if not quick or isinstance(solver, Interior) or not (spread(problem) > _TINY_EPSILON).any():
+        return False
+    if problem.is_full:
+        return True
+    carrying = cost.between(problem.a > 0, problem.b > 0).range()  # what stands at empty bins makes nothing dear
+    return bool((carrying > _TINY_EPSILON * number(problem.epsilon)).any())
 
 
 def _missing(solution: Solution) -> np.ndarray:
