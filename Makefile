@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/contrastive demo --out runs/demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check iotsolve contrastive tests docs
