@@ -128,6 +128,8 @@ def run(
     """
     solver = _Automatic(tolerance, stationary=True) if solver is None else solver
     with quiet(problem.cost):
+        if isinstance(problem.cost, Points) and not problem.cost.is_bilinear and not problem.is_exact:
+            problem = in_matrix(problem)  # of metrics whose blocks take longer to make than to read
         if isinstance(solver, Sinkhorn):
             return iterate(problem, solver, start)
         return solver.run(problem, start) if isinstance(solver, _Automatic | Newton) else solver.run(problem)
