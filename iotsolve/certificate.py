@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iotsolve.costs import Dense, quiet
+from iotsolve.costs import quiet
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan, streams
@@ -259,7 +259,7 @@ def _round(plan: Plan, p: Potentials, enough: Tensor) -> tuple[Factors, Tensor, 
         rounded = _fill(plan, rounded) if fixed else rounded
         feasible, gap = _feasible(problem, *plan.marginals(rounded.on)), _gap(plan, rounded, p)
         if best is not None:
-            better = feasible & (~best[1] | ~(best[2] <= gap))
+            better = feasible & ~(best[1] & ((best[2] <= gap) | (best[2] <= enough)))
             rounded, feasible, gap = rounded.where(better, best[0]), feasible | best[1], torch.where(better, gap, best[2])
         best = rounded, feasible, gap
         if bool((feasible & (gap <= enough)).all()):
@@ -397,16 +397,11 @@ def _off(w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _dearest(problem: Problem, f: np.ndarray, g: np.ndarray) -> np.ndarray:
     """A bound of ``(C - f - g) / epsilon`` over the bins with weight."""
-    cost = problem.cost
-    if problem.is_full:
-        ceiling = cost.ceiling
-    else:
+    ceiling = problem.cost.ceiling
+    if not problem.is_full:
         rows, columns = problem.a > 0, problem.b > 0
         f, g = (np.where(kept.numpy(), x, np.inf) for x, kept in ((f, rows), (g, columns)))
-        if isinstance(cost, Dense):
-            ceiling = float(cost.matrix.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), -math.inf).amax())
-        else:
-            ceiling = cost.between(rows, columns).ceiling
+        ceiling = problem.cost.ceiling_between(rows, columns)
     return (ceiling - f.min(-1) - g.min(-1)) / number(problem.epsilon)
 
 

@@ -102,6 +102,10 @@ class Dense:
         """The largest entry of all problems."""
         return self.surveyed().ends[1]
 
+    def ceiling_between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> float:
+        """The largest entry between these bins."""
+        return float(self.matrix.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), -math.inf).amax())
+
     def range(self) -> Float[Tensor, "*batch"]:
         """Largest minus smallest allowed entry."""
         if self.matrix[..., 0, 0].numel() == 1 and self.ends is not None and self.all_finite():
@@ -453,6 +457,10 @@ class Points:
             return math.inf
         reach = self.range().detach().amax()
         return float(reach / 2 + _PRODUCTS[self.metric] if self.metric in _PRODUCTS else reach)
+
+    def ceiling_between(self, rows: Bool[Tensor, "*batch n"], columns: Bool[Tensor, "*batch m"]) -> float:
+        """A bound of the entries between these bins."""
+        return math.inf if self.barred is not None else self.between(rows, columns).ceiling
 
     def range(self) -> Float[Tensor, "*batch"]:
         """An upper bound of largest minus smallest entry, without looking at pairs unless the metric is a function.

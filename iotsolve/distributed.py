@@ -273,6 +273,10 @@ class Sharded:
         reach = float(self.range().amax())
         return math.inf if self.barred is not None else reach if self.local.metric != "sphere" else reach / 2 + 1.0
 
+    def ceiling_between(self, rows: Tensor, columns: Tensor) -> float:
+        """A bound of all entries."""
+        return self.ceiling
+
     def between(self, rows: Tensor, columns: Tensor) -> Sharded:
         """All rows: what this is asked for is their range, of which a bound will do."""
         return self

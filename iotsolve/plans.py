@@ -247,8 +247,8 @@ class StoredPlan(QuickPlan):
 
     sums: tuple[Tensor, Tensor]
     kept: _Copy | Judged | Callable[[], _Copy]
-    finer: Callable[[], StoredPlan] | None = None
-    """The same with a copy in float64, where that is not too large."""
+    finer: Callable[[], Plan] | None = None
+    """Makes the same plan with products in float64, where those of the copy are not."""
 
     @classmethod
     def of(
@@ -289,8 +289,12 @@ class StoredPlan(QuickPlan):
             return cls(problem, read, judged.sums, judged)
         kept = copied if lazy else _Copy(cost.shape, dtype)
         r, c = summed(np.empty((len(cost), 0, 0), dtype) if lazy else kept.values)
-        finer = (lambda: cls.of(problem, p, double=True)) if cost.size <= _HELD_DOUBLE else None
-        return cls(problem, read, (torch.from_numpy(r), torch.from_numpy(c)), kept, finer)
+
+        def finer() -> Plan:
+            return cls.of(problem, p, double=True) if cost.size <= _HELD_DOUBLE else Plan(problem, read)
+
+        sums = torch.from_numpy(r), torch.from_numpy(c)
+        return cls(problem, read, sums, kept, None if dtype is np.float64 else finer)
 
     @cached_property
     def _copy(self) -> _Copy | Judged:
@@ -298,9 +302,7 @@ class StoredPlan(QuickPlan):
 
     @property
     def exact(self) -> Plan:
-        if self._copy.values.dtype == np.float64:
-            return self
-        return super().exact if self.finer is None else self.finer()
+        return self if self.finer is None else self.finer()
 
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         from iotsolve.kernels import passes

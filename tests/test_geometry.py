@@ -684,6 +684,17 @@ def test_the_certificate_of_distances_is_that_of_their_matrix(tolerance, digits,
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=rtol, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [Sinkhorn(tolerance=1e-10), Newton(tolerance=1e-10)], ids=["sweeps", "newton"])
+def test_an_explicit_solver_reads_a_matrix_of_distances_that_is_made_once(solver, monkeypatch):
+    x, y = clouds(70, 60)
+    expected, made = solve(Problem(np.linalg.norm(x[:, None] - y[None], axis=-1), epsilon=0.2), solver), []
+    problem, blocks = Problem(Points(x, y, "euclidean"), epsilon=0.2), Points.blocks
+    monkeypatch.setattr(Points, "blocks", lambda self: made.append(1) or blocks(self))
+    found = solve(problem, solver)
+    assert len(made) == 1 and found.steps == expected.steps > 1
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-12)
+
+
 def test_few_points_are_a_matrix_and_never_its_differences():
     """Of distances, whose differences are as many matrices as there are dimensions."""
     problem = Problem(Points(*clouds(700, 700, 40), "euclidean"), epsilon=3.0)

@@ -45,8 +45,6 @@ for metric in ("sqeuclidean", "cosine"):
         for solver in (Sinkhorn(tolerance=1e-13, max_steps=4000, stationary=True), Newton(tolerance=1e-13)):
             if isinstance(solver, Sinkhorn) and (name == "partial" or (metric, name) == ("cosine", "tv")):
                 continue  # thousands of sweeps
-            if world == 4 and metric == "cosine" and name not in ("balanced", "kl"):
-                continue
             x, y, a, b = (z.clone().requires_grad_() for z in (X[mine], Y, A, B))
             eps = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
             solution = solve(Problem(Sharded(Points(x, y, metric)), a, b, epsilon=eps, **sides), solver, throw=False)
@@ -108,7 +106,7 @@ except ValueError as error:
 from iotsolve.kernels import workspace
 WIDE, NARROW = (torch.rand(k, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (540, 500))
 part = WIDE[9 * sum(SIZES[:rank]) : 9 * sum(SIZES[: rank + 1])]  # enough for kernels and for copies of plans, on every rank
-for name, sides in REGIMES.items() if world < 4 else [(name, REGIMES[name]) for name in ("balanced", "kl", "partial")]:
+for name, sides in REGIMES.items():
     for what, solver in (("front door", None), ("Newton", Newton(tolerance=1e-12)))[: 1 + (name in ("balanced", "partial"))]:
         for kept in (workspace.STORED, 2**10) if name in ("balanced", "tv") else (workspace.STORED,):
             whole, workspace.STORED = workspace.STORED, kept
@@ -226,9 +224,7 @@ def many(request, once):
 
 def test_everything_is_that_of_one_process(alone, many):
     """To rounding; with kinks, where rounding decides on which side a bin is, to what the solver was asked for."""
-    names = [n for n, found in many[0].items() if isinstance(found, dict) and not n.startswith("large ")]
-    assert len(names) == (21 if len(many) == 2 else 15)
-    for name in names:
+    for name in (n for n, found in alone.items() if isinstance(found, dict) and not n.startswith("large ")):
         expected, close = alone[name], 1e-7 if " tv " in name or " partial " in name else 1e-12
         assert expected["holds"] and expected["status"] == "CONVERGED", name
         for rank in many:
@@ -298,8 +294,8 @@ def test_one_process_has_the_second_derivatives_of_a_matrix(alone):
 
 def test_large_problems_are_those_of_one_process(alone, many):
     """By kernels that are kept, and by kernels made again at every sweep; in as many steps, but where rounding decides."""
-    names = [name for name in many[0] if name.startswith("large ")]
-    assert len(names) == (6 + 2 + 5 + 3 if len(many) == 2 else 10)
+    names = [name for name in alone if name.startswith("large ")]
+    assert len(names) == 6 + 2 + 5 + 3
     for name in names:
         expected = alone[name]
         double = "float64" in name
