@@ -126,9 +126,10 @@ class _Loop:
         config, total = self.config, self.batches.total
         every = config.save_every or self.batches.per_epoch
         began = time.perf_counter() - self.seconds
-        log = _Log(self.out, self.step) if self.fabric.is_global_zero else None
+        log = None
         try:
             with _asked_to_stop() as asked, _bar(total, self.step, visible) as show:
+                log = _Log(self.out, self.step) if self.fabric.is_global_zero else None
                 while self.step < total:
                     clock = _Clock()
                     stop = self._take(clock, asked)
