@@ -29,7 +29,7 @@ from iotsolve.sinkhorn import answered
 from iotsolve.solver import Outcome, Status, dearness, judge, sobered, spread
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
-__all__ = ["Accelerated", "relaxed_together"]
+__all__ = ["TINY", "Accelerated", "doubles", "outcome", "relaxed_together"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Accelerated:
         near = self._threshold(problem) >= _SINGLE or _stays_in_cache(problem)
         return self if near else replace(self, tolerance=_SINGLE)
 
-    def patient(self, problem: Problem) -> Accelerated:
-        """This solver, that gives up later where a thousand sweeps cost less than a step of second order."""
+    def patient(self, problem: Problem, most: int) -> Accelerated:
+        """This solver, that gives up later, after so many sweeps, where these cost less than a step of second order."""
         n, m = problem.shape[-2:]
-        return replace(self, max_steps=max(1000, self.max_steps), slow=1.0) if n * m <= _TINY else self
+        return replace(self, max_steps=most, slow=1.0) if n * m <= TINY else self
 
     def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
         """Solve every problem of a detached flat batch."""
@@ -84,14 +84,14 @@ class Accelerated:
         tolerance = self._threshold(problem)
         eps, cost = number(problem.epsilon), problem.cost
         count, n, m = len(problem.a), *problem.shape[-2:]
-        tiny = n * m <= _TINY
+        tiny = n * m <= TINY
         wide = tiny or (tolerance < _SINGLE and _stays_in_cache(problem))
         clouds = not isinstance(cost, Dense)
         share = 4.0 * (dearness(problem) if tiny or clouds else np.ones(count))  # where no plan is at hand to be corrected
         aims = np.maximum(tolerance / share, 0.0 if wide else _SINGLE / 4)
-        a, b = _doubles(problem.a), _doubles(problem.b)
+        a, b = doubles(problem.a), doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
-        rules, settings = _rules(problem, eps), (aims, self.max_steps, self.slow)
+        rules, settings = _rules(problem, eps), (aims, self.max_steps, self.slow, False)
         kernel_type = np.float64 if wide else np.float32
         ends, steps, errors = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
         serial = not clouds and len(pieces(n, n * m)) == 1  # a pass is on one thread, and so may be the loop around it
@@ -107,23 +107,38 @@ class Accelerated:
                 for k in range(count):
                     for stage, least in kernel(k):
                         left = max(1, self.max_steps - steps[k])  # one at least, which judges in that precision
-                        limits = max(aims[k], least), left, self.slow
+                        limits = max(aims[k], least), left, self.slow, False
                         given = a[k], b[k], f[k], g[k], lam[k], rules, limits
                         ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
                         steps[k] += taken
-        f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in (f, g, lam))
-        if isinstance(cost, Sharded):
-            f, g, lam = (cost.ranks.first(x) for x in (f, g, lam))
-        p = answered(problem, Potentials(f, g, lam))
         enough = np.minimum(tolerance / 2, 2 * aims) if clouds or tiny else np.full(count, tolerance / 2)
-        given_up = scaling.BROKEN, scaling.SLOW
-        status = [
-            Status.CONVERGED if error <= most else Status.STALLED if end in given_up else Status.MAX_STEPS
-            for end, error, most in zip(ends.tolist(), errors.tolist(), enough.tolist(), strict=True)
-        ]
-        if any(0 < side.recession < math.inf for side in (problem.rows, problem.columns)):
-            status = _priced(problem, p, status, tolerance)
-        return sobered(problem, Outcome(p, status, steps.tolist()), tolerance)
+        return outcome(problem, (f, g, lam), (ends, steps, errors), enough, tolerance)
+
+
+def outcome(
+    problem: Problem,
+    found: tuple[np.ndarray, np.ndarray, np.ndarray],
+    told: tuple[np.ndarray, np.ndarray, np.ndarray],
+    enough: np.ndarray,
+    tolerance: float,
+) -> Outcome:
+    """What potentials in units of epsilon, and how their search ended, after how many steps and with what error, come to."""
+    from iotsolve.kernels import scaling
+
+    eps = number(problem.epsilon)
+    f, g, lam = (torch.from_numpy(eps * x).to(problem.a.dtype) for x in found)
+    if isinstance(problem.cost, Sharded):
+        f, g, lam = (problem.cost.ranks.first(x) for x in (f, g, lam))
+    p = answered(problem, Potentials(f, g, lam))
+    ends, steps, errors = (x.tolist() for x in told)
+    given_up = scaling.BROKEN, scaling.SLOW
+    status = [
+        Status.CONVERGED if error <= most else Status.STALLED if end in given_up else Status.MAX_STEPS
+        for end, error, most in zip(ends, errors, enough.tolist(), strict=True)
+    ]
+    if any(0 < side.recession < math.inf for side in (problem.rows, problem.columns)):
+        status = _priced(problem, p, status, tolerance)
+    return sobered(problem, Outcome(p, status, steps), tolerance)
 
 
 def relaxed_together(problem: Problem, tolerance: float | None) -> tuple[Potentials, list[int]] | None:
@@ -131,16 +146,14 @@ def relaxed_together(problem: Problem, tolerance: float | None) -> tuple[Potenti
 
     None if these are no such problems. Nobody has judged the potentials.
     """
+    if not isinstance(problem.cost, Dense) or problem.mass is not None:
+        return None
     n, m = problem.shape[-2:]
-    lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
     held = 2 ** math.ceil(math.log2(n)) * 2 ** math.ceil(math.log2(m))
-    fits = (
-        isinstance(problem.cost, Dense)
-        and held <= _SMALL.get(problem.dtype, 0)
-        and problem.mass is None
-        and None not in lines
-    )
-    if not fits or not usable(problem.cost.matrix, _agree):
+    if held > _SMALL.get(problem.dtype, 0) or not usable(problem.cost.matrix, _agree):
+        return None
+    lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
+    if None in lines:
         return None
     from iotsolve.kernels import batched
 
@@ -168,7 +181,7 @@ def _agree(_: Any, device: torch.device) -> bool:
 _SMALL = {torch.float32: 2**14, torch.float64: 2**12}  # entries of a problem that a program holds
 _TOGETHER = 10_000  # sweeps of the slowest, which all others wait for; it leaves where it gets nowhere
 _SINGLE = 1e-6  # tolerance that a kernel in float32 can be solved to
-_TINY = 2**14  # entries of a kernel that the nearest cache holds
+TINY = 2**14  # entries of a kernel that the nearest cache holds
 _CACHED = 2**19  # entries of a kernel in float64
 _REACH = 60.0  # cost ranges in epsilons that exponentials in float32 span
 
@@ -231,7 +244,7 @@ def _kernels(
     yield lambda k: stages
 
 
-def _doubles(x: Tensor) -> np.ndarray:
+def doubles(x: Tensor) -> np.ndarray:
     return np.ascontiguousarray(x.numpy(), dtype=np.float64)
 
 
@@ -247,28 +260,30 @@ def _reference(problem: Problem, start: Potentials | None) -> tuple[np.ndarray, 
     """Potentials around which the kernel stays in range: the start's; none; or at a small epsilon those of the costs alone, or
     of points those of one sweep, which reads them as often. Those of a free side are 0, at its empty bins too.
     """
-    held, far = (problem.rows.is_free, problem.columns.is_free), spread(problem) > _REACH
+    held = problem.rows.is_free, problem.columns.is_free
     if start is not None:
-        f, g, lam = start.f, start.g, start.lam
+        found = start.f.numpy(), start.g.numpy()
+    elif not (far := spread(problem) > _REACH).any():
+        found = np.zeros(problem.a.shape), np.zeros(problem.b.shape)
+    elif isinstance(problem.cost, Dense):
+        found = tuple(z * far[:, None] for z in _lowest(problem))
     else:
-        f, g, lam = torch.zeros_like(problem.a), torch.zeros_like(problem.b), torch.zeros_like(problem.a[:, 0])
-        if far.any() and isinstance(problem.cost, Dense):
-            f, g = (z * torch.from_numpy(far)[:, None] for z in _lowest(problem))
-        elif far.any():
-            eps = number(problem.epsilon)
-            f = f if held[0] else problem.cost.softmin(problem.b.log(), eps, axis=-1)
-            g = problem.cost.softmin(log_scaling(problem.a, torch.where(f.isfinite(), f, 0.0), eps), eps, axis=-2)
-    f, g = (torch.where(z.isfinite() & (not free), z, 0.0) for z, free in zip((f, g), held, strict=True))
-    return tuple(np.array(z.numpy(), dtype=np.float64) for z in (f, g, lam))
+        eps = number(problem.epsilon)
+        f = torch.zeros_like(problem.a) if held[0] else problem.cost.softmin(problem.b.log(), eps, axis=-1)
+        g = problem.cost.softmin(log_scaling(problem.a, torch.where(f.isfinite(), f, 0.0), eps), eps, axis=-2)
+        found = f.numpy(), g.numpy()
+    f, g = (np.where(np.isfinite(z), z, 0.0) * (not free) for z, free in zip(found, held, strict=True))
+    lam = np.zeros(len(f)) if start is None else np.array(start.lam.numpy())
+    return tuple(np.asarray(z, dtype=np.float64) for z in (f, g, lam))
 
 
-def _lowest(problem: Problem) -> tuple[Tensor, Tensor]:
+def _lowest(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """``f = min_j C_ij`` and ``g = min_i C_ij - f_i`` over bins that have a weight; where rows are free ``f = 0``."""
     from iotsolve.kernels import passes
 
-    cost = problem.cost.matrix
+    cost, filled = problem.cost.matrix.numpy(), [x.numpy() > 0 for x in (problem.a, problem.b)]
+    f, g = (np.zeros(x.shape) for x in filled)
     if problem.rows.is_free:
-        return torch.zeros_like(problem.a), torch.where((problem.a > 0).unsqueeze(-1), cost, math.inf).amin(-2)
-    f, g = (np.zeros(x.shape) for x in (problem.a, problem.b))
-    passes.lowest(cost.numpy(), problem.a.numpy() > 0, problem.b.numpy() > 0, f, g)
-    return torch.from_numpy(f), torch.from_numpy(g)
+        return f, np.where(filled[0][..., None], cost, math.inf).min(-2)
+    passes.lowest(cost, *filled, f, g)
+    return f, g

@@ -18,7 +18,7 @@ from iotsolve.costs import quiet
 from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan, streams
-from iotsolve.problem import Potentials, Problem, in_double, in_matrix, saturated
+from iotsolve.problem import OVERFLOWN, Potentials, Problem, in_double, in_matrix, saturated
 from iotsolve.validation import default_tolerance
 
 __all__ = ["Certificate", "certify"]
@@ -140,8 +140,8 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
         plan = plan_of(double, p, lazy=not (double.rows.is_hard or double.columns.is_hard))
     r, c = plan.marginals()
     rows, columns, mass = double.violations(r, c)
-    known = ~torch.cat([p.f, p.g, p.lam.unsqueeze(-1)], -1).isnan().any(-1)
     moved = r.sum(-1)
+    known = ~torch.cat([p.f, p.g, p.lam.unsqueeze(-1)], -1).isnan().any(-1) & (moved < OVERFLOWN)
     entropy = torch.zeros_like(p.lam) if problem.is_exact else double.epsilon * (moved - double.product)
     sides, scale = double.dual_sides_and_scale(p)
     dual = torch.where(known, sides - entropy if sound else double.dual_at(p), -math.inf)

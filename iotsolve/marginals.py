@@ -11,7 +11,7 @@ A potential of ``+inf`` is meaningful (a bin that nothing may reach) and never t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -218,7 +218,7 @@ class Marginal:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters given as tensors, by name: the ones a gradient can flow to."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
 
 @dataclass(frozen=True)

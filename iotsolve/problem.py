@@ -45,7 +45,7 @@ from iotsolve.validation import (
     shared,
 )
 
-__all__ = ["Potentials", "Problem", "in_double", "in_matrix", "log_scaling", "saturated", "weighted"]
+__all__ = ["OVERFLOWN", "Potentials", "Problem", "in_double", "in_matrix", "log_scaling", "saturated", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Memory:
 
     def take(self, p: Potentials) -> Tensor | None:
         """The plan, which is forgotten: it is the caller's now."""
-        if (last := self.of(p)) is None or not float(last.sums[0].sum()) < _SOUND:
+        if (last := self.of(p)) is None or not float(last.sums[0].sum()) < OVERFLOWN:
             return None
         self._last = _nothing
         _latest.clear()
@@ -275,10 +275,11 @@ class Problem:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the problem by name: the inputs a gradient can flow to."""
-        named = self.cost.tensors() | {"a": self.a, "b": self.b, "epsilon": self.epsilon, "mass": self.mass}
+        named = {**self.cost.tensors(), "a": self.a, "b": self.b}
+        named |= {name: x for name, x in (("epsilon", self.epsilon), ("mass", self.mass)) if isinstance(x, Tensor)}
         for name, side in zip(("rows", "columns"), self.sides, strict=True):
             named |= {f"{name}.{k}": v for k, v in side.tensors().items()}
-        return {k: v for k, v in named.items() if isinstance(v, Tensor)}
+        return named
 
     def with_tensors(self, named: dict[str, Tensor]) -> Problem:
         """The same problem with some of :meth:`tensors` replaced, unvalidated."""
@@ -646,7 +647,7 @@ class Problem:
 
 
 _REMEMBERED = 2**18  # entries of a plan that is kept for whoever asks for it next
-_SOUND = 1e300  # total of a plan none of whose entries has overflown
+OVERFLOWN = 1e300  # total of a plan one of whose entries may have: exponentials end there and are not infinite
 
 
 def in_double(problem: Problem) -> Problem:

@@ -108,7 +108,7 @@ def _potentials(
     kept = f, g, _REACH * epsilon
     for _ in range(_LEVELS):
         u, v = f / epsilon, g / epsilon
-        settings = _LOOSE, _SWEEPS, 1.0
+        settings = _LOOSE, _SWEEPS, 1.0, False
         with workspace.borrow((n, m), np.float32) as array:
             kernel = gibbs.Stored(array, cost, passes.LOG2E / epsilon)
             end, *_ = scaling.relax_alone(kernel, a, b, u, v, 0.0, rules, settings)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from iotsolve.accelerated import Accelerated, relaxed_together
+from iotsolve.accelerated import TINY, Accelerated, relaxed_together
 from iotsolve.certificate import Certificate
 from iotsolve.costs import Dense, Points, quiet
+from iotsolve.direct import Direct
 from iotsolve.distributed import Sharded
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
@@ -97,12 +98,18 @@ def solve(
             plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
         return Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
 
-    solution, missed = solution_of(outcome), False
-    if _may_miss(flat, solver) and (missed := (misses := _missing(solution)).any()):
+    solution, missed, may_miss = solution_of(outcome), False, _may_miss(flat, solver)
+    finer = default_tolerance(problem.dtype) if tolerance is None else tolerance
+    for _ in range(_SHARPENED if may_miss else 0):
+        if not (misses := _missing(solution)).any():
+            break
+        missed, finer = True, finer / _SHARPER
         status = [Status.STALLED if miss else word for miss, word in zip(misses.tolist(), outcome.status, strict=True)]
-        sharper = replace(solver, tolerance=(default_tolerance(problem.dtype) if tolerance is None else tolerance) / _SHARPER)
+        sharper = replace(solver, tolerance=finer)
         with torch.no_grad():
-            outcome = _continued(flat, replace(outcome, status=status), lambda left, p: run(left, sharper, p))
+            outcome = _continued(
+                flat, replace(outcome, status=status), lambda left, p, sharper=sharper: run(left, sharper, p)
+            )
         solution = solution_of(outcome)
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.potentials, tolerance)
@@ -208,7 +215,8 @@ def _missing(solution: Solution) -> np.ndarray:
 
 
 _FEW = 2**22  # arcs of points whose certificate takes less than a solve at a tiny epsilon
-_TINY_EPSILON, _SHARPER = 80.0, 20.0  # ranges of the costs in epsilons; by how much to sharpen the tolerance
+_TINY_EPSILON = 80.0  # ranges of the costs in epsilons
+_SHARPER, _SHARPENED = 20.0, 3  # by how much to sharpen the tolerance, and how often
 
 
 def _judged(status: Any, certificate: Certificate) -> Any:
@@ -236,6 +244,8 @@ class _Automatic:
         if start is None:
             return self._search(problem, None)
         judged = self._judged(problem, start, [0] * problem.batch_shape[0])
+        if math.prod(problem.shape[-2:]) <= TINY:
+            judged = self._factored(problem, judged, is_near=True)
         return _continued(problem, judged, self._search)
 
     def _judged(self, problem: Problem, start: Potentials, steps: list[int]) -> Outcome:
@@ -253,22 +263,28 @@ class _Automatic:
             return _continued(
                 problem, self._judged(problem, *found), lambda left, _: self._search(left, None, together=False)
             )
-        n, m = problem.shape[-2:]
-        options = {"tolerance": self.tolerance, "stationary": self.stationary}
-        first, newton, interior = Sinkhorn(**options), Newton(**options), Interior(**options)
-        if not Accelerated.fits(problem):
+        if not (fits := Accelerated.fits(problem)):
             problem = in_matrix(problem)
-        if Accelerated.fits(problem):
-            asked = Accelerated(self.tolerance).patient(problem)
+            fits = Accelerated.fits(problem)
+        n, m = problem.shape[-2:]
+        if fits:
+            asked = Accelerated(self.tolerance).patient(problem, 20 + 5 * min(n, m) if Direct.fits(problem) else 1000)
             quick = asked.within_reach(problem)
             done = quick.run(problem, start)
             if quick == asked and all(word is Status.CONVERGED for word in done.status):
                 return done
+        options = {"tolerance": self.tolerance, "stationary": self.stationary}
+        first, newton, interior = Sinkhorn(**options), Newton(**options), Interior(**options)
+        if fits:
+            if (is_factored := n * m <= _QUICKLY_FACTORED):
+                done = self._factored(problem, done)
             done = _continued(problem, done, lambda left, _: quick.run(left, _annealed(left)))
             if quick != asked:  # there is more to do for all
                 done = replace(done, status=[_MORE.get(word, word) for word in done.status])
             problem = in_matrix(problem)
             done = _continued(problem, done, newton.run)
+            if not is_factored:
+                done = self._factored(problem, done)
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
@@ -281,6 +297,20 @@ class _Automatic:
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
         last = replace(first, max_steps=sweeps)
         return _continued(problem, done, lambda left, p: iterate(left, last, p), (*_UNFINISHED, Status.NOT_FINITE))
+
+    def _factored(self, problem: Problem, done: Outcome, *, is_near: bool = False) -> Outcome:
+        """The outcome with what has not converged solved by systems that are factored, if that does it and is not too dear: from
+        nothing, or from potentials that may be near.
+        """
+
+        def anew(left: Problem, p: Potentials) -> Outcome:
+            found = Direct(self.tolerance).run(left, p if is_near else None)
+            good = torch.tensor([word is Status.CONVERGED for word in found.status])
+            sides = ((found.potentials.f, p.f), (found.potentials.g, p.g))
+            f, g = (torch.where(good[:, None], new, old) for new, old in sides)
+            return replace(found, potentials=Potentials(f, g, p.lam))
+
+        return _continued(problem, done, anew) if Direct.fits(problem) else done
 
 
 def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Outcome:
@@ -337,6 +367,7 @@ def _annealed(problem: Problem) -> Potentials:
 _TOP, _RATIO, _ROUGH = 0.1, 6.0, 0.03  # what the largest epsilon reaches, in cost ranges, ratio of successive ones, tolerance
 _LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
+_QUICKLY_FACTORED = 2**17  # arcs up to which steps of systems that are factored cost less than those that are not
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 

@@ -214,11 +214,11 @@ def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
 def spread(problem: Problem) -> np.ndarray:
     """The range of every problem's costs and of 0, in epsilons; of points a bound."""
     cost = problem.cost
+    if isinstance(cost, Dense) and len(cost.matrix) == 1:
+        low, high = cost.surveyed().ends
+        return np.array([max((x for x in (abs(low), high, high - low) if x < math.inf), default=0.0) / number(problem.epsilon)])
     if isinstance(cost, Dense):
-        if len(cost.matrix) == 1:
-            low, high = (np.array([x]) for x in cost.surveyed().ends)
-        else:
-            low, high = (x.double().cpu().numpy() for x in (cost.matrix.amin((-2, -1)), cost.matrix.amax((-2, -1))))
+        low, high = (x.double().cpu().numpy() for x in (cost.matrix.amin((-2, -1)), cost.matrix.amax((-2, -1))))
         sizes = abs(low), high, high - low
     else:
         sizes = tuple(np.array([float(x)]) for x in (cost.range().amax(), cost.ceiling))

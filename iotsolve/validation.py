@@ -287,6 +287,12 @@ def check_problem(problem: Problem) -> None:
     if problem.is_exact and isinstance(problem.cost, Sharded):
         raise ValueError("epsilon = 0 with a sharded cost: exact transport runs on one process. Use epsilon > 0.")
     _check_totals(problem)
+    if not (problem.is_exact or float(problem.product.detach().max()) < math.inf):
+        a, b = (float(w.detach().sum(-1).max()) for w in (problem.a, problem.b))
+        raise ValueError(
+            f"a and b have totals of {a:.6g} and {b:.6g}, whose product overflows {problem.a.dtype}: the entropy is relative to "
+            "a x b. Rescale the weights, by the same factor on both sides, or use epsilon=0."
+        )
     _check_reachable(problem)
     if problem.is_exact and problem.mass is None:
         _check_bounded(problem)

@@ -767,7 +767,7 @@ def test_sweeps_alone_end_most_small_problems_at_a_small_epsilon(sides):
             rng.random((n, n)),
         ):
             problem = Problem(cost, epsilon=0.003, rows=sides[0], columns=sides[1]).working().flat()
-            found += Accelerated().patient(problem).run(problem).status
+            found += Accelerated().patient(problem, 1000).run(problem).status
     assert np.mean([word is Status.CONVERGED for word in found]) >= 0.7
 
 

@@ -68,6 +68,10 @@ MISUSE = {
     ),
     "infinite weight": (lambda: problem(a=changed(A, 0, INF)), r"a\[?0\]? = inf.*finite"),
     "zero total": (lambda: problem(a=np.zeros(5)), r"a has total 0.*no plan.*empty histogram"),
+    "totals whose product overflows": (
+        lambda: entropic(a=1e200 * A, b=1e200 * B),
+        r"totals of 1e\+200 and 1e\+200, whose product overflows torch.float64: the entropy.*Rescale",
+    ),
     "swapped weights": (lambda: problem(a=B, b=A), r"a has shape \(6,\).*5 rows.*\(\.\.\., 5\).*swapped.*transposed"),
     "scalar weights": (lambda: problem(b=1.0), r"b has shape \(\).*6 columns"),
     "batches apart": (

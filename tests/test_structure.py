@@ -22,6 +22,7 @@ ORDER = (
     ("mixing", "plans"),
     ("sinkhorn",),
     ("accelerated",),
+    ("direct",),
     ("newton", "interior", "shortlisted"),
     ("exact",),
     ("gradient", "certificate"),

@@ -15,6 +15,7 @@ from types import FunctionType
 import numpy as np
 from numba import njit
 
+from iotsolve.kernels.ascent import ascend, ascend_on_kernel, pull, shifted
 from iotsolve.kernels.dense import MATCH, RESPOND, build, stored_pass
 from iotsolve.kernels.numeric import LOG2E, NORMAL, compiled, exp2_double, log_double
 from iotsolve.kernels.passes import logs
@@ -36,10 +37,12 @@ __all__ = [
 WINDOW = 20
 _RIDGE = 1e-12  # of the Gram matrix, relative
 _TINY = 1e-300  # column sums below which nothing is said to arrive
+_OVERFLOWN = 8e307  # a mass that compiled exponentials may have ended at
 _REACH, _WIDE_REACH = 30.0, 60.0  # scalings' logarithms from which on a kernel in float32 and one in float64 are to absorb them
 _FARTHEST = 10.0  # from what a sweep answers: where mixing takes a logarithm at most
 _GROWTH = 10.0  # of the residual at which what mixing remembers is of no use
 _REBUILDS, _CHEAP_REBUILDS = 8, 1000  # kernels made anew; as often where one stays in the nearest cache
+_OVERSHOT, _SHRINK, _SHORTEST = 0.5, 0.25, 1e-3  # of the slope at a step's start, at its end; of a step, at a time and in all
 _CHECK = 8  # steps between looks at the progress
 
 Rules = namedtuple("Rules", "rows columns soft_r soft_c mass")
@@ -121,6 +124,15 @@ def translation(a, f, b, g, soft_r, soft_c):
 
 
 @compiled
+def _length(step, weights):
+    """The largest entry of a step where there is a weight."""
+    longest = 0.0
+    for j in range(len(step)):
+        longest = max(longest, abs(step[j]) if weights[j] > 0.0 else 0.0)
+    return longest
+
+
+@compiled
 def mix(x, r, weights, memory, gram, count, window):
     """The next iterate, written into ``x``, from the map's residual ``r`` there and the differences of earlier steps: no further
     than ``_FARTHEST`` from what the map itself answers.
@@ -177,13 +189,12 @@ def mix(x, r, weights, memory, gram, count, window):
         for i in range(k + 1, known):
             right[k] -= factor[i, k] * right[i]
         right[k] /= factor[k, k]
-    back, longest = np.zeros(m), 0.0
+    back = np.zeros(m)
     for l in range(known):
         dx, dr, share = memory[2 + l], memory[2 + window + l], right[l]
         for j in range(m):
             back[j] += share * (dx[j] + dr[j])
-    for j in range(m):
-        longest = max(longest, abs(back[j]) if weights[j] > 0.0 else 0.0)
+    longest = _length(back, weights)
     length = _FARTHEST / longest if longest > _FARTHEST else 1.0
     for j in range(m):
         x[j] -= length * back[j]
@@ -213,11 +224,11 @@ def _sweep(kernel, v, rule, w, base, known, side, lam, y, u, columns):
 
 
 @compiled
-def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
+def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow, second):
     """Iterate from ``q`` until the marginal error is within tolerance, relative to the mass moved, or hopeless.
 
     Every few steps the error must have fallen below ``slow`` times what it was. Returns ``(end, steps, error, lam)``, with the
-    best ``f`` and the ``q`` that answers it in place.
+    best ``f`` and the ``q`` that answers it in place. ``second``: by Newton's steps, of sides that answer by lines.
     """
     n, m = kernel.shape
     mass, exponential = rules.mass, rules.soft_r >= 0.0 and rules.soft_c >= 0.0 and rules.soft_r + rules.soft_c > 0.0
@@ -233,6 +244,7 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
     at, change = x[:m], r[:m]  # without the multiplier
     best, checked, best_lam, asked_lam, steps, end = math.inf, math.inf, lam, lam, 0, -1
     least, emptied = math.inf, 0
+    pulls, leap, origin, promised, length = np.zeros(m), np.zeros(m), np.zeros(m), 0.0, 1.0
     while end < 0:
         lam = x[m]
         far = _scalings(at, v)
@@ -247,7 +259,7 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
             best, best_lam, asked_lam = error, lam + r[m], lam
             copied(at + change, q)
             copied(y, best_y)
-        if not error < math.inf:
+        if not (error < math.inf and before < _OVERFLOWN):
             end = BROKEN
         elif error <= tolerance:
             end = CONVERGED
@@ -258,6 +270,17 @@ def relax(kernel, a, b, f0, g0, rules, lam, q, f, tolerance, max_steps, slow):
             checked = best
         if end >= 0:
             break
+        if second:
+            along = pull(sums, at, rules.columns[0], change, leap, pulls)
+            if along < -_OVERSHOT * promised and length > _SHORTEST:
+                length *= max(_SHRINK, promised / (promised - along))
+            else:
+                promised = ascend(kernel, v, u, y, slope, rules.columns[0], sums, pulls, error, leap)
+                longest = _length(leap, b)
+                length = _FARTHEST / longest if longest > _FARTHEST else 1.0
+                copied(at, origin)
+            shifted(origin, length, leap, at)
+            continue
         if mass > 0.0:
             if rules.soft_r > 0.0:
                 r[m] -= _demand(a, np.log(u) + f0 - lam, rules.soft_r, mass)
@@ -287,10 +310,10 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
     """:func:`relax` for some problems of a batch, each on a kernel of its own that stays in the cache.
 
     ``f (B, n)``, ``g (B, m)`` and ``lam (B,)`` are in units of epsilon: the start on entry, the answer on return; ``wide`` is an
-    empty array of the kernel's dtype; ``settings`` are the tolerance of each, ``max_steps`` and ``slow``.
+    empty array of the kernel's dtype; ``settings`` are the tolerance of each, ``max_steps``, ``slow`` and ``second``.
     """
     n, m = cost.shape[1:]
-    tolerances, max_steps, slow = settings
+    tolerances, max_steps, slow, second = settings
     kernel = np.empty((n, m), wide.dtype)
     alpha, beta, q, found = np.empty(n), np.empty(m), np.empty(m), np.empty(n)
     for k in range(first, last):
@@ -302,7 +325,8 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
                 beta[j], q[j] = (log_b[j] + g[k, j]) * LOG2E, 0.0
             build(cost[k], alpha, beta, scale, kernel, 0, n)
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
-            ends[k], taken, errors[k], lam[k] = relax(*start, q, found, tolerances[k], max_steps - steps[k], slow)
+            limits = tolerances[k], max_steps - steps[k], slow, second
+            ends[k], taken, errors[k], lam[k] = relax(*start, q, found, *limits)
             steps[k] += taken
             for i in range(n):
                 f[k, i] = found[i] if a[k, i] > 0.0 else f[k, i]
@@ -316,7 +340,9 @@ def _kernels_own_sweep(kernel, *given):
     kernel.sweep(*given)
 
 
-_relax_on_kernel = FunctionType(relax.py_func.__code__, {**globals(), "_sweep": _kernels_own_sweep}, "relax")
+_relax_on_kernel = FunctionType(
+    relax.py_func.__code__, {**globals(), "_sweep": _kernels_own_sweep, "ascend": ascend_on_kernel}, "relax"
+)
 """The loop of :func:`relax`, word for word, interpreted, with the kernel's own sweep, on all threads: for large problems."""
 
 
@@ -326,12 +352,12 @@ def relax_alone(kernel, a, b, f, g, lam, rules, settings):
     ``kernel`` is one of :mod:`iotsolve.kernels.gibbs`.
     """
     q, found, total = np.zeros(len(b)), f.copy(), 0
-    tolerance, max_steps, slow = settings
+    tolerance, max_steps, slow, second = settings
     with np.errstate(divide="ignore"):
-        for _ in range(_REBUILDS):
+        for _ in range(_CHEAP_REBUILDS if second else _REBUILDS):  # to a step of second order any is cheap
             kernel.absorb(logs(a, f), logs(b, g))
             q[:] = 0.0
-            limits = tolerance, max_steps - total, slow
+            limits = tolerance, max_steps - total, slow, second
             end, steps, error, lam = _relax_on_kernel(kernel, a, b, f, g, rules, lam, q, found, *limits)
             total += steps
             f[:] = np.where(a > 0.0, found, f)
