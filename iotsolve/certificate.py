@@ -331,7 +331,7 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         dearest = _dearest(double, f, g)
         # a solver's usual violation times the price of filling it in: is there likely something to correct?
         dear = (dearest + np.log(tolerance)) * eps > 4 * scale
-        plan = quick_plan(double, p, single=True, lazy=not dear.any())
+        plan = quick_plan(double, p, single=True, lazy=len(f) > 1 or not dear.any())
         r, c = (x.numpy() for x in plan.sums)
         moved, missing_r, missing_c = r.sum(-1), a - r, b - c
         rows, columns = abs(missing_r).sum(-1), abs(missing_c).sum(-1)
@@ -342,14 +342,11 @@ def _certify_balanced(problem: Problem, double: Problem, f: Any, g: Any, toleran
         dual, scale = on_rows.sum(-1) + on_columns.sum(-1) - entropy, scale + abs(entropy)
         enough = tolerance * scale
         gap = eps * _filled(a, b, r, c, dearest)
-        if not (gap <= enough).all():
-            system = DualSystem(plan, *plan.sums, *(x > 0 for x in plan.sums), False)
-            target = torch.from_numpy(enough / (4 * eps * np.maximum(dearest, 1.0)))
-            u, v, image, back = system.corrections(*map(torch.from_numpy, (missing_r, missing_c)), enough=target)
-            squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
-            there = r + r * u + image, c + c * v + back
-            largest = abs(u).max(-1) + abs(v).max(-1)
-            gap = np.fmin(gap, eps * _filled(a, b, *there, dearest, np.maximum(squares, 0.0), largest))
+        if len(left := np.flatnonzero(~(gap <= enough))):  # of a batch those alone
+            if len(left) < len(gap):
+                plan = quick_plan(double.select(left), Potentials(p.f[left], p.g[left], p.lam[left]), single=True)
+            target = enough[left] / (4 * eps * np.maximum(dearest[left], 1.0))
+            gap[left] = np.fmin(gap[left], eps * _corrected(plan, a[left], b[left], dearest[left], target))
     if not (np.isfinite(dual) & np.isfinite(gap) & (small | (gap <= enough))).all():
         return None
     apart, most = abs(a.sum(-1) - b.sum(-1)), np.minimum(a.sum(-1), b.sum(-1))
@@ -383,6 +380,17 @@ def _filled(
     share = np.where(most < 0.5, total * (1 + largest) ** 2 / (2 - 2 * most), np.inf)
     ratio = np.log((share_r + full_r * most_c) * (share_c + full_c * most_r) / lacking) + dearest
     return share + np.where(lacking > 0, lacking * (np.logaddexp(0.0, ratio) + largest), 0.0)
+
+
+def _corrected(plan: QuickPlan, a: np.ndarray, b: np.ndarray, dearest: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """:func:`_filled` of a plan that is corrected linearly first, to a residual of ``target``."""
+    system = DualSystem(plan, *plan.sums, *(x > 0 for x in plan.sums), False)
+    r, c = (x.numpy() for x in plan.sums)
+    missing = torch.from_numpy(a - r), torch.from_numpy(b - c)
+    u, v, image, back = system.corrections(*missing, enough=torch.from_numpy(target))
+    squares = (r * u * u).sum(-1) + (c * v * v).sum(-1) + 2 * (u * image).sum(-1)
+    largest = abs(u).max(-1) + abs(v).max(-1)
+    return _filled(a, b, r + r * u + image, c + c * v + back, dearest, np.maximum(squares, 0.0), largest)
 
 
 def _off(w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -55,7 +55,7 @@ class Direct:
         from iotsolve.kernels.threads import each_piece
 
         tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
-        aim = min(tolerance / 2, max(tolerance / _CLOSER, _ROUNDING))
+        aim = tolerance / 4
         count, n, m = problem.shape
         matrix, sides = problem.cost.matrix, ((problem.rows, problem.a), (problem.columns, problem.b))
         if m > n:  # the system is the columns'
@@ -71,22 +71,23 @@ class Direct:
             rungs = np.zeros(count, int)
         ends, steps, errors, lam = np.zeros(count, int), np.zeros(count, int), np.zeros(count), np.zeros(count)
         array, none = np.empty(cost.shape[1:] if n * m > TINY else 0), np.empty((0, 0))
-        for rung in range(int(rungs.max()), -1, -1):
-            eps = number(problem.epsilon) * _RATIO**rung
+        for rung in range(int(rungs.max()), -2, -1):  # the last time as close as it gets
+            eps = number(problem.epsilon) * _RATIO ** max(rung, 0)
             rules = scaling.Rules(rows.clipped_line(eps), columns.clipped_line(eps), -1.0, -1.0, 0.0)
             scale, begun, taken = math.log2(math.e) / eps, rungs >= rung, np.zeros(count, int)
-            enough = np.where(begun, _ROUGH if rung else aim, math.inf)
+            enough = np.where(begun, _ROUGH if rung > 0 else aim if rung == 0 else _ROUNDING, math.inf)
+            limits = enough, most if rung >= 0 else _CLOSING, 1.0, True
             if n * m <= TINY:
-                given = cost, a, b, f, g, lam, rules, scale, none, (enough, most, 1.0, True), ends, taken, errors
+                given = cost, a, b, f, g, lam, rules, scale, none, limits, ends, taken, errors
                 each_piece(count, cost.size * m, lambda _, *part, given=given: scaling.relax_each(*given, *part))
             else:
                 kernels = [gibbs.Stored(array, matrix, scale) for matrix in cost]
                 for k in begun.nonzero()[0]:
-                    given = a[k], b[k], f[k], g[k], 0.0, rules, (enough[k], most, 1.0, True)
+                    given = a[k], b[k], f[k], g[k], 0.0, rules, (enough[k], *limits[1:])
                     ends[k], taken[k], errors[k], _ = scaling.relax_alone(kernels[k], *given)
             steps += np.where(begun, taken, 0)
             for z in (f, g):
-                z *= begun[:, None] * (_RATIO if rung else 1.0)  # in units of the next
+                z *= begun[:, None] * (_RATIO if rung > 0 else 1.0)  # in units of the next
         f, g = (f, g) if m <= n else (g, f)
         return outcome(problem, (f, g, lam), (ends, steps, errors), np.full(count, tolerance / 2), tolerance)
 
@@ -99,4 +100,4 @@ def _is_bent(slope: float, low: float, up: float, down: float, high: float) -> b
 _MOST, _NARROW = 2**22, 2048  # entries of a kernel in float64, and columns, for which systems are made
 _TOP, _RATIO = 0.1, 4.0  # what the largest epsilon reaches, in cost ranges, ratio of successive ones
 _ROUGH, _STEPS, _NEAR = 0.1, 300, 10  # marginal error with which a larger epsilon is left, most steps at each, and from a start
-_CLOSER, _ROUNDING = 80.0, 1e-13  # how many times as exact as asked for, since one more step makes it so; what no step betters
+_ROUNDING, _CLOSING = 1e-13, 3  # what no step betters, and how many try

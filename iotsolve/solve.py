@@ -135,7 +135,8 @@ def run(
     """
     solver = _Automatic(tolerance, stationary=True) if solver is None else solver
     with quiet(problem.cost):
-        if isinstance(problem.cost, Points) and not problem.cost.is_bilinear and not problem.is_exact:
+        few = isinstance(solver, _Automatic) and _held(problem) is not problem
+        if isinstance(problem.cost, Points) and not (problem.cost.is_bilinear or problem.is_exact or few):
             problem = in_matrix(problem)  # of metrics whose blocks take longer to make than to read
         if isinstance(solver, Sinkhorn):
             return iterate(problem, solver, start)
@@ -241,12 +242,21 @@ class _Automatic:
 
     def run(self, problem: Problem, start: Potentials | None) -> Outcome:
         """Solve every problem of a detached flat batch; a start that is good enough is the answer."""
+        if (exact := _held(problem)) is not problem:
+            return self._sharply(problem, exact, start)
         if start is None:
             return self._search(problem, None)
         judged = self._judged(problem, start, [0] * problem.batch_shape[0])
         if math.prod(problem.shape[-2:]) <= TINY:
             judged = self._factored(problem, judged, is_near=True)
         return _continued(problem, judged, self._search)
+
+    def _sharply(self, problem: Problem, exact: Problem, start: Potentials | None) -> Outcome:
+        """The outcome in the problem's precision of the same problem in float64."""
+        tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
+        begun = None if start is None else start.to(torch.float64)
+        found = replace(self, tolerance=tolerance).run(exact, begun)
+        return sobered(problem, replace(found, potentials=found.potentials.to(problem.a.dtype)), tolerance)
 
     def _judged(self, problem: Problem, start: Potentials, steps: list[int]) -> Outcome:
         """Which problems somebody's potentials solve."""
@@ -268,9 +278,10 @@ class _Automatic:
             fits = Accelerated.fits(problem)
         n, m = problem.shape[-2:]
         if fits:
-            asked = Accelerated(self.tolerance).patient(problem, 20 + 5 * min(n, m) if Direct.fits(problem) else 1000)
+            asked = Accelerated(self.tolerance).patient(problem, 10 + 2 * min(n, m) if Direct.fits(problem) else 1000)
             quick = asked.within_reach(problem)
-            done = quick.run(problem, start)
+            stiff = start is None and n * m <= TINY and Direct.fits(problem) and (spread(problem) > _TINY_EPSILON).any()
+            done = self._begun(problem, quick) if stiff else quick.run(problem, start)
             if quick == asked and all(word is Status.CONVERGED for word in done.status):
                 return done
         options = {"tolerance": self.tolerance, "stationary": self.stationary}
@@ -297,6 +308,14 @@ class _Automatic:
         sweeps = max(_LAST, 10_000 * _FITS // max(n * m, _FITS))
         last = replace(first, max_steps=sweeps)
         return _continued(problem, done, lambda left, p: iterate(left, last, p), (*_UNFINISHED, Status.NOT_FINITE))
+
+    def _begun(self, problem: Problem, quick: Accelerated) -> Outcome:
+        """Sweeps as far as they are quick, then a few steps by systems that are factored, which leave a certificate nothing to
+        correct.
+        """
+        done = replace(quick, tolerance=max(_NEARLY, quick.tolerance or default_tolerance(problem.dtype))).run(problem)
+        done = replace(done, status=[_MORE.get(word, word) for word in done.status])
+        return self._factored(problem, done, is_near=True)
 
     def _factored(self, problem: Problem, done: Outcome, *, is_near: bool = False) -> Outcome:
         """The outcome with what has not converged solved by systems that are factored, if that does it and is not too dear: from
@@ -340,7 +359,20 @@ _WORTH_CLIMBING_ON_DEVICE = 2**29  # where a sweep of fewer takes less time than
 _LOOSE, _ROUNDINGS, _WORTHLESS = 1e-5, 4.0, 0.1  # relative errors of marginals at which a cheaper precision stops
 
 
+def _held(problem: Problem) -> Problem:
+    """Of few arcs on a CPU, points as a matrix, and all in float64, where their own digits end and which costs no time; or the
+    problem as it is.
+    """
+    cost = problem.cost
+    few = cost.device.type == "cpu" and math.prod(problem.shape) <= _HELD
+    if not few or not (isinstance(cost, Points) or (isinstance(cost, Dense) and problem.a.dtype == torch.float32)):
+        return problem
+    return in_matrix(in_double(problem))
+
+
+_HELD = 2**18  # arcs
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}
+_NEARLY = 1e-3  # error of marginals from which Newton's steps are quicker than sweeps
 
 
 def _annealed(problem: Problem) -> Potentials:

@@ -21,6 +21,13 @@ from iotsolve.newton import Newton as NewtonSolver
 from iotsolve.plans import Plan, plan_of
 from iotsolve.problem import Potentials
 
+
+@pytest.fixture(autouse=True)
+def as_of_many(monkeypatch):
+    """Points are swept as points here: of few the automatic solver makes a matrix."""
+    monkeypatch.setattr(sys.modules["iotsolve.solve"], "_HELD", 0)
+
+
 over_storage = pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
 SIDES = {
     "balanced": {},

@@ -213,3 +213,26 @@ def test_mass_beyond_the_range_of_floats_is_certified_by_nobody():
     problem = Problem([[-500.0]], [1.0], [1.0], epsilon=1e-5, rows=KL(1e-3), columns=KL(1e-3))
     assert not certify(problem, [-0.7091], [-0.7091]).holds
     assert run(problem).status != [Status.CONVERGED]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("given", ["sqeuclidean", "euclidean", "cosine", "matrix"])
+@pytest.mark.parametrize("epsilon", [0.1, 1e-3])
+def test_few_arcs_are_solved_in_float64_whatever_they_came_as(given, dtype, epsilon, monkeypatch):
+    """In single precision potentials have digits for what sweeps and steps in single precision never reach."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((40, 3)).astype(dtype), rng.random((30, 3)).astype(dtype)
+    points = Points(x, y, "sqeuclidean" if given == "matrix" else given)
+    exact = Points(x.astype(float), y.astype(float), points.metric)
+    scale = epsilon * float(Problem(exact).cost.dense().max())
+    cost = Problem(points).cost.dense().numpy() if given == "matrix" else points
+    tolerance = 1e-9 if dtype is np.float64 else 1e-5 if epsilon == 0.1 else 1e-4  # what potentials of that dtype can say
+    solution = solve(Problem(cost, epsilon=scale), tolerance=tolerance)
+    assert solution.certificate.holds and solution.f.dtype == solution.plan.dtype == dtype
+    sharp = solve(Problem(exact, epsilon=scale), Interior(tolerance=1e-12))
+    np.testing.assert_allclose(solution.value, sharp.value, rtol=tolerance)
+    if epsilon == 0.1 or dtype is np.float64:
+        monkeypatch.setattr(sys.modules["iotsolve.solve"], "_HELD", 0)
+        swept = solve(Problem(cost, epsilon=scale), tolerance=tolerance)
+        np.testing.assert_allclose(solution.value, swept.value, rtol=2 * tolerance)
+        np.testing.assert_allclose(solution.plan, swept.plan, rtol=0, atol=2 * tolerance)

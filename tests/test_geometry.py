@@ -40,6 +40,13 @@ from iotsolve.kernels import bilinear, threads
 from iotsolve.kernels.products import plan_times
 from iotsolve.plans import QuickPlan
 
+
+@pytest.fixture(autouse=True)
+def as_of_many(monkeypatch):
+    """Points are swept as points here: of few the automatic solver makes a matrix."""
+    monkeypatch.setattr(sys.modules["iotsolve.solve"], "_HELD", 0)
+
+
 METRICS = ("sqeuclidean", "euclidean", "cosine", "sphere", "dot")
 TIGHT = Interior(tolerance=1e-13, stationary=True)
 
