@@ -276,11 +276,12 @@ class _Automatic:
         if not (fits := Accelerated.fits(problem)):
             problem = in_matrix(problem)
             fits = Accelerated.fits(problem)
-        n, m = problem.shape[-2:]
+        count, n, m = problem.shape
         if fits:
-            asked = Accelerated(self.tolerance).patient(problem, 10 + 2 * min(n, m) if Direct.fits(problem) else 1000)
+            few = n * m <= TINY and Direct.fits(problem)
+            asked = Accelerated(self.tolerance).patient(problem, 10 + 2 * min(n, m) + _BOOKKEEPING // count if few else 1000)
             quick = asked.within_reach(problem)
-            stiff = start is None and n * m <= TINY and Direct.fits(problem) and (spread(problem) > _TINY_EPSILON).any()
+            stiff = few and start is None and count * n * m >= _MANY and (spread(problem) > _STIFF).any()
             done = self._begun(problem, quick) if stiff else quick.run(problem, start)
             if quick == asked and all(word is Status.CONVERGED for word in done.status):
                 return done
@@ -372,7 +373,8 @@ def _held(problem: Problem) -> Problem:
 
 _HELD = 2**18  # arcs
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}
-_NEARLY = 1e-3  # error of marginals from which Newton's steps are quicker than sweeps
+_STIFF, _NEARLY = 250.0, 1e-3  # range of costs in epsilons, and error of marginals, from which on Newton's steps are quicker
+_BOOKKEEPING, _MANY = 200, 2**11  # sweeps of few bins, and arcs in all, from which on calling another solver costs less
 
 
 def _annealed(problem: Problem) -> Potentials:
