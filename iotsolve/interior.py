@@ -153,9 +153,9 @@ class _Variables:
     def products(self, direction: _Direction | None = None, step: float = 0.0) -> float:
         """``<x, z> + <v, w>``: the complementarity, also after a step."""
         if direction is None:
-            return float(self.x @ self.z + self.v @ self.w)
+            return _dot(self.x, self.z) + _dot(self.v, self.w)
         x, z, v, w = (u + step * du for u, du in zip((self.x, self.z, self.v, self.w), direction, strict=True))
-        return float(x @ z + v @ w)
+        return _dot(x, z) + _dot(v, w)
 
     def linearise(self, image: np.ndarray) -> None:
         """What a Newton step needs of this point: ``image`` is the constraints' multipliers seen from these variables."""
@@ -193,6 +193,18 @@ class _Variables:
         self.v, self.w = self.v + step * dv, self.w + step * dw
 
 
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    """The scalar product, not by BLAS: NumPy's threads would be in the way of SciPy's, which factor."""
+    return float(np.einsum("i,i->", x, y))
+
+
+def _times(w: np.ndarray, v: np.ndarray, *, back: bool = False) -> np.ndarray:
+    """``W v``, or ``W' v``, by the BLAS that factors."""
+    from scipy.linalg.blas import dgemv
+
+    return dgemv(1.0, w.T, v, trans=not back)  # whose matrices have columns one after the other
+
+
 def _two_sum(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rounded sum and what rounding lost (Knuth)."""
     total = x + y
@@ -213,6 +225,7 @@ class _Core:
         self.full = np.flatnonzero(allowed.any(1)), np.flatnonzero(allowed.any(0))
         cost = cost[np.ix_(*self.full)]
         self.shape, (self.i, self.j) = cost.shape, np.nonzero(np.isfinite(cost))
+        self.is_whole = self.i.size == cost.size  # then values of arcs are a matrix, row by row
         price = cost[self.i, self.j]
         self.amount = float(max(a.sum(), b.sum()) if problem.mass is None else number(problem.mass))
         spread = float(np.ptp(price) or np.abs(price).max()) if price.size else 0.0
@@ -255,7 +268,7 @@ class _Core:
                 block.linearise(image)
             residuals, products = self._residuals(), sum(block.products() for block in self.blocks)
             error = products + sum(np.abs(r).sum() for r in residuals)
-            error += sum(float(np.abs(block.residual) @ block.x) for block in self.blocks)
+            error += sum(_dot(np.abs(block.residual), block.x) for block in self.blocks)
             age = 0 if error < 0.5 * best else age + 1
             if error < best:
                 best, kept = error, (self._at_kinks(), self.lam, self.plan.x, self.plan.z)
@@ -295,8 +308,12 @@ class _Core:
         """The multipliers ``coarse + fine`` as every block sees them, in two parts, so that ``f + g`` loses no digits."""
         (f, g, lam), (f_fine, g_fine, lam_fine) = coarse, fine
         lifted, lost = _two_sum(f, np.full_like(f, lam))
-        total, lost_too = _two_sum(lifted[self.i], g[self.j])
-        yield total, lost_too + (f_fine + lam_fine + lost)[self.i] + g_fine[self.j]
+        if self.is_whole:
+            total, lost_too = _two_sum(lifted[:, None], g)
+            yield total.ravel(), (lost_too + (f_fine + lam_fine + lost)[:, None] + g_fine).ravel()
+        else:
+            total, lost_too = _two_sum(lifted[self.i], g[self.j])
+            yield total, lost_too + (f_fine + lam_fine + lost)[self.i] + g_fine[self.j]
         for x, x_fine, (_, pieces) in zip((f, g), (f_fine, g_fine), self.sides, strict=True):
             yield from ((-sign * x, -sign * x_fine) for sign, _ in pieces)
 
@@ -316,6 +333,8 @@ class _Core:
         return [*found, np.asarray(0.0 if self.mass is None else plan.sum())]
 
     def _sums(self, values: np.ndarray, side: int) -> np.ndarray:
+        if self.is_whole:
+            return values.reshape(self.shape).sum(1 - side)
         return np.bincount((self.i, self.j)[side], values, self.shape[side])
 
     def _directions(self, system: _Normal, residuals: list[np.ndarray]):
@@ -346,17 +365,19 @@ class _Normal:
 
     def __init__(self, core: _Core) -> None:
         from scipy.linalg import cho_factor
+        from scipy.linalg.blas import dsyrk
 
-        w = np.zeros(core.shape)
-        w[core.i, core.j] = core.plan.weight
+        w = core.plan.weight.reshape(core.shape) if core.is_whole else np.zeros(core.shape)
+        if not core.is_whole:
+            w[core.i, core.j] = core.plan.weight
         spare = [sum((x.weight for _, x in pieces), np.zeros_like(base)) for base, pieces in core.sides]
         self.w, self.sums = w, w.sum(1)
         self.rows = self.sums + spare[0]
         share = spare[0] / self.rows
-        self.border, corner = w.T @ share, float(self.sums @ share)
+        self.border, corner = _times(w, share, back=True), _dot(self.sums, share)
         half = w / np.sqrt(self.rows)[:, None]
-        links = half.T @ half
-        np.fill_diagonal(links, 0.0)
+        links = np.triu(dsyrk(1.0, half.T), 1)
+        links = links + links.T
         diagonal = links.sum(1) + spare[1] + self.border
         self.matrix = np.diag(diagonal) - links
         self.scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
@@ -372,7 +393,7 @@ class _Normal:
             self.factor = cho_factor(np.eye(len(unit)))
         self.moves_mass = False
         if core.mass is not None:
-            self.pivot = corner - float(self.border @ self._columns(self.border))
+            self.pivot = corner - _dot(self.border, self._columns(self.border))
             self.moves_mass = (
                 self.pivot > 1e-15 * self.sums.sum()
             )  # else the sides fix it, and the multiplier is theirs
@@ -383,17 +404,17 @@ class _Normal:
         (factor, lower), x, residual = self.factor, np.zeros_like(right), right
         for _ in range(2):  # refined, since the factor was nudged
             x = x + self.scale * dpotrs(factor, self.scale * residual, lower=lower)[0]
-            residual = right - self.matrix @ x
+            residual = right - _times(self.matrix, x)
         return x
 
     def solve(self, rows: np.ndarray, columns: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         u, lam = rows / self.rows, 0.0
-        right = columns - self.w.T @ u
+        right = columns - _times(self.w, u, back=True)
         if self.moves_mass:
-            missing = float(mass) - float(self.sums @ u) - float(self.border @ self._columns(right))
+            missing = float(mass) - _dot(self.sums, u) - _dot(self.border, self._columns(right))
             lam = missing / self.pivot
         v = self._columns(right - lam * self.border)
-        return u - (self.w @ v + self.sums * lam) / self.rows, v, lam
+        return u - (_times(self.w, v) + self.sums * lam) / self.rows, v, lam
 
 
 def _numpy(x: Tensor) -> np.ndarray:
