@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import kl_div
 
 from iotsolve import FIXED, FREE, KL, TV, Between, Points, Potentials, Problem, Sinkhorn, certify, solve
+from iotsolve.newton import DualSystem
 from iotsolve.testing import check_certificate, check_duality, costs, marginals, problems, weights
 from iotsolve.testing.references import dual_objective, gibbs_plan, numbers, objective, violation
 
@@ -226,6 +227,28 @@ def test_the_certificate_of_a_batch_is_that_of_its_problems():
         for field in ("primal", "dual", "scale", "mass", "row_violation"):
             assert getattr(together, field)[i] == pytest.approx(getattr(alone, field), abs=1e-12)
     assert together.holds.all()
+
+
+def test_of_a_batch_only_what_needs_it_is_corrected(monkeypatch):
+    """Between fixed sides, at a small epsilon: the plan of potentials that are nearly right, among some that are."""
+    rng, sizes = np.random.default_rng(0), []
+    problem = Problem(rng.random((3, 9, 7)), epsilon=2e-3)
+    found = solve(problem, tolerance=1e-10)
+    f = found.f.copy()
+    f[1] += 1e-11 * rng.normal(size=9)
+    corrections = DualSystem.corrections
+
+    def counted(self, *given, **options):
+        sizes.append(len(self.row_diagonal))
+        return corrections(self, *given, **options)
+
+    monkeypatch.setattr(DualSystem, "corrections", counted)
+    together = certify(problem, f, found.g)
+    assert sizes == [1] and together.holds.all()
+    for k in range(3):
+        alone = certify(Problem(problem.cost.dense()[k].numpy(), epsilon=2e-3), f[k], found.g[k])
+        for field in ("primal", "dual", "gap", "scale", "mass", "row_violation"):
+            assert getattr(together, field)[k] == pytest.approx(getattr(alone, field), rel=1e-9, abs=1e-15)
 
 
 def test_a_neighbour_who_needs_more_does_not_change_the_gap():
