@@ -149,9 +149,7 @@ def _eliminated(
     keep_c: np.ndarray,
     big_c: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The system solved for the columns first, by Cholesky; singular directions, that nothing anchors, are filled up."""
-    from scipy.linalg import cho_factor, cho_solve  # scipy is imported where it is needed
-
+    """The system solved for the columns first; singular directions, that nothing anchors, are filled up."""
     first, second = np.zeros_like(r), np.zeros_like(c)
     whole = bool(keep_r.all() and keep_c.all())
     p = plan if whole else plan[np.ix_(keep_r, keep_c)]
@@ -164,7 +162,7 @@ def _eliminated(
             schur += np.outer(d, d / d.sum())
         right = -(c[keep_c] - p.T @ (r[keep_r] * inverse[:, None]))
         schur[np.diag_indices_from(schur)] *= 1 + 1e-15  # rounding
-        second[keep_c] = cho_solve(cho_factor(schur, overwrite_a=True, check_finite=False), right, check_finite=False)
+        second[keep_c] = np.linalg.solve(schur, right)  # not SciPy's: NumPy's threads would be in the way of its own
     first[keep_r] = -(r[keep_r] + p @ second[keep_c]) * inverse[:, None]
     return first, second
 
