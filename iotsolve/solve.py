@@ -366,9 +366,9 @@ def _held(problem: Problem) -> Problem:
     """
     cost = problem.cost
     few = cost.device.type == "cpu" and math.prod(problem.shape) <= _HELD
-    if not few or not (isinstance(cost, Points) or (isinstance(cost, Dense) and problem.a.dtype == torch.float32)):
+    if not few or not (isinstance(cost, Points) or (isinstance(cost, Dense) and cost.dtype == torch.float32)):
         return problem
-    return in_matrix(in_double(problem))
+    return in_matrix(problem.to(torch.float64))
 
 
 _HELD = 2**18  # arcs
