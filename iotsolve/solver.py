@@ -216,13 +216,17 @@ def spread(problem: Problem) -> np.ndarray:
     cost = problem.cost
     if isinstance(cost, Dense) and len(cost.matrix) == 1:
         low, high = cost.surveyed().ends
-        return np.array([max((x for x in (abs(low), high, high - low) if x < math.inf), default=0.0) / number(problem.epsilon)])
+        if high == math.inf:  # of a forbidden arc
+            high = float(cost.matrix.where(cost.matrix < math.inf, -math.inf).amax())
+        size = max((x for x in (abs(low), high, high - low) if math.isfinite(x)), default=0.0)
+        return np.array([size / number(problem.epsilon)])
     if isinstance(cost, Dense):
-        low, high = (x.double().cpu().numpy() for x in (cost.matrix.amin((-2, -1)), cost.matrix.amax((-2, -1))))
+        top = cost.matrix.where(cost.matrix < math.inf, -math.inf)
+        low, high = (x.double().cpu().numpy() for x in (cost.matrix.amin((-2, -1)), top.amax((-2, -1))))
         sizes = abs(low), high, high - low
     else:
         sizes = tuple(np.array([float(x)]) for x in (cost.range().amax(), cost.ceiling))
-    return np.max([np.where(x < math.inf, x, 0.0) for x in sizes], 0) / number(problem.epsilon)
+    return np.max([np.where(np.isfinite(x), x, 0.0) for x in sizes], 0) / number(problem.epsilon)
 
 
 def dearness(problem: Problem) -> np.ndarray:

@@ -31,6 +31,7 @@ from iotsolve import (
     Status,
     solve,
 )
+from iotsolve.solver import spread
 from iotsolve.testing import check_certificate, reference
 from iotsolve.testing.references import rounding
 
@@ -682,3 +683,28 @@ def test_a_closed_form_in_float32_has_converged_only_where_it_is_certified(epsil
             assert bool(solution.certificate.holds) == solution.converged
             said.append(solution.converged)
     assert any(said)
+
+
+@pytest.mark.parametrize("columns", [FIXED, Between(0.7, 1.4)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 1), (30, 8), (8, 30), (200, 160)])
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_a_soft_side_whose_mass_vanishes_has_its_price(shape, columns, forbidden):
+    """A row whose cheapest arc costs a thousand times rho keeps e^-1000 of its weight, and its potential tells what it pays."""
+    rng = np.random.default_rng(0)
+    cost = rng.integers(0, 4, shape).astype(float)
+    if forbidden:
+        cost[rng.random(shape) < 0.2] = INF
+        cost[np.isinf(cost).all(1), 0] = 3.0
+        cost[0, np.isinf(cost).all(0)] = 3.0
+    a, b = (w / w.sum() for w in (rng.random(k) + 0.1 for k in shape))
+    for rho in (3e-3, 3e-2):
+        for epsilon in (3e-4, 4e-3):
+            problem = Problem(cost, a, b, epsilon=epsilon, rows=KL(rho), columns=columns)
+            solution = solve(problem, tolerance=1e-7)
+            assert solution.certificate.holds and solution.converged
+
+
+def test_the_spread_of_costs_does_not_end_at_a_forbidden_arc():
+    cost = np.array([[0.0, 3.0], [INF, 1.0]])
+    assert spread(Problem(cost, epsilon=0.5).flat()) == 6.0
+    assert list(spread(Problem(np.stack([cost, -cost.clip(max=2.0)]), epsilon=0.5))) == [6.0, 4.0]

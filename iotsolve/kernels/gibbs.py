@@ -16,7 +16,7 @@ from iotsolve.kernels import bilinear
 from iotsolve.kernels.blocks import exponentials
 from iotsolve.kernels.dense import SIDE, TAKE, WEIGH, stored_pass
 from iotsolve.kernels.numeric import LOG2E
-from iotsolve.kernels.passes import build_kernel, spread
+from iotsolve.kernels.passes import build_kernel, highest, spread
 from iotsolve.kernels.threads import PIECES, pieces, summed
 
 __all__ = ["Kernel", "OfPoints", "OverRanks", "Stored", "Streamed"]
@@ -31,6 +31,10 @@ class Kernel:
     def sweep(self, v: np.ndarray, rule: int, w: np.ndarray, *given: Any) -> None:
         """``y = K v``, ``u`` by the rule and ``columns = u K``; ``given`` are ``base, known, side, lam, y, u, columns``."""
         raise NotImplementedError
+
+    def raised(self, alpha: np.ndarray, beta: np.ndarray, f: np.ndarray, deep: float) -> np.ndarray:
+        """The rows' potentials, in units of epsilon, or others around which no row's entries all vanish, where that is seen."""
+        return f
 
     def product(self, w: np.ndarray, v: np.ndarray, *, as_given: bool) -> tuple[np.ndarray, np.ndarray]:
         """``K v`` with ``K' (w K v)``, or with ``K' w`` if that is ``as_given``."""
@@ -60,6 +64,11 @@ class Stored(Kernel):
     def absorb(self, alpha: np.ndarray, beta: np.ndarray) -> None:
         build_kernel(self.cost, alpha, beta, self.scale, self.array)
 
+    def raised(self, alpha: np.ndarray, beta: np.ndarray, f: np.ndarray, deep: float) -> np.ndarray:
+        tops = highest(self.cost, beta, self.scale, axis=-1)
+        vanish = np.isfinite(alpha) & np.isfinite(tops) & (alpha + tops < deep)
+        return np.where(vanish, -tops / LOG2E, f) if vanish.any() else f
+
     def sweep(self, v: np.ndarray, rule: int, w: np.ndarray, *given: Any) -> None:
         *shared, columns = (self.array, v, rule, w, *given)
         n, m = self.shape
@@ -79,6 +88,9 @@ class OfPoints(Stored):
 
     def __init__(self, array: np.ndarray, form: tuple[Tensor, Tensor, Tensor, Tensor], barred: Tensor | None) -> None:
         self.array, self.form, self.barred = array, form, barred
+
+    def raised(self, alpha: np.ndarray, beta: np.ndarray, f: np.ndarray, deep: float) -> np.ndarray:
+        return f
 
     def absorb(self, alpha: np.ndarray, beta: np.ndarray) -> None:
         x, y, *_ = self.form

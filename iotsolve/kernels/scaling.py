@@ -38,6 +38,7 @@ WINDOW = 20
 _RIDGE = 1e-12  # of the Gram matrix, relative
 _TINY = 1e-300  # column sums below which nothing is said to arrive
 _OVERFLOWN = 8e307  # a mass that compiled exponentials may have ended at
+_DEEP, _SHALLOW = -500.0, -60.0  # exponents, base 2, of a row's largest entry that float64 and float32 are not far from losing
 _REACH, _WIDE_REACH = 30.0, 60.0  # scalings' logarithms from which on a kernel in float32 and one in float64 are to absorb them
 _FARTHEST = 10.0  # from what a sweep answers: where mixing takes a logarithm at most
 _GROWTH = 10.0  # of the residual at which what mixing remembers is of no use
@@ -306,6 +307,22 @@ def _demand(weights, potential, soft, mass):
 
 
 @compiled
+def raise_rows(cost, log_a, beta, scale, itemsize, alpha, f):
+    """Reference potentials, for rows all of whose entries would vanish, at which their largest is not small: the potential of a
+    soft side says what it pays for next to no mass, which a row of zeros cannot tell.
+    """
+    deep = _DEEP if itemsize == 8 else _SHALLOW
+    for i in range(len(f)):
+        if alpha[i] > -math.inf:
+            top = -math.inf
+            for j in range(len(beta)):
+                top = max(top, beta[j] - scale * np.float64(cost[i, j]))
+            if -math.inf < top < deep - alpha[i]:
+                f[i] = -top / LOG2E
+                alpha[i] = log_a[i] * LOG2E - top
+
+
+@compiled
 def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps, errors, first, last):
     """:func:`relax` for some problems of a batch, each on a kernel of its own that stays in the cache.
 
@@ -323,6 +340,7 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
                 alpha[i], found[i] = (log_a[i] + f[k, i]) * LOG2E, f[k, i]
             for j in range(m):
                 beta[j], q[j] = (log_b[j] + g[k, j]) * LOG2E, 0.0
+            raise_rows(cost[k], log_a, beta, scale, wide.itemsize, alpha, f[k])
             build(cost[k], alpha, beta, scale, kernel, 0, n)
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
             limits = tolerances[k], max_steps - steps[k], slow, second
@@ -355,10 +373,12 @@ def relax_alone(kernel, a, b, f, g, lam, rules, settings):
     tolerance, max_steps, slow, second = settings
     with np.errstate(divide="ignore"):
         for _ in range(_CHEAP_REBUILDS if second else _REBUILDS):  # to a step of second order any is cheap
-            kernel.absorb(logs(a, f), logs(b, g))
+            beta, deep = logs(b, g), _DEEP if kernel.dtype == np.float64 else _SHALLOW
+            reference = kernel.raised(logs(a, f), beta, f, deep)
+            kernel.absorb(logs(a, reference), beta)
             q[:] = 0.0
             limits = tolerance, max_steps - total, slow, second
-            end, steps, error, lam = _relax_on_kernel(kernel, a, b, f, g, rules, lam, q, found, *limits)
+            end, steps, error, lam = _relax_on_kernel(kernel, a, b, reference, g, rules, lam, q, found, *limits)
             total += steps
             f[:] = np.where(a > 0.0, found, f)
             g += q
