@@ -150,10 +150,8 @@ def relaxed_together(problem: Problem, tolerance: float | None) -> tuple[Potenti
         return None
     n, m = problem.shape[-2:]
     held = 2 ** math.ceil(math.log2(n)) * 2 ** math.ceil(math.log2(m))
-    if held > _SMALL.get(problem.dtype, 0) or not usable(problem.cost.matrix, _agree):
-        return None
     lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
-    if None in lines:
+    if held > _SMALL.get(problem.dtype, 0) or None in lines or not usable(problem.cost.matrix, _agree):
         return None
     from iotsolve.kernels import batched
 
@@ -245,6 +243,7 @@ def _kernels(
 
 
 def doubles(x: Tensor) -> np.ndarray:
+    """Numbers as compiled loops read them."""
     return np.ascontiguousarray(x.numpy(), dtype=np.float64)
 
 

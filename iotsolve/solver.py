@@ -221,8 +221,10 @@ def spread(problem: Problem) -> np.ndarray:
         size = max((x for x in (abs(low), high, high - low) if math.isfinite(x)), default=0.0)
         return np.array([size / number(problem.epsilon)])
     if isinstance(cost, Dense):
-        top = cost.matrix.where(cost.matrix < math.inf, -math.inf)
-        low, high = (x.double().cpu().numpy() for x in (cost.matrix.amin((-2, -1)), top.amax((-2, -1))))
+        low, high = cost.matrix.amin((-2, -1)), cost.matrix.amax((-2, -1))
+        if bool((high == math.inf).any()):
+            high = cost.matrix.where(cost.matrix < math.inf, -math.inf).amax((-2, -1))
+        low, high = (x.double().cpu().numpy() for x in (low, high))
         sizes = abs(low), high, high - low
     else:
         sizes = tuple(np.array([float(x)]) for x in (cost.range().amax(), cost.ceiling))

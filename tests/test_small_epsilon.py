@@ -486,7 +486,7 @@ def test_an_uneven_batch_takes_the_steps_and_gives_the_numbers_of_its_problems(k
         assert together.status[k] is alone.status
         # padding regroups the sums of a pass, and mixing magnifies their rounding where there are many sweeps; how many are tried
         # before a system is factored depends on its columns, and on how many problems share what that costs to begin
-        room = alone.steps if epsilon == 1e-3 and single.cost.is_compiled else 0
+        room = alone.steps // (1 if set(kinds) <= {"fixed", "kl"} else 4) if epsilon == 1e-3 and single.cost.is_compiled else 0
         assert abs(int(together.steps[k]) - alone.steps) <= room
         assert_same_numbers(together, k, alone, tolerance=1e-11)
     if epsilon == 0.1 and "free" not in kinds:

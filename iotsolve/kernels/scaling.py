@@ -340,7 +340,8 @@ def relax_each(cost, a, b, f, g, lam, rules, scale, wide, settings, ends, steps,
                 alpha[i], found[i] = (log_a[i] + f[k, i]) * LOG2E, f[k, i]
             for j in range(m):
                 beta[j], q[j] = (log_b[j] + g[k, j]) * LOG2E, 0.0
-            raise_rows(cost[k], log_a, beta, scale, wide.itemsize, alpha, f[k])
+            if rules.rows[0] != 1.0 or rules.rows[2] != rules.rows[3]:  # a row that asks for all of its weight cannot vanish
+                raise_rows(cost[k], log_a, beta, scale, wide.itemsize, alpha, f[k])
             build(cost[k], alpha, beta, scale, kernel, 0, n)
             start = kernel, a[k], b[k], f[k], g[k], rules, lam[k]
             limits = tolerances[k], max_steps - steps[k], slow, second
@@ -374,7 +375,8 @@ def relax_alone(kernel, a, b, f, g, lam, rules, settings):
     with np.errstate(divide="ignore"):
         for _ in range(_CHEAP_REBUILDS if second else _REBUILDS):  # to a step of second order any is cheap
             beta, deep = logs(b, g), _DEEP if kernel.dtype == np.float64 else _SHALLOW
-            reference = kernel.raised(logs(a, f), beta, f, deep)
+            may_vanish = rules.rows[0] != 1.0 or rules.rows[2] != rules.rows[3]
+            reference = kernel.raised(logs(a, f), beta, f, deep) if may_vanish else f
             kernel.absorb(logs(a, reference), beta)
             q[:] = 0.0
             limits = tolerance, max_steps - total, slow, second
