@@ -309,7 +309,7 @@ def own_plan(solution: Any) -> Tensor:
     Args:
         solution: of a problem whose cost is :class:`Sharded`.
     """
-    problem, p = solution.problem, solution.potentials
+    problem, p = solution.problem, solution.found
     cost = problem.cost
     with torch.no_grad():
         f = p.f[cost.own] + p.lam

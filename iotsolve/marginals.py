@@ -544,7 +544,8 @@ class ChiSquared(Marginal):
         return torch.where(_vanishing(rho), -rho * torch.expm1((-s / epsilon).clamp(max=range_)), f)
 
     def curvature(self, f: Tensor) -> Tensor:
-        return torch.where(f < self.rho, 1 / _like(self.rho, f), 0.0).to(f)
+        bends = f <= self.rho  # at rho too, where rounding leaves a marginal that is nearly 0, and whose derivative `response` has
+        return torch.where(bends, 1 / _like(self.rho, f), 0.0).to(f)
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:
         t = r / torch.where(a > 0, a, 1.0)

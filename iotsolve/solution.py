@@ -62,7 +62,7 @@ class Solution:
     """
 
     problem: Problem
-    potentials: Potentials
+    found: Potentials
     status: Any
     steps: Any
     differentiation: Gradient
@@ -84,11 +84,16 @@ class Solution:
     @cached_property
     def value(self) -> Any:
         """Optimal objective, entropy and penalties included, shape ``(...)``."""
-        return self.problem.leave(self.differentiation.value(self.problem, self.potentials, self.exact_plan))
+        return self.problem.leave(self.differentiation.value(self.problem, self.found, self.exact_plan))
 
     @cached_property
     def _live(self) -> Potentials:
-        return self.differentiation.potentials(self.problem, self.potentials)
+        return self.differentiation.potentials(self.problem, self.found)
+
+    @property
+    def potentials(self) -> Potentials:
+        """``f``, ``g`` and ``mass_multiplier`` as tensors: for ``init``, ``certify`` and :meth:`Problem.plan`."""
+        return self._live
 
     @property
     def f(self) -> Any:
@@ -121,7 +126,7 @@ class Solution:
         never_held = not isinstance(self.problem.cost, Dense) and self.exact_plan is None
         if not sparse and not (never_held and isinstance(self.differentiation, Envelope)):
             return None
-        dtype = torch.float64 if streams(self.problem.cost) and not sparse else self.potentials.f.dtype
+        dtype = torch.float64 if streams(self.problem.cost) and not sparse else self.found.f.dtype
         flat = self.problem.detach().to(dtype).flat()
         frozen = zip(self._frozen, (flat.a, flat.b, flat.a[:, 0]), strict=True)
         p = Potentials(*(x.reshape(y.shape).to(dtype) for x, y in frozen))
@@ -129,7 +134,7 @@ class Solution:
 
     @property
     def _frozen(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.potentials.f, self.potentials.g, self.potentials.lam
+        return self.found.f, self.found.g, self.found.lam
 
     @cached_property
     def _streamed(self) -> tuple[Problem, Potentials, Ranks | Alone] | None:
@@ -138,8 +143,8 @@ class Solution:
             return None
         ranks = self.problem.cost.ranks if isinstance(self.problem.cost, Sharded) else Alone()
         if isinstance(self.differentiation, Envelope):
-            return (self.problem.working(), self.potentials, ranks) if streams(self.problem.cost) else None
-        twin = streamable(self.problem.to(torch.float64), self.potentials.to(torch.float64))
+            return (self.problem.working(), self.found, ranks) if streams(self.problem.cost) else None
+        twin = streamable(self.problem.to(torch.float64), self.found.to(torch.float64))
         if twin is None:
             return None
         live = self._live
@@ -159,7 +164,7 @@ class Solution:
         if self._read is None:
             return self.problem.leave(of_dense())
         with calm(self.problem.cost), torch.no_grad():
-            found = of_read(self._read).reshape((*self.problem.batch_shape, *shape)).to(self.potentials.f.dtype)
+            found = of_read(self._read).reshape((*self.problem.batch_shape, *shape)).to(self.found.f.dtype)
         return self.problem.leave(self.differentiation.plan(self.problem, found))
 
     @property
@@ -320,9 +325,9 @@ class Solution:
             )
         with torch.enable_grad():
             plan = None if self.exact_plan is None else self.exact_plan.double()
-            p = self.potentials.detach().to(torch.float64)
+            p = self.found.detach().to(torch.float64)
             twin = replace(
-                self, problem=as_leaves(self.problem), potentials=p, exact_plan=plan, differentiation=Implicit()
+                self, problem=as_leaves(self.problem), found=p, exact_plan=plan, differentiation=Implicit()
             )
             output = getattr(twin, of)
             weights = _weights(of, weights, output)
@@ -332,7 +337,7 @@ class Solution:
     @cached_property
     def certificate(self) -> Certificate:
         """Bounds and errors, float64, from the problem and the potentials alone."""
-        p = self.potentials
+        p = self.found
         return certify(self.problem, p.f, p.g, p.lam, plan=self.exact_plan, tolerance=self.tolerance)
 
     def __repr__(self) -> str:

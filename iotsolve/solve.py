@@ -112,7 +112,7 @@ def solve(
             )
         solution = solution_of(outcome)
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
-    unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.potentials, tolerance)
+    unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.found, tolerance)
     if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful or missed:
         # nobody else has judged what the solvers claim
         judgement = solution.certificate
@@ -435,7 +435,7 @@ def _continued(
 
 
 def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
-    p = init.potentials if isinstance(init, Solution) else init
+    p = init.found if isinstance(init, Solution) else init
     n, m = problem.shape[-2:]
     if p.f.shape[-1] != n or p.g.shape[-1] != m:
         raise ValueError(

@@ -282,7 +282,7 @@ def test_the_law_of_certificates_catches_a_wrong_claim(name):
     solution, found = solve(case.problem()), answer(case)
     moved = replace(solution.potentials, f=solution.potentials.f + 0.01 * torch.arange(5))
     with pytest.raises(AssertionError, match="converged without a certificate"):
-        check_certificate(case.problem(), replace(solution, potentials=moved))
+        check_certificate(case.problem(), replace(solution, found=moved))
     with pytest.raises(AssertionError, match=r"bounds: .*optimal_value"):
         check_certificate(case.problem(), solution, answer=replace(found, value=found.value + 1e-4))
 

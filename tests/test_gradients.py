@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +408,19 @@ def test_envelope_refuses_everything_but_the_value(output, epsilon):
         getattr(solve(problem), output).sum().backward()
 
 
+def test_potentials_together_have_the_derivatives_of_each():
+    """Once they had none, so that a loss with them in it lacked a part and nobody said so."""
+    problem = with_leaves(regime(KL(0.7), ChiSquared(0.8), True).problem())
+    leaf = problem.cost.dense().requires_grad_()
+    solution = solve(problem, gradient=Implicit())
+    together = solution.potentials
+    for one, other in ((together.f, solution.f), (together.g, solution.g), (together.lam, solution.mass_multiplier)):
+        found, expected = (torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0] for x in (one, other))
+        assert expected.abs().max() > 0 and torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match=r"differentiates solution\.value only"):
+        (solve(problem).potentials.f.sum() + leaf.sum()).backward()
+
+
 def test_nothing_is_refused_where_no_gradient_was_asked_for():
     problem = with_leaves(CASES["kl-kl"].problem())
     assert not solve(problem).plan.requires_grad
@@ -561,6 +575,29 @@ def test_a_bin_exactly_at_the_clamp_is_held():
     values = [torch.stack(of(rho.detach() - 1e-5 * k)) for k in range(4)]
     expected = -sum(w * v for w, v in zip((-11 / 6, 3.0, -3 / 2, 1 / 3), values, strict=True)) / 1e-5
     torch.testing.assert_close(torch.stack(found), expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shift", [-1e-13, 0.0, 1e-13])
+def test_a_bin_that_a_penalty_all_but_empties_moves_no_other(shift):
+    """Where the marginal is too small for the potential to differ from rho, and rounding leaves it at rho or beyond."""
+    generator = torch.Generator().manual_seed(5)
+    cost = torch.rand(6, 4, generator=generator, dtype=torch.float64)
+    cost[2] += 10.0
+    weights = torch.rand(6, 4, generator=generator, dtype=torch.float64)
+
+    def of(rho, choice):
+        problem = Problem(cost, epsilon=0.2, rows=ChiSquared(rho))
+        solution = solve(problem, gradient=choice, tolerance=1e-12)
+        assert solution.row_marginal[2].detach() < 1e-17
+        p = solution.potentials.detach()
+        p.f[2] = (rho.detach() + shift) if torch.is_tensor(rho) else p.f[2]
+        return (weights * replace(solution, found=p).plan).sum()
+
+    rho = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    found, unrolled = (float(torch.autograd.grad(of(rho, choice), rho)[0]) for choice in (Implicit(), Unroll(200)))
+    difference = float(of(0.7 + 1e-4, None) - of(0.7 - 1e-4, None)) / 2e-4
+    assert abs(difference) > 1e-3
+    assert found == pytest.approx(unrolled, rel=1e-9) == pytest.approx(difference, rel=1e-6)
 
 
 @over({f"{r}-{c}": regime(ALL_SIDES[r], ALL_SIDES[c], r == "tv") for r in ALL_SIDES for c in ("fixed", "tv", "l2")})

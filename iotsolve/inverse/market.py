@@ -124,7 +124,7 @@ class Point:
 
     def moved(self, step: np.ndarray, over_rows: np.ndarray, over_columns: np.ndarray) -> Potentials:
         """Where the potentials would be after a step of the coefficients, to first order."""
-        p = self.solution.potentials
+        p = self.solution.found
         f, g = (x.detach().double().reshape(-1).numpy() for x in (p.f, p.g))
         f, g = (np.where(np.isfinite(x), x + effect @ step, x) for x, effect in ((f, over_rows), (g, over_columns)))
         return replace(p, f=torch.from_numpy(f), g=torch.from_numpy(g))

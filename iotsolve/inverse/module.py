@@ -290,7 +290,7 @@ class _Task:
         cost = _cost(module, self.x, self.y)
         solution = self.solved(self.problem(cost, a, b, self.allowed), start)
         loss = self.constant + (cost * plan).sum() - solution.value
-        return self._priced(loss, module), _detached(solution)
+        return self._priced(loss, module), solution.found.detach()
 
     def loss_of_rows(self, module: nn.Module, rows: np.ndarray) -> Tensor:
         """Of some rows, up to a constant; of a market of their own if the columns are fixed."""
@@ -544,8 +544,3 @@ def _largest(parameters: list[nn.Parameter]) -> float:
             "learning rate is too large."
         )
     return max(sizes, default=0.0)
-
-
-def _detached(solution: Solution) -> Potentials:
-    p = solution.potentials
-    return Potentials(p.f.detach(), p.g.detach(), p.lam.detach())
