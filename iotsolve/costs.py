@@ -509,9 +509,9 @@ class Points:
     def softmin(self, log_weights: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """As of :class:`Dense`, block by block."""
         if self.is_bilinear:
-            flat = log_weights.expand(*self.shape[:-2], -1).flatten()
+            flat = log_weights.expand(*self.shape[:-2], -1).flatten().to(self.dtype)
             s, t = self.soft_minima(*((None, flat) if axis == -1 else (flat, None)), epsilon)
-            return (s if axis == -1 else t).reshape(*self.shape[:-2], -1)
+            return (s if axis == -1 else t).reshape(*self.shape[:-2], -1).to(log_weights.dtype)
         side = self if axis == -1 else self.transposed
         return torch.cat([block.softmin(log_weights, epsilon, axis=-1) for _, block in side.blocks()], -1)
 

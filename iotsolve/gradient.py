@@ -24,7 +24,7 @@ from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Plan, quick_plan, streams
-from iotsolve.problem import Potentials, Problem, log_scaling, weighted
+from iotsolve.problem import Potentials, Problem, in_double, log_scaling, weighted
 from iotsolve.sinkhorn import Sinkhorn
 
 __all__ = ["Envelope", "Gradient", "Gradients", "Implicit", "Unroll"]
@@ -182,10 +182,10 @@ class _EnvelopeValue(torch.autograd.Function):
     def forward(
         ctx, problem: Problem, p: Potentials, plan: Tensor | None, names: tuple[str, ...], *tensors: Tensor
     ) -> Tensor:
-        ctx.problem, ctx.p, ctx.plan, ctx.names = problem, p, plan, names
+        ctx.problem, ctx.p, ctx.plan, ctx.names = problem, _snapped(problem, p, p.f.dtype), plan, names
         ctx.save_for_backward(*tensors)
         with calm(problem.cost):
-            return _lagrangian(problem.to(p.f.dtype), p, plan)
+            return _lagrangian(_read_at(problem, p), p, plan)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -200,7 +200,7 @@ def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Seque
     p, plan, upstream = ctx.p, ctx.plan, upstream.to(ctx.p.f.dtype)
     wanted = {name for name, need in zip(ctx.names, needed, strict=True) if need}
     if plan is None:
-        found = _entropic(ctx.problem.to(p.f.dtype), p, upstream, wanted)
+        found = _entropic(_read_at(ctx.problem, p), p, upstream, wanted)
         r, c = found.pop("r"), found.pop("c")
 
         def scalar(problem: Problem) -> Tensor:
@@ -229,7 +229,7 @@ def _differentiable_gradient(
     They are taken with respect to other names of the inputs, so that the potentials' own dependence, to which the value is
     stationary, is not followed here; the second derivative follows it. With rows on many ranks each takes those of its share.
     """
-    p, ranks = ctx.p.to(torch.float64), _ranks(ctx.problem)
+    p, ranks = _snapped(ctx.problem, ctx.p, torch.float64), _ranks(ctx.problem)
     with calm(ctx.problem.cost), torch.enable_grad():
         problem = ctx.problem.with_tensors(dict(zip(ctx.names, tensors, strict=True)))
         following = _gauged_and_following(problem, p, _pull_implicit)
@@ -252,6 +252,11 @@ def _share(problem: Problem, p: Potentials) -> Tensor:
     points, (a, f), (b, g), eps = streamed_parts(problem, p)
     product = problem.a.sum(-1) * problem.b.sum(-1)
     return (_dual_sides(problem, p) + eps * product) / ranks.count - eps * points.plan_mass(a, b, f, g, eps)
+
+
+def _read_at(problem: Problem, p: Potentials) -> Problem:
+    """The problem in the potentials' precision; a cost that compiled passes read in float64 stays what it is."""
+    return in_double(problem) if p.f.dtype == torch.float64 else problem.to(p.f.dtype)
 
 
 def _pull(
@@ -277,6 +282,12 @@ def _pull(
 
 def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return y if x is None else x if y is None else x + y
+
+
+def _snapped(problem: Problem, p: Potentials, dtype: torch.dtype) -> Potentials:
+    """The potentials in a precision, exactly at their kinks: a solver that counts in epsilons comes back a digit beside them."""
+    rounding, given = 8 * torch.finfo(p.f.dtype).eps, p.to(dtype)
+    return Potentials(problem.rows.snapped(given.f, rounding), problem.columns.snapped(given.g, rounding), given.lam)
 
 
 def _moved(problem: Problem, p: Potentials) -> Potentials:
@@ -445,10 +456,10 @@ def _gauged_and_following(problem: Problem, p: Potentials, pull: Pull) -> Potent
 class _FollowingPotentials(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem: Problem, p: Potentials, pull: Pull, names: tuple[str, ...], *tensors: Tensor):
-        ctx.problem, ctx.p, ctx.pull, ctx.names = problem, p, pull, names
+        ctx.problem, ctx.p, ctx.pull, ctx.names = problem, _snapped(problem, p, torch.float64), pull, names
         ctx.save_for_backward(*tensors)
         with calm(problem.cost):
-            f, g = _with_idle(problem.to(torch.float64), p.to(torch.float64))
+            f, g = _with_idle(problem.to(torch.float64), ctx.p)
         return f.to(p.f.dtype, copy=True), g.to(p.g.dtype, copy=True), p.lam.clone()
 
     @staticmethod
@@ -456,8 +467,8 @@ class _FollowingPotentials(torch.autograd.Function):
         needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
         ups = Potentials(*(up.detach().double() for up in upstream))
         with torch.no_grad():
-            problem, p = ctx.problem.to(torch.float64), ctx.p.to(torch.float64)
-            found = ctx.pull(problem, p, ups, ctx.names, needed, tensors)
+            problem = ctx.problem.to(torch.float64)
+            found = ctx.pull(problem, ctx.p, ups, ctx.names, needed, tensors)
             found = [None if x is None else x.to(t.dtype) for x, t in zip(found, tensors, strict=True)]
         return (None,) * 4 + final(_ONCE, found, *upstream, *tensors)
 
@@ -672,7 +683,8 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     """The same problem where every derivative exists and is finite; float64.
 
     Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
-    at which they carry exactly 0. So do the arcs between two empty bins whose potentials make even that weight count.
+    at which they carry exactly 0. So do the arcs of empty bins whose potentials make even that weight count: a derivative
+    through them, of 1e80 and more, is not told.
     """
     if streams(problem.cost) and (twin := _streamed_twin(problem, p)) is not None:
         return twin
@@ -680,7 +692,8 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     empty_a, empty_b = a.detach() <= 0, b.detach() <= 0
     slack, allowed = Dense(matrix.detach()).slack(p.f + p.lam.unsqueeze(-1), p.g)
     eps = number(problem.epsilon)
-    allowed = matrix.isfinite() & ~(empty_a.unsqueeze(-1) & empty_b.unsqueeze(-2) & allowed & (slack > _COUNTS * eps))
+    tiny = empty_a.unsqueeze(-1) | empty_b.unsqueeze(-2)
+    allowed = matrix.isfinite() & ~(tiny & allowed & (slack > _COUNTS * eps))
     sizes = [float(torch.where(x.isfinite(), x, 0.0).abs().max()) for x in (matrix.detach(), p.f, p.g, p.lam)]
     one = torch.ones((), dtype=a.dtype, device=a.device)
     softness = [float(side.divergence(0 * one, one).detach().max()) for side in (problem.rows, problem.columns)]
@@ -695,25 +708,25 @@ def _specks(problem: Problem) -> dict[str, Tensor]:
 
 
 def _streamed_twin(problem: Problem, p: Potentials) -> Problem | None:
-    """The same without the cost as a matrix, of what streams: where every bin is within reach, and no two empty ones count for
-    each other. None elsewhere; with rows on many ranks, where nothing is a matrix, an error.
+    """The same without the cost as a matrix, of what streams: where every bin is within reach, and no empty one counts for
+    another. None elsewhere; with rows on many ranks, where nothing is a matrix, an error.
     """
     held = not all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam))
     if not held and problem.is_full:
         return problem
     if not held:
         cost, (a, f), (b, g), _ = streamed_parts(problem.detach(), p.detach())
-        rows, columns = a <= 0, b <= 0
-        points = replace(cost, x=cost.x.flatten(0, -2)[rows], y=cost.y.flatten(0, -2)[columns], barred=None)
-        if rows.any() and columns.any():
-            nearest = points.reduced_min(g[columns], torch.ones_like(g[columns]), axis=-1)
-            held = float((f[rows] - nearest).max()) > _COUNTS * number(problem.epsilon)
+        cost = replace(cost, x=cost.x.flatten(0, -2), y=cost.y.flatten(0, -2), barred=None)
+        for turned, own, other, empty in ((cost, f, g, a <= 0), (cost.transposed, g, f, b <= 0)):
+            if empty.any():
+                nearest = replace(turned, x=turned.x[empty]).reduced_min(other, torch.ones_like(other), axis=-1)
+                held = held or float((own[empty] - nearest).max()) > _COUNTS * number(problem.epsilon)
     if isinstance(problem.cost, Sharded):
         held = bool(problem.cost.ranks.sum(torch.tensor(float(held), device=problem.cost.device)))
         if held:
             raise ValueError(
-                "derivatives at bins that nothing can reach, or at empty bins of two sides that are very near each other, need "
-                "the cost as a matrix, and its rows are on many ranks. Drop those bins."
+                "derivatives at bins that nothing can reach, or at empty bins that others are very near, need the cost as a "
+                "matrix, and its rows are on many ranks. Drop those bins."
             )
     return None if held else problem.with_tensors(_specks(problem))
 

@@ -67,12 +67,13 @@ class Interior:
         ]
         like = problem.cost.dense()
         f, g, lam, plan = (
-            torch.as_tensor(np.stack(x), device=like.device).to(like.dtype)
+            torch.as_tensor(np.stack(x), device=like.device).to(problem.a.dtype)
             for x in zip(*(answer[:4] for answer in answers), strict=True)
         )
         p, steps, own = Potentials(f, g, lam), [answer[4] for answer in answers], [answer[5] for answer in answers]
         if problem.is_exact:  # judged by its certificate
             return Outcome(p, own, steps, plan)
+        p = Potentials(problem.rows.project(f), problem.columns.project(g), lam)
         settled = iterate(problem, self._sweeps(_SETTLING), p)
         total = [newton + sweeps for newton, sweeps in zip(steps, settled.steps, strict=True)]
         pairs = zip(settled.status, own, strict=True)

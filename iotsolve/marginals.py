@@ -182,7 +182,13 @@ class Marginal:
         raise NotImplementedError
 
     def project(self, f: Tensor) -> Tensor:
-        """The nearest potential at which the conjugate is finite."""
+        """The nearest potential at which the conjugate is finite, and to fall does not raise the dual."""
+        return f
+
+    def snapped(self, f: Tensor, rounding: float) -> Tensor:
+        """The potentials, exactly at the kinks from which no more than rounding, of this relative size, keeps them."""
+        for kink in self.kinks:
+            f = torch.where((f - kink).abs() <= rounding * abs(kink), kink, f)
         return f
 
     def moved(self, f: Tensor) -> Tensor:
@@ -542,6 +548,9 @@ class ChiSquared(Marginal):
             return f
         range_ = math.log(torch.finfo(s.dtype).max) / 2
         return torch.where(_vanishing(rho), -rho * torch.expm1((-s / epsilon).clamp(max=range_)), f)
+
+    def project(self, f: Tensor) -> Tensor:
+        return torch.minimum(f, _like(self.rho, f))  # beyond, nothing is asked for and the plan alone grows
 
     def curvature(self, f: Tensor) -> Tensor:
         bends = f <= self.rho  # at rho too, where rounding leaves a marginal that is nearly 0, and whose derivative `response` has

@@ -45,7 +45,7 @@ from iotsolve.validation import (
     shared,
 )
 
-__all__ = ["OVERFLOWN", "Potentials", "Problem", "in_double", "in_matrix", "log_scaling", "saturated", "weighted"]
+__all__ = ["OVERFLOWN", "Potentials", "Problem", "in_double", "in_matrix", "log_scaling", "saturated", "weighed_in_double", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -660,6 +660,16 @@ def in_double(problem: Problem) -> Problem:
     return problem._viewed({name: x.double() for name, x in named.items()})
 
 
+def weighed_in_double(problem: Problem) -> Problem:
+    """The problem with weights, and so potentials, in float64, where that is a CPU's: these are vectors, and at a small epsilon
+    the digits that float32 lacks are theirs.
+    """
+    read = isinstance(problem.cost, Dense | Points) and problem.cost.device.type == "cpu"
+    if not read or problem.a.dtype == torch.float64:
+        return problem
+    return problem._viewed({**problem.tensors(), "a": problem.a.double(), "b": problem.b.double()})
+
+
 def in_matrix(problem: Problem) -> Problem:
     """Of points on a CPU, the cost as a matrix, for as long as somebody reads it many times: of few points, whose stored kernel
     is swept in a tenth of the time, and of more that no compiled pass reads (euclidean distances, functions, batches).
@@ -669,6 +679,9 @@ def in_matrix(problem: Problem) -> Problem:
         return problem
     if math.prod(cost.shape) > (_FEW if cost.is_bilinear else _MANY):
         return problem
+    rounding = 2.0**-24 * float(cost.range().amax()) / number(problem.epsilon)
+    if cost.dtype == torch.float32 and problem.a.dtype == torch.float64 and rounding > _SEEN:
+        cost = cost.with_tensors({name: x.double() for name, x in cost.tensors().items()})
     matrix = torch.empty(cost.shape, dtype=cost.dtype)
     for rows, block in cost.blocks():  # differences of all points at once would be as many matrices as there are dimensions
         matrix[..., rows, :] = block.matrix
@@ -676,6 +689,7 @@ def in_matrix(problem: Problem) -> Problem:
 
 
 _FEW, _MANY = 2**24, 2**27  # arcs
+_SEEN = 1e-6  # relative error of a plan's entries from costs in float32, above which these are float64
 
 
 def saturated(problem: Problem) -> Problem:

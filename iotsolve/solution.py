@@ -28,7 +28,7 @@ from iotsolve.gradient import (
 from iotsolve.kernels.precision import product
 from iotsolve.marginals import number
 from iotsolve.plans import Plan, in_batch, plan_of, streams
-from iotsolve.problem import Potentials, Problem, log_scaling
+from iotsolve.problem import Potentials, Problem, in_double, log_scaling
 from iotsolve.solver import Status
 
 __all__ = ["Solution", "SolveError"]
@@ -115,9 +115,14 @@ class Solution:
         if self.exact_plan is not None:
             dense = self.exact_plan.to_dense() if self.exact_plan.is_sparse else self.exact_plan
             return self.differentiation.plan(self.problem, dense)
-        working = self.problem if self.problem.dtype == self._live.f.dtype else self.problem.to(self._live.f.dtype)
-        with calm(working.cost):
-            return working.plan(self._live)
+        problem, p = self.problem, self._live
+        with calm(problem.cost):
+            if p.f.dtype == problem.working_dtype or p.f.requires_grad:
+                return problem.to(p.f.dtype).plan(p)
+            plan = p.f.new_empty(problem.shape, dtype=problem.dtype)  # no copies in float64 of what is rounded in the end
+            for rows, block in in_double(problem).plan_blocks(p):
+                plan[..., rows, :] = block
+            return plan
 
     @cached_property
     def _read(self) -> Plan | None:
@@ -143,7 +148,7 @@ class Solution:
             return None
         ranks = self.problem.cost.ranks if isinstance(self.problem.cost, Sharded) else Alone()
         if isinstance(self.differentiation, Envelope):
-            return (self.problem.working(), self.found, ranks) if streams(self.problem.cost) else None
+            return (self.problem.to(self.found.f.dtype), self.found, ranks) if streams(self.problem.cost) else None
         twin = streamable(self.problem.to(torch.float64), self.found.to(torch.float64))
         if twin is None:
             return None
@@ -158,7 +163,10 @@ class Solution:
         problem, p, ranks = self._streamed
         with calm(problem.cost):
             r, c = streamed_marginals(problem, p)
-        return ranks.whole(r).reshape(self.problem.a.shape), ranks.total(c).reshape(self.problem.b.shape)
+        whole = zip((ranks.whole(r), ranks.total(c)), (self.problem.a, self.problem.b), strict=True)
+        r, c = ((x.reshape(weights.shape), weights > 0) for x, weights in whole)
+        # at an empty bin 0, of which only the derivative was asked
+        return tuple(torch.where(filled, x, x - x.detach()) for x, filled in (r, c))
 
     def _of_plan(self, of_dense: Any, of_read: Any, *shape: int) -> Any:
         if self._read is None:

@@ -21,7 +21,7 @@ from iotsolve.interior import Interior
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
 from iotsolve.plans import is_quick, out_of_batch, plan_of
-from iotsolve.problem import Potentials, Problem, in_double, in_matrix, log_scaling, saturated
+from iotsolve.problem import Potentials, Problem, in_double, in_matrix, log_scaling, saturated, weighed_in_double
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate, judge, sobered, spread
@@ -77,7 +77,7 @@ def solve(
     given, attained = problem, attainable(problem)
     problem = attained.remembering()
     with torch.no_grad():
-        working = problem.working()
+        working = problem.working() if problem.is_exact else weighed_in_double(problem.working())
         start = None if init is None else _start(working, init)
         pinned = saturated(working)
         flat = pinned.flat()
@@ -93,10 +93,11 @@ def solve(
             p = _released(working, pinned, p)
         if attained is not given:
             p = _separated(given, problem, p)
+        p = _brief(problem, working.gauge(p), solver)
         status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
         if plan is not None:
             plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
-        return Solution(problem, working.gauge(p), status, steps, gradient or Envelope(), plan, tolerance)
+        return Solution(problem, p, status, steps, gradient or Envelope(), plan, tolerance)
 
     solution, missed, may_miss = solution_of(outcome), False, _may_miss(flat, solver)
     finer = default_tolerance(problem.dtype) if tolerance is None else tolerance
@@ -134,6 +135,8 @@ def run(
     Without a solver the automatic one, to a relative marginal error.
     """
     solver = _Automatic(tolerance, stationary=True) if solver is None else solver
+    if not isinstance(solver, Exact) and solver.tolerance is None:
+        solver = replace(solver, tolerance=default_tolerance(problem.dtype))  # which what they read may not have
     with quiet(problem.cost):
         few = isinstance(solver, _Automatic) and _held(problem) is not problem
         if isinstance(problem.cost, Points) and not (problem.cost.is_bilinear or problem.is_exact or few):
@@ -173,6 +176,19 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any, to
             f"solver = {solver} with epsilon = {number(problem.epsilon):g}: Exact() solves epsilon = 0, "
             "Sinkhorn() and Newton() epsilon > 0, Interior() both. Change the one or the other, or leave the solver out."
         )
+
+
+def _brief(problem: Problem, p: Potentials, solver: Solver) -> Potentials:
+    """The potentials in the precision of the problem's arithmetic, where that is a small part of the tolerance."""
+    if p.f.dtype == problem.working_dtype or problem.is_exact:
+        return p
+    tolerance = default_tolerance(problem.dtype) if solver.tolerance is None else solver.tolerance
+    size = sum(float(torch.where(x.isfinite(), x, 0.0).abs().amax()) for x in (p.f, p.g, p.lam))
+    rounding = size * torch.finfo(problem.working_dtype).eps / 2
+    return p.to(problem.working_dtype) if rounding <= _UNSEEN * tolerance * number(problem.epsilon) else p
+
+
+_UNSEEN = 0.125  # of the tolerance
 
 
 def _is_stiff(problem: Problem, tolerance: float | None) -> bool:
@@ -253,20 +269,17 @@ class _Automatic:
 
     def _sharply(self, problem: Problem, exact: Problem, start: Potentials | None) -> Outcome:
         """The outcome in the problem's precision of the same problem in float64."""
-        tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
-        begun = None if start is None else start.to(torch.float64)
-        found = replace(self, tolerance=tolerance).run(exact, begun)
-        return sobered(problem, replace(found, potentials=found.potentials.to(problem.a.dtype)), tolerance)
+        found = self.run(exact, None if start is None else start.to(torch.float64))
+        return sobered(problem, replace(found, potentials=found.potentials.to(problem.a.dtype)), self.tolerance)
 
     def _judged(self, problem: Problem, start: Potentials, steps: list[int]) -> Outcome:
         """Which problems somebody's potentials solve."""
-        tolerance = default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
         double = in_double(problem)
         p = start.to(torch.float64)
         error, dual, _ = judge(double, p, *plan_of(double, p, lazy=True).marginals(), stationary=self.stationary)
-        good = (error <= tolerance / 2) & dual.isfinite()
+        good = (error <= self.tolerance / 2) & dual.isfinite()
         status = [Status.CONVERGED if x else Status.MAX_STEPS for x in good.tolist()]
-        return sobered(problem, Outcome(start, status, steps), tolerance)
+        return sobered(problem, Outcome(start, status, steps), self.tolerance)
 
     def _search(self, problem: Problem, start: Potentials | None, *, together: bool = True) -> Outcome:
         if together and start is None and (found := relaxed_together(problem, self.tolerance)) is not None:
@@ -314,7 +327,7 @@ class _Automatic:
         """Sweeps as far as they are quick, then a few steps by systems that are factored, which leave a certificate nothing to
         correct.
         """
-        done = replace(quick, tolerance=max(_NEARLY, quick.tolerance or default_tolerance(problem.dtype))).run(problem)
+        done = replace(quick, tolerance=max(_NEARLY, quick.tolerance)).run(problem)
         done = replace(done, status=[_MORE.get(word, word) for word in done.status])
         return self._factored(problem, done, is_near=True)
 
@@ -347,7 +360,7 @@ def _climbed(problem: Problem, solver: Sinkhorn, start: Potentials | None) -> Ou
         return iterate(problem, solver, start)
     below = problem.to(cost.dtype).with_cost(cost)
     first = _climbed(below, replace(solver, tolerance=enough, stationary=False), None)
-    p = Potentials(*(x.to(problem.dtype) for x in (first.potentials.f, first.potentials.g, first.potentials.lam)))
+    p = Potentials(*(x.to(problem.a.dtype) for x in (first.potentials.f, first.potentials.g, first.potentials.lam)))
     if not all(bool(x.isfinite().all()) for x in (p.f, p.g, p.lam)):
         return iterate(problem, solver, start)
     taken = max(first.steps)
@@ -442,7 +455,7 @@ def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
             f"init has potentials of {p.f.shape[-1]} rows and {p.g.shape[-1]} columns, the problem is {n} x {m}: "
             "a warm start must come from a problem of the same size."
         )
-    p, flat = p.detach().to(problem.dtype), problem.flat()
+    p, flat = p.detach().to(problem.a.dtype), problem.flat()
     shape = problem.batch_shape
     f, g = p.f.expand(*shape, n).reshape(flat.a.shape), p.g.expand(*shape, m).reshape(flat.b.shape)
     return Potentials(f.clone(), g.clone(), p.lam.expand(shape).reshape(-1).clone())

@@ -22,6 +22,7 @@ from iotsolve import (
     Envelope,
     Implicit,
     Interior,
+    Points,
     Problem,
     Sinkhorn,
     Unroll,
@@ -600,6 +601,40 @@ def test_a_bin_that_a_penalty_all_but_empties_moves_no_other(shift):
     assert found == pytest.approx(unrolled, rel=1e-9) == pytest.approx(difference, rel=1e-6)
 
 
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit()], ids=["envelope", "implicit"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_the_derivative_in_rho_is_what_is_paid_per_unit_of_it(dtype, gradient):
+    """Of TV that is ``sum |r - a|``, whatever digit a solver that counts in epsilons leaves a potential beside its clamp."""
+    generator = torch.Generator().manual_seed(8)
+    cost, tolerance = 3 * torch.rand(20, 12, generator=generator), 1e-9 if dtype == torch.float64 else 1e-6
+    for k in range(15):
+        rho = (0.31 + 0.017 * k + 0 * cost[0, 0]).to(dtype).requires_grad_()
+        problem = Problem(cost.to(dtype), epsilon=0.07, rows=TV(rho), columns=KL(2.0))
+        solution = solve(problem, gradient=gradient, tolerance=tolerance)
+        paid = float((solution.row_marginal.detach() - problem.a).abs().sum())
+        assert paid > 0.01
+        assert float(torch.autograd.grad(solution.value, rho)[0]) == pytest.approx(paid, rel=100 * tolerance)
+
+
+def test_plans_derivatives_are_those_of_differences_where_penalties_clamp():
+    """By the automatic solver, in every tensor; the clamped bins move with rho."""
+    generator = torch.Generator().manual_seed(9)
+    cost, a = 3 * torch.rand(9, 7, generator=generator).double(), torch.rand(9, generator=generator).double() + 0.2
+    weights = torch.rand(9, 7, generator=generator).double()
+    leaves = {"cost": cost, "a": a, "rho": torch.tensor(0.43).double(), "epsilon": torch.tensor(0.09).double()}
+
+    def of(given, **choice):
+        problem = Problem(given["cost"], given["a"], epsilon=given["epsilon"], rows=TV(given["rho"]), columns=KL(2.0))
+        return (weights * solve(problem, tolerance=1e-12, **choice).plan).sum()
+
+    live = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    slopes = torch.autograd.grad(of(live, gradient=Implicit()), list(live.values()))
+    for (name, x), slope in zip(leaves.items(), slopes, strict=True):
+        along = 1e-4 * x * torch.rand(x.shape, generator=generator).double()
+        there, back = (float(of(leaves | {name: x + sign * along})) for sign in (1, -1))
+        assert float((slope * along).sum()) == pytest.approx((there - back) / 2, rel=1e-5), name
+
+
 @over({f"{r}-{c}": regime(ALL_SIDES[r], ALL_SIDES[c], r == "tv") for r in ALL_SIDES for c in ("fixed", "tv", "l2")})
 def test_gradients_with_entropy_are_subgradients(case):
     """The value is jointly concave in cost, epsilon and prices, and convex in each side's weights, bounds and the mass."""
@@ -721,7 +756,7 @@ def test_the_gradient_in_the_cost_is_the_plan(case):
     cost = problem.cost.dense().requires_grad_()
     solution = solve(problem, QUICK, throw=False)
     (gradient,) = torch.autograd.grad(solution.value, cost)
-    p = solution.potentials
+    p = solution.potentials.detach()
     np.testing.assert_allclose(gradient, gibbs_plan(problem, p.f, p.g, p.lam), rtol=1e-10)
 
 
@@ -740,7 +775,7 @@ def some_plan(case, seed=9):
 def test_inverse_loss_is_primal_less_value_with_gradient_target_less_plan(case):
     problem, target = with_leaves(case.problem()), some_plan(case)
     cost = problem.cost.dense().requires_grad_()
-    loss, p = inverse_loss(problem, target, QUICK), solve(problem, QUICK, throw=False).potentials
+    loss, p = inverse_loss(problem, target, QUICK), solve(problem, QUICK, throw=False).potentials.detach()
     assert float(loss.detach()) == pytest.approx(objective(problem, target) - answer(case).value, abs=1e-8)
     assert float(loss.detach()) > 0
     (gradient,) = torch.autograd.grad(loss, cost)
@@ -795,6 +830,44 @@ def test_what_overflows_at_an_empty_bin_is_zero_times_its_weight(gradient):
     found = torch.autograd.grad(solution.value, (cost, a, b))
     assert all(x.isfinite().all() for x in found) and found[2][1] < -1e300
     torch.testing.assert_close(found[0], solution.plan.detach())
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["points", "matrix"])
+def test_an_empty_bin_that_all_would_go_to_changes_nothing(held):
+    """Derivatives pass through a weight in its place that must not count, where ``exp`` of the slack is 1e400 too."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.rand(k, 3, generator=generator, dtype=torch.float64) for k in (7, 5))
+    b = torch.tensor([0.3, 0.2, 0.0, 0.4, 0.1], dtype=torch.float64)
+    y[[0, 1, 3, 4]] += 0.5
+    y[2], epsilon = x[4], 5e-4
+
+    def solved(choice, points):
+        cost = Points(x, points, "sqeuclidean")
+        problem = Problem(cost.dense() if held else cost, b=b, epsilon=epsilon, rows=KL(3.0), columns=FREE)
+        return solve(problem, gradient=choice)
+
+    live = y.clone().requires_grad_()
+    plain, solution = solved(Envelope(), y), solved(Implicit(), live)
+    for name in ("row_marginal", "column_marginal", "mass", "transport_cost", "f"):
+        torch.testing.assert_close(getattr(solution, name).detach(), getattr(plain, name), rtol=1e-9, atol=1e-12)
+    assert solution.column_marginal[2] == 0.0
+    found = torch.autograd.grad(solution.transport_cost + (solution.row_marginal**2).sum(), live)[0]
+    without = [0, 1, 3, 4]
+    rest = y[without].clone().requires_grad_()
+    problem = Problem(Points(x, rest, "sqeuclidean"), b=b[without], epsilon=epsilon, rows=KL(3.0), columns=FREE)
+    fewer = solve(problem, gradient=Implicit())
+    expected = torch.autograd.grad(fewer.transport_cost + (fewer.row_marginal**2).sum(), rest)[0]
+    torch.testing.assert_close(found[without], expected, rtol=1e-8, atol=1e-10)
+    assert (found[2] == 0).all()
+
+
+def test_no_penalty_asks_for_a_potential_beyond_its_own():
+    """At chi-squared a larger one than rho asks for nothing more, and hides what the bin's derivative is."""
+    generator = torch.Generator().manual_seed(3)
+    cost = torch.rand(1, 10, generator=generator, dtype=torch.float64)
+    for solver in (None, Interior(), Sinkhorn()):
+        solution = solve(Problem(cost, epsilon=2e-3, rows=KL(0.02), columns=ChiSquared(0.2)), solver, throw=False)
+        assert float(solution.g.max()) <= 0.2 + 1e-12 and float(solution.column_marginal.min()) < 1e-9
 
 
 def test_a_weak_penalty_at_an_empty_bin_has_a_value_and_a_large_slope():

@@ -26,6 +26,7 @@ from iotsolve import (
     ChiSquared,
     Implicit,
     Interior,
+    Points,
     Problem,
     Sinkhorn,
     Status,
@@ -708,3 +709,31 @@ def test_the_spread_of_costs_does_not_end_at_a_forbidden_arc():
     cost = np.array([[0.0, 3.0], [INF, 1.0]])
     assert spread(Problem(cost, epsilon=0.5).flat()) == 6.0
     assert list(spread(Problem(np.stack([cost, -cost.clip(max=2.0)]), epsilon=0.5))) == [6.0, 4.0]
+
+
+@pytest.mark.parametrize("n", [60, 600])  # below and above the arcs that are solved in float64 altogether
+@pytest.mark.parametrize("kind", ["matrix", "points", "distances"])
+@pytest.mark.parametrize("sides", [(FIXED, FIXED), (KL(0.4), KL(0.4)), (KL(0.3), FIXED)], ids=str)
+def test_float32_is_solved_at_an_epsilon_for_which_its_potentials_have_no_digits(n, kind, sides):
+    """They are kept in float64 there; what is given out is float32, and the plan that of the same numbers in float64."""
+    rng = np.random.default_rng(11)
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (rng.normal(size=(n, 6)), rng.normal(size=(n, 6))))
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    metric = "euclidean" if kind == "distances" else "cosine"
+    cost = Points(torch.tensor(x), torch.tensor(y), metric)
+    cost = cost.dense() if kind == "matrix" else cost
+    assert cost.dtype == torch.float32
+    solution = solve(Problem(cost, epsilon=3e-3, rows=sides[0], columns=sides[1]))
+    assert solution.certificate.holds and solution.potentials.f.dtype == torch.float64
+    outputs = solution.f, solution.value, solution.plan, solution.row_marginal, solution.transport_cost
+    assert all(z.dtype == torch.float32 for z in outputs)
+    double = cost.double() if kind == "matrix" else Points(torch.tensor(x).double(), torch.tensor(y).double(), metric)
+    exact = solve(Problem(double, epsilon=3e-3, rows=sides[0], columns=sides[1]))
+    assert float((solution.plan - exact.plan).abs().sum()) <= 2e-5 * float(exact.plan.sum())
+    again = solve(Problem(cost, epsilon=3e-3, rows=sides[0], columns=sides[1]), init=solution)
+    assert again.steps <= 3 and again.certificate.holds
+
+
+def test_float32_where_its_potentials_have_digits_keeps_them_in_it():
+    cost = torch.rand(30, 20, generator=torch.Generator().manual_seed(0))
+    assert solve(Problem(cost, epsilon=0.2)).potentials.f.dtype == torch.float32
