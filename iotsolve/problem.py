@@ -611,7 +611,7 @@ class Problem:
                 return p
             with calm(p.f):
                 product = torch.linalg.vecdot if self.is_full else weighted
-                on_rows, on_columns = product(self.a, p.f), product(self.b, p.g)
+                on_rows, on_columns = product(self.a.to(p.f.dtype), p.f), product(self.b.to(p.g.dtype), p.g)
                 shift = ((on_rows - on_columns) / (self._totals[0] + self._totals[1])).unsqueeze(-1)
             return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam

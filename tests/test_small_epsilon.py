@@ -734,6 +734,29 @@ def test_float32_is_solved_at_an_epsilon_for_which_its_potentials_have_no_digits
     assert again.steps <= 3 and again.certificate.holds
 
 
+@pytest.mark.parametrize("kind", ["matrix", "points", "distances"])
+@pytest.mark.parametrize("sides", [(FIXED, FIXED), (KL(0.4), FIXED)], ids=str)
+def test_derivatives_in_float32_at_such_an_epsilon_are_those_in_float64(kind, sides):
+    generator = torch.Generator().manual_seed(4)
+    x, y, weights = (torch.rand(size, generator=generator) for size in ((50, 3), (40, 3), (50,)))
+    metric, found = "euclidean" if kind == "distances" else "sqeuclidean", {}
+    for dtype in (torch.float32, torch.float64):
+        a = weights.to(dtype) / weights.to(dtype).sum()
+        live = [z.to(dtype).clone().requires_grad_() for z in (x, y, a)]
+        points = Points(live[0], live[1], metric)
+        problem = Problem(points.dense() if kind == "matrix" else points, live[2], epsilon=4e-3, rows=sides[0], columns=sides[1])
+        solution = solve(problem, tolerance=1e-7, gradient=Implicit())
+        assert solution.potentials.f.dtype == torch.float64
+        outputs = (solution.value, solution.transport_cost, solution.f.square().sum(), solution.plan.square().sum())
+        found[dtype] = [z for output in outputs for z in torch.autograd.grad(output, live, retain_graph=True)]
+    for rough, exact in zip(found[torch.float32], found[torch.float64], strict=True):
+        assert rough.dtype == torch.float32
+        rough = rough.double()
+        if exact.dim() == 1:  # weights may only move together
+            rough, exact = rough - rough.mean(), exact - exact.mean()
+        assert float((rough - exact).norm()) <= 1e-3 * float(exact.norm()) + 1e-6
+
+
 def test_float32_where_its_potentials_have_digits_keeps_them_in_it():
     cost = torch.rand(30, 20, generator=torch.Generator().manual_seed(0))
     assert solve(Problem(cost, epsilon=0.2)).potentials.f.dtype == torch.float32
