@@ -29,7 +29,7 @@ from iotsolve.sinkhorn import answered
 from iotsolve.solver import Outcome, Status, dearness, judge, sobered, spread
 from iotsolve.validation import check_steps, check_tolerance, default_tolerance
 
-__all__ = ["TINY", "Accelerated", "doubles", "outcome", "relaxed_together"]
+__all__ = ["TINY", "Accelerated", "doubles", "is_bent", "outcome", "relaxed_together"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Accelerated:
         tolerance: relative marginal error at which to stop: the L1 distance of every marginal from what its potential asks
             for, over the mass moved.
         max_steps: sweeps over both sides.
-        slow: share of the error that has to be left behind every eight sweeps, in ``(0, 1]``.
+        slow: what a new error may be of that of eight sweeps before, in ``(0, 1]``; by default .8, and 1 between sides with
+            kinks, where the mixing pauses at every kink and whoever takes over needs longer.
 
     Raises:
         ValueError: on a tolerance or step count out of range.
@@ -51,7 +52,7 @@ class Accelerated:
 
     tolerance: float | None = None
     max_steps: int = 400
-    slow: float = 0.8
+    slow: float | None = None
 
     def __post_init__(self) -> None:
         check_tolerance(self.tolerance)
@@ -65,6 +66,11 @@ class Accelerated:
 
     def _threshold(self, problem: Problem) -> float:
         return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
+
+    @staticmethod
+    def _patience(problem: Problem) -> float:
+        lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
+        return 1.0 if problem.mass is not None or any(is_bent(*line) for line in lines) else 0.8
 
     def within_reach(self, problem: Problem) -> Accelerated:
         """This solver, to the tolerance that a quick kernel's precision allows: large kernels are kept in float32."""
@@ -91,7 +97,8 @@ class Accelerated:
         aims = np.maximum(tolerance / share, 0.0 if wide else _SINGLE / 4)
         a, b = doubles(problem.a), doubles(problem.b)
         f, g, lam = (x / eps for x in _reference(problem, start))
-        rules, settings = _rules(problem, eps), (aims, self.max_steps, self.slow, False)
+        slow = self._patience(problem) if self.slow is None else self.slow
+        rules, settings = _rules(problem, eps), (aims, self.max_steps, slow, False)
         kernel_type = np.float64 if wide else np.float32
         ends, steps, errors = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
         serial = not clouds and len(pieces(n, n * m)) == 1  # a pass is on one thread, and so may be the loop around it
@@ -107,12 +114,17 @@ class Accelerated:
                 for k in range(count):
                     for stage, least in kernel(k):
                         left = max(1, self.max_steps - steps[k])  # one at least, which judges in that precision
-                        limits = max(aims[k], least), left, self.slow, False
+                        limits = max(aims[k], least), left, slow, False
                         given = a[k], b[k], f[k], g[k], lam[k], rules, limits
                         ends[k], taken, errors[k], lam[k] = scaling.relax_alone(stage, *given)
                         steps[k] += taken
         enough = np.minimum(tolerance / 2, 2 * aims) if clouds or tiny else np.full(count, tolerance / 2)
         return outcome(problem, (f, g, lam), (ends, steps, errors), enough, tolerance)
+
+
+def is_bent(slope: float, low: float, up: float, down: float, high: float) -> bool:
+    """Whether an aprox of these numbers has a kink."""
+    return up != down and not (low == down == -math.inf and high == math.inf)
 
 
 def outcome(

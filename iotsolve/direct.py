@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iotsolve.accelerated import TINY, doubles, outcome
+from iotsolve.accelerated import TINY, doubles, is_bent, outcome
 from iotsolve.costs import Dense
 from iotsolve.marginals import number
 from iotsolve.problem import Potentials, Problem
@@ -47,7 +47,7 @@ class Direct:
         n, m = problem.shape[-2:]
         dense = isinstance(problem.cost, Dense) and n * m <= _MOST and min(n, m) <= _NARROW and problem.cost.is_compiled
         lines = [side.clipped_line(problem.epsilon) for side in (problem.rows, problem.columns)]
-        return dense and problem.mass is None and None not in lines and not any(_is_bent(*line) for line in lines)
+        return dense and problem.mass is None and None not in lines and not any(is_bent(*line) for line in lines)
 
     def run(self, problem: Problem, start: Potentials | None = None) -> Outcome:
         """Solve every problem of a detached flat batch, from nothing, or in a few steps from what is near the solution."""
@@ -90,11 +90,6 @@ class Direct:
                 z *= begun[:, None] * (_RATIO if rung > 0 else 1.0)  # in units of the next
         f, g = (f, g) if m <= n else (g, f)
         return outcome(problem, (f, g, lam), (ends, steps, errors), np.full(count, tolerance / 2), tolerance)
-
-
-def _is_bent(slope: float, low: float, up: float, down: float, high: float) -> bool:
-    """Whether an aprox of these numbers has a kink."""
-    return up != down and not (low == down == -math.inf and high == math.inf)
 
 
 _MOST, _NARROW = 2**22, 2048  # entries of a kernel in float64, and columns, for which systems are made
