@@ -25,8 +25,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/contrastive demo --out runs/demo
 
+# two processes of one thread: the threads of two BLAS on two cores spin while they wait for each other
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check iotsolve contrastive tests docs
