@@ -182,8 +182,8 @@ def _primal(plan: Plan, factors: Factors) -> Tensor:
     return value if problem.is_exact else value + problem.epsilon * plan.sum(entropy)
 
 
-def _gap(plan: Plan, factors: Factors | None, p: Potentials) -> Tensor:
-    """``primal(rounded) - dual``, as a sum of non-negative terms, for a rounded plan that satisfies the hard sides.
+def _gap(plan: Plan, factors: Factors | None, sums: tuple[Tensor, Tensor], p: Potentials) -> Tensor:
+    """``primal(rounded) - dual``, as a sum of non-negative terms, for a rounded plan of marginals that satisfy the hard sides.
 
     The plan as it is if there is nothing to round, ``factors`` None.
 
@@ -214,9 +214,29 @@ def _gap(plan: Plan, factors: Factors | None, p: Potentials) -> Tensor:
 
     if problem.is_exact:
         first = plan.sum(unused)
+    elif factors is None:
+        first = torch.zeros_like(p.lam)
     else:
-        first = torch.zeros_like(p.lam) if factors is None else problem.epsilon * plan.sum(change)
-    return first + problem.side_gaps(*plan.marginals(None if factors is None else factors.on), p)
+        cost, told = _linear_change_cost(plan, factors)
+        first = problem.epsilon * (cost if told.all() else torch.where(told, cost, plan.sum(change)))
+    return first + problem.side_gaps(*sums, p)
+
+
+def _linear_change_cost(plan: Plan, factors: Factors) -> tuple[Tensor, Tensor]:
+    """A bound of ``sum P h(x)`` for a small linear change ``x = u + v + w``, from products with vectors, and for which problems
+    it says something: ``h(x) <= x^2 / (2 - 2 |x|)``.
+    """
+    (r, c), (u, v, w) = plan.marginals(), (factors.u, factors.v, factors.w)
+    largest = u.abs().amax(-1) + v.abs().amax(-1) + w.abs()
+    told = factors.is_linear & (largest <= _SMALL_CHANGE)
+    if not told.any():
+        return largest, told
+    squares = (r * u**2).sum(-1) + (c * v**2).sum(-1) + w**2 * r.sum(-1)
+    squares = squares + 2 * (u * plan.times(v)).sum(-1) + 2 * w * ((r * u).sum(-1) + (c * v).sum(-1))
+    return squares.clamp(min=0.0) / (2 - 2 * largest.clamp(max=_SMALL_CHANGE)), told
+
+
+_SMALL_CHANGE = 0.01  # of an entry, relative: what is said of its cost is true to a hundredth
 
 
 def _change_cost(x: Tensor) -> Tensor:
@@ -237,7 +257,7 @@ def _repair(problem: Problem, p: Potentials) -> tuple[Potentials, bool]:
         ceiling = problem.cost.reduced_min(f + p.lam.unsqueeze(-1), problem.a, axis=-2)
         g = torch.where((problem.b > 0) & low.any(-1, keepdim=True), torch.minimum(g, ceiling), g)
     projected = problem.columns.project(g)
-    return Potentials(f, projected, p.lam), projected is g and not low.any()
+    return Potentials(f, projected, p.lam), not low.any() and torch.equal(projected, g)
 
 
 def _round(plan: Plan, p: Potentials, enough: Tensor) -> tuple[Factors, Tensor, Tensor]:
@@ -251,13 +271,13 @@ def _round(plan: Plan, p: Potentials, enough: Tensor) -> tuple[Factors, Tensor, 
     problem, identity = plan.problem, Factors.identity(plan.problem)
     fixed = problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None
     if bool(_exactly(problem, *plan.marginals()).all()):
-        return identity, _feasible(problem, *plan.marginals()), _gap(plan, None, p)
+        return identity, _feasible(problem, *plan.marginals()), _gap(plan, None, plan.marginals(), p)
     corrected = _linear_correction(plan, p)
     best = None
     for start in [corrected] if fixed else [corrected, identity]:
-        rounded = _scale_onto(plan, start, patient=not fixed)
-        rounded = _fill(plan, rounded) if fixed else rounded
-        feasible, gap = _feasible(problem, *plan.marginals(rounded.on)), _gap(plan, rounded, p)
+        rounded, sums = _scale_onto(plan, start, patient=not fixed)
+        rounded, sums = _fill(plan, rounded, sums) if fixed else (rounded, sums)
+        feasible, gap = _feasible(problem, *sums), _gap(plan, rounded, sums, p)
         if best is not None:
             better = feasible & ~(best[1] & ((best[2] <= gap) | (best[2] <= enough)))
             rounded, feasible, gap = rounded.where(better, best[0]), feasible | best[1], torch.where(better, gap, best[2])
@@ -437,6 +457,9 @@ def _linear_correction(plan: Plan, p: Potentials) -> Factors:
     u, v, w = system.solve(*missing, lacking, enough=0.1 * torch.finfo(torch.float64).eps * r.sum(-1))
     corrected = replace(identity, u=u, v=v, w=w)
 
+    if bool((_lowest(u, pinned_rows) + _lowest(v, pinned_columns) + w > -1).all()):  # as nearly always, and no look is needed
+        return corrected
+
     def unsound(chunk: Chunk) -> Tensor:
         factor = corrected.added(chunk)
         return ~(factor.isfinite() & ((factor > 0) | (chunk.values == 0)))
@@ -444,16 +467,20 @@ def _linear_correction(plan: Plan, p: Potentials) -> Factors:
     return identity.where(plan.any(unsound), corrected)
 
 
-def _scale_onto(plan: Plan, factors: Factors, *, patient: bool) -> Factors:
-    """Alternate the KL projections onto the rows', the columns' and the mass's constraint until all hold.
+def _lowest(x: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept, x, 0.0).amin(-1)
+
+
+def _scale_onto(plan: Plan, factors: Factors, *, patient: bool) -> tuple[Factors, tuple[Tensor, Tensor]]:
+    """Alternate the KL projections onto the rows', the columns' and the mass's constraint until all hold. And the marginals then.
 
     Of large plans not for ever, where somebody will fill in what is lacking: a projection is two looks at the plan.
     """
     problem, last = plan.problem, torch.full_like(plan.problem.a[..., 0], math.inf)
     large = math.prod(problem.shape) > _LARGE
-    r, c = plan.marginals(factors.on)
+    r, c = factors.marginals(plan)
     for k in range(_PROJECTIONS):
-        if _exactly(problem, r, c).all():
+        if (held := _exactly(problem, r, c).unsqueeze(-1)).all():
             break
         if large and not patient and k % 4 == 0:
             off = sum(problem.violations(r, c))
@@ -461,25 +488,26 @@ def _scale_onto(plan: Plan, factors: Factors, *, patient: bool) -> Factors:
                 break
             last = off
         if problem.rows.is_hard:
-            factors = replace(factors, alpha=factors.alpha * _ratio(problem.rows.allowed(r, problem.a), r))
+            ratio = torch.where(held, 1.0, _ratio(problem.rows.allowed(r, problem.a), r))
+            factors = replace(factors, alpha=factors.alpha * ratio)
             r, c = plan.marginals(factors.on)
         if problem.columns.is_hard:
-            factors = replace(factors, beta=factors.beta * _ratio(problem.columns.allowed(c, problem.b), c))
+            ratio = torch.where(held, 1.0, _ratio(problem.columns.allowed(c, problem.b), c))
+            factors = replace(factors, beta=factors.beta * ratio)
             r, c = plan.marginals(factors.on)
         if problem.mass is not None:
             total = r.sum(-1)
-            scale = _ratio(torch.full_like(total, number(problem.mass)), total).unsqueeze(-1)
+            scale = torch.where(held, 1.0, _ratio(torch.full_like(total, number(problem.mass)), total).unsqueeze(-1))
             factors, r, c = replace(factors, alpha=factors.alpha * scale), r * scale, c * scale
-    return factors
+    return factors, (r, c)
 
 
-def _fill(plan: Plan, factors: Factors) -> Factors:
+def _fill(plan: Plan, factors: Factors, sums: tuple[Tensor, Tensor]) -> tuple[Factors, tuple[Tensor, Tensor]]:
     """Scale down to at most the marginals, then add the missing rank-one piece if it meets no forbidden arc."""
-    problem = plan.problem
-    r, c = plan.marginals(factors.on)
+    problem, (r, c) = plan.problem, sums
     small = sum(problem.violations(r, c)) <= 1e-13 * problem.a.sum(-1)
     if small.all():
-        return factors
+        return factors, sums
     target_r, target_c = problem.rows.allowed(r, problem.a), problem.columns.allowed(c, problem.b)
     smaller = replace(factors, alpha=factors.alpha * _ratio(target_r, r).clamp(max=1.0))
     r, c = plan.marginals(smaller.on)
@@ -489,7 +517,8 @@ def _fill(plan: Plan, factors: Factors) -> Factors:
     total = lack_r.sum(-1, keepdim=True)
     filled = replace(smaller, x=lack_r / torch.where(total > 0, total, 1.0), y=lack_c)
     forbidden = plan.any(lambda chunk: (filled.piece(chunk) > 0) & ~chunk.cost.isfinite())
-    return factors.where(forbidden | small, filled)
+    factors = factors.where(forbidden | small, filled)
+    return factors, plan.marginals(factors.on)
 
 
 def _ratio(want: Tensor, have: Tensor) -> Tensor:

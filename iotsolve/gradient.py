@@ -622,7 +622,7 @@ def _adjoint(
         torch.where(keep_f, right_f, 0.0), torch.where(keep_g, right_g, 0.0), upstream.lam.reshape(lam.shape)
     )
     u, v, w = solved
-    if flat.rows.is_fixed and flat.columns.is_fixed and flat.mass is None:  # nothing tells (u + t, v - t) apart but the digits left
+    if flat.rows.is_fixed and flat.columns.is_fixed and flat.mass is None:  # (u + t, v - t) is as good, but for digits
         t = (((flat.a * u).sum(-1) - (flat.b * v).sum(-1)) / (flat.a.sum(-1) + flat.b.sum(-1))).unsqueeze(-1)
         u, v = torch.where(keep_f, u - t, 0.0), torch.where(keep_g, v + t, 0.0)
     shapes = (p.f.shape, p.g.shape, p.lam.shape)

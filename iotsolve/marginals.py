@@ -553,7 +553,7 @@ class ChiSquared(Marginal):
         return torch.minimum(f, _like(self.rho, f))  # beyond, nothing is asked for and the plan alone grows
 
     def curvature(self, f: Tensor) -> Tensor:
-        bends = f <= self.rho  # at rho too, where rounding leaves a marginal that is nearly 0, and whose derivative `response` has
+        bends = f <= self.rho  # at rho too, where rounding leaves a marginal that is nearly 0 and `response` has a derivative
         return torch.where(bends, 1 / _like(self.rho, f), 0.0).to(f)
 
     def fenchel_young(self, r: Tensor, f: Tensor, a: Tensor) -> Tensor:

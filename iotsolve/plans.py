@@ -112,6 +112,18 @@ class Factors:
         zero_r, zero_c = torch.zeros_like(problem.a), torch.zeros_like(problem.b)
         return cls(zero_r, zero_c, zero_r[..., 0], zero_r + 1, zero_c + 1, zero_r, zero_c)
 
+    @property
+    def is_linear(self) -> Tensor:
+        """Of which problems ``(1 + u + v + w) P`` is all they are."""
+        return (self.alpha == 1).all(-1) & (self.beta == 1).all(-1) & (self.x == 0).all(-1)
+
+    def marginals(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Those of the new plan; of a linear change from products with vectors."""
+        if not self.is_linear.all():
+            return plan.marginals(self.on)
+        (r, c), w = plan.marginals(), self.w.unsqueeze(-1)
+        return r + r * (self.u + w) + plan.times(self.v), c + c * (self.v + w) + plan.times_back(self.u)
+
     def on(self, chunk: Chunk) -> Tensor:
         """The new values of a chunk."""
         return chunk.values * self.added(chunk) * chunk.rows(self.alpha) * chunk.columns(self.beta) + self.piece(chunk)

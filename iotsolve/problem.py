@@ -45,7 +45,17 @@ from iotsolve.validation import (
     shared,
 )
 
-__all__ = ["OVERFLOWN", "Potentials", "Problem", "in_double", "in_matrix", "log_scaling", "saturated", "weighed_in_double", "weighted"]
+__all__ = [
+    "OVERFLOWN",
+    "Potentials",
+    "Problem",
+    "in_double",
+    "in_matrix",
+    "log_scaling",
+    "saturated",
+    "weighed_in_double",
+    "weighted",
+]
 
 
 @dataclass(frozen=True)

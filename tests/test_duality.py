@@ -265,6 +265,20 @@ def test_a_neighbour_who_needs_more_does_not_change_the_gap():
     assert alone.gap > 0 and both.gap[0] == pytest.approx(alone.gap, rel=1e-6, abs=0)
 
 
+@over({k: CASES[k] for k in ("fixed-between", "between-between", "at_most-at_most-mass", "kl-fixed-mass", "tv-between-mass")})
+def test_a_small_linear_change_of_a_plan_is_priced_from_above_and_closely(case, monkeypatch):
+    """From products with vectors; what it bounds is summed entry by entry where that is not allowed."""
+    problem, noise = case.problem(epsilon=0.2), np.random.default_rng(1)
+    solution = solve(problem, tolerance=1e-12)
+    f = solution.f + 1e-4 * noise.normal(size=len(solution.f))
+    given = f, solution.g, solution.mass_multiplier
+    bound = certify(problem, *given, tolerance=1e-3)
+    monkeypatch.setattr(sys.modules["iotsolve.certificate"], "_SMALL_CHANGE", 0.0)
+    exact = certify(problem, *given, tolerance=1e-3)
+    assert 0 < exact.gap <= bound.gap * (1 + 1e-9) <= 1.01 * exact.gap
+    assert bound.primal >= exact.dual and exact.holds and bound.holds
+
+
 # -- the laws can fail -------------------------------------------------------------------------------------------------
 
 
