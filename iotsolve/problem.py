@@ -689,8 +689,8 @@ def in_matrix(problem: Problem) -> Problem:
         return problem
     if math.prod(cost.shape) > (_FEW if cost.is_bilinear else _MANY):
         return problem
-    rounding = 2.0**-24 * float(cost.range().amax()) / number(problem.epsilon)
-    if cost.dtype == torch.float32 and problem.a.dtype == torch.float64 and rounding > _SEEN:
+    mixed = cost.dtype == torch.float32 and problem.a.dtype == torch.float64
+    if mixed and 2.0**-24 * float(cost.range().amax()) > _SEEN * number(problem.epsilon):
         cost = cost.with_tensors({name: x.double() for name, x in cost.tensors().items()})
     matrix = torch.empty(cost.shape, dtype=cost.dtype)
     for rows, block in cost.blocks():  # differences of all points at once would be as many matrices as there are dimensions
