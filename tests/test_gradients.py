@@ -870,6 +870,15 @@ def test_no_penalty_asks_for_a_potential_beyond_its_own():
         assert float(solution.g.max()) <= 0.2 + 1e-12 and float(solution.column_marginal.min()) < 1e-9
 
 
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit()], ids=["envelope", "implicit"])
+def test_a_slope_at_an_empty_bin_beyond_float32_is_its_largest_number(gradient):
+    cost, b = torch.tensor([[2.0, 1.0]], requires_grad=True), torch.tensor([1.0, 0.0], requires_grad=True)
+    solution = solve(Problem(cost, b=b, epsilon=4e-3, columns=L2(1.0)), gradient=gradient)
+    assert solution.potentials.f.dtype == torch.float64
+    slopes = torch.autograd.grad(solution.value, (cost, b))
+    assert all(x.isfinite().all() for x in slopes) and abs(slopes[1][1]) > 1e38
+
+
 def test_a_weak_penalty_at_an_empty_bin_has_a_value_and_a_large_slope():
     b = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     solution = solve(Problem(torch.tensor([[0.0, -100.0]]).double(), torch.ones(1).double(), b, columns=KL(1e-3)))
