@@ -93,7 +93,8 @@ def solve(
             p = _released(working, pinned, p)
         if attained is not given:
             p = _separated(given, problem, p)
-        p = _brief(problem, working.gauge(p), solver)
+        p = working.gauge(p)
+        p = p.to(problem.working_dtype) if p.f.dtype != problem.working_dtype and _is_brief(flat, p, solver) else p
         status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
         if plan is not None:
             plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
@@ -119,6 +120,10 @@ def solve(
         judgement = solution.certificate
         solution = replace(solution, status=_judged(solution.status, judgement))
         solution.__dict__["certificate"] = judgement  # once computed
+    if (beyond := _beyond(solution)).any():
+        judgement = solution.certificate
+        solution = replace(solution, status=np.where(beyond, Status.NOT_FINITE, solution.status)[()])
+        solution.__dict__["certificate"] = judgement
     if not problem.is_checked and bool((contradictory := problem.contradicts_itself()).any()):
         status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
         solution = replace(solution, status=status)
@@ -178,17 +183,19 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any, to
         )
 
 
-def _brief(problem: Problem, p: Potentials, solver: Solver) -> Potentials:
-    """The potentials in the precision of the problem's arithmetic, where that is a small part of the tolerance."""
-    if p.f.dtype == problem.working_dtype or problem.is_exact:
-        return p
+def _is_brief(problem: Problem, p: Potentials, solver: Solver) -> bool:
+    """Whether potentials of a flat problem may be rounded to its cost's precision: a small part of the tolerance, and of what a
+    certificate fills in for it.
+    """
+    if problem.is_exact:
+        return True
     tolerance = default_tolerance(problem.dtype) if solver.tolerance is None else solver.tolerance
     size = sum(float(torch.where(x.isfinite(), x, 0.0).abs().amax()) for x in (p.f, p.g, p.lam))
-    rounding = size * torch.finfo(problem.working_dtype).eps / 2
-    return p.to(problem.working_dtype) if rounding <= _UNSEEN * tolerance * number(problem.epsilon) else p
+    rounding, room = size * torch.finfo(problem.dtype).eps / 2, _UNSEEN * tolerance * number(problem.epsilon)
+    return rounding <= room and rounding * float(spread(problem).max()) / _CHEAP <= room
 
 
-_UNSEEN = 0.125  # of the tolerance
+_UNSEEN, _CHEAP = 0.125, 16.0  # of the tolerance; range of costs in epsilons from which on what is filled in is dear
 
 
 def _is_stiff(problem: Problem, tolerance: float | None) -> bool:
@@ -223,6 +230,14 @@ def _may_miss(problem: Problem, solver: Solver | None) -> bool:
         return True
     carrying = cost.between(problem.a > 0, problem.b > 0).range()  # what stands at empty bins makes nothing dear
     return bool((carrying > _TINY_EPSILON * number(problem.epsilon)).any())
+
+
+def _beyond(solution: Solution) -> np.ndarray:
+    """Of which problems that somebody has looked at the dtype that came in cannot hold the mass or the value."""
+    known, largest = solution.__dict__.get("certificate"), torch.finfo(solution.problem.dtype).max
+    if known is None or solution.problem.dtype == torch.float64:
+        return np.zeros(1, bool)
+    return np.asarray((np.abs(known.dual) > largest) | (known.mass > largest)) & np.isfinite(known.dual)
 
 
 def _missing(solution: Solution) -> np.ndarray:

@@ -760,3 +760,20 @@ def test_derivatives_in_float32_at_such_an_epsilon_are_those_in_float64(kind, si
 def test_float32_where_its_potentials_have_digits_keeps_them_in_it():
     cost = torch.rand(30, 20, generator=torch.Generator().manual_seed(0))
     assert solve(Problem(cost, epsilon=0.2)).potentials.f.dtype == torch.float32
+
+
+def test_what_float32_cannot_hold_has_not_converged_in_it():
+    cost = torch.tensor([[-2.0, -2.0]], dtype=torch.float64)
+    given = (cost, cost.float())
+    double, single = (solve(Problem(x, epsilon=0.01, rows=TV(1.0), columns=FREE), throw=False) for x in given)
+    assert double.status is Status.CONVERGED and float(double.mass) > 1e39
+    assert single.status is Status.NOT_FINITE
+
+
+@pytest.mark.parametrize(("seed", "n", "epsilon"), [(4, 200, 0.0076), (20, 284, 0.0076), (34, 200, 0.004)])
+def test_clouds_against_themselves_are_certified_in_float32_where_what_is_lacking_is_dear(seed, n, epsilon):
+    """Their potentials are next to nothing, beside costs of thousands of epsilons."""
+    generator = torch.Generator().manual_seed(seed)
+    x, a = torch.randn(n, 5, generator=generator), torch.rand(n, generator=generator) + 0.1
+    solution = solve(Problem(Points(x, x), a / a.sum(), a / a.sum(), epsilon=epsilon))
+    assert solution.certificate.holds and float(solution.f.abs().max()) < 0.1
