@@ -218,7 +218,7 @@ def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Seque
     if wanted:
         sides = _pull(ctx.problem, scalar, ctx.names, needed, tensors, p.f.dtype)
     total = [_add(found.get(name), side) for name, side in zip(ctx.names, sides, strict=True)]
-    return [None if x is None else _in_range(x, t.dtype).to(t.dtype) for x, t in zip(total, tensors, strict=True)]
+    return [None if x is None else _narrowed(x, t.dtype) for x, t in zip(total, tensors, strict=True)]
 
 
 def _differentiable_gradient(
@@ -410,12 +410,18 @@ def _reached(weights: Tensor, potential: Tensor, softmin: Tensor, eps: Scalar, *
     return weights * torch.where(carries, (torch.where(carries, potential - softmin, 0.0) / eps).exp(), 0.0)
 
 
-def _in_range(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The largest number of a precision, by default its own, in the place of infinity: a slope at an empty bin that the costs
-    prefer.
-    """
-    largest = torch.finfo(dtype or x.dtype).max
+def _in_range(x: Tensor) -> Tensor:
+    """The largest number in the place of infinity: a slope at an empty bin that the costs prefer."""
+    largest = torch.finfo(x.dtype).max
     return x.clamp(-largest, largest)
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers in a precision, in which those that are finite stay so."""
+    largest = torch.finfo(dtype).max
+    if largest >= torch.finfo(x.dtype).max:
+        return x.to(dtype)
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(dtype)
 
 
 def _density(
@@ -471,7 +477,7 @@ class _FollowingPotentials(torch.autograd.Function):
         with torch.no_grad():
             problem = ctx.problem.to(torch.float64)
             found = ctx.pull(problem, ctx.p, ups, ctx.names, needed, tensors)
-            found = [None if x is None else _in_range(x, t.dtype).to(t.dtype) for x, t in zip(found, tensors, strict=True)]
+            found = [None if x is None else _narrowed(x, t.dtype) for x, t in zip(found, tensors, strict=True)]
         return (None,) * 4 + final(_ONCE, found, *upstream, *tensors)
 
 

@@ -182,7 +182,7 @@ class Marginal:
         raise NotImplementedError
 
     def project(self, f: Tensor) -> Tensor:
-        """The nearest potential at which the conjugate is finite, and to fall does not raise the dual."""
+        """The nearest potential at which the conjugate is finite; and, where a side says so, beyond which it asks for nothing."""
         return f
 
     def snapped(self, f: Tensor, rounding: float) -> Tensor:

@@ -117,16 +117,11 @@ def solve(
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.found, tolerance)
     if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful or missed:
         # nobody else has judged what the solvers claim
-        judgement = solution.certificate
-        solution = replace(solution, status=_judged(solution.status, judgement))
-        solution.__dict__["certificate"] = judgement  # once computed
+        solution = _told(solution, _judged(solution.status, solution.certificate))
     if (beyond := _beyond(solution)).any():
-        judgement = solution.certificate
-        solution = replace(solution, status=np.where(beyond, Status.NOT_FINITE, solution.status)[()])
-        solution.__dict__["certificate"] = judgement
+        solution = _told(solution, np.where(beyond, Status.NOT_FINITE, solution.status)[()])
     if not problem.is_checked and bool((contradictory := problem.contradicts_itself()).any()):
-        status = np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()]
-        solution = replace(solution, status=status)
+        solution = _told(solution, np.where(contradictory.cpu().numpy(), Status.INFEASIBLE, solution.status)[()])
     if throw and not solution.all_converged:
         raise SolveError(next(s for s in np.ravel(solution.status) if s is not Status.CONVERGED), solution)
     return solution
@@ -230,6 +225,14 @@ def _may_miss(problem: Problem, solver: Solver | None) -> bool:
         return True
     carrying = cost.between(problem.a > 0, problem.b > 0).range()  # what stands at empty bins makes nothing dear
     return bool((carrying > _TINY_EPSILON * number(problem.epsilon)).any())
+
+
+def _told(solution: Solution, status: Any) -> Solution:
+    """The solution with another status, and the certificate it has if somebody has asked for it."""
+    known = {name: x for name, x in solution.__dict__.items() if name == "certificate"}
+    solution = replace(solution, status=status)
+    solution.__dict__.update(known)
+    return solution
 
 
 def _beyond(solution: Solution) -> np.ndarray:
