@@ -307,12 +307,11 @@ def _draw_gravity(fit: Fit, kind: str) -> Figure:
     spread, effects, errors = (x[known] for x in (spread, spread * fit.coefficients, errors))
     left.errorbar(effects, rows[known], xerr=1.96 * spread * errors, fmt="o", capsize=4)
     for k in rows[~known]:
-        left.annotate("not identified", (0.0, k), ha="center", va="center", color="C3", backgroundcolor="w")
+        left.annotate(_unknown(fit, k), (0.0, k), ha="center", va="center", color="C3", backgroundcolor="w")
     left.axvline(0.0, color="0.5", lw=1, zorder=0)
-    left.set_yticks(rows, [f"{name}\n{x:.4g} per unit" for name, x in zip(fit.names, fit.coefficients, strict=True)])
+    told = zip(fit.names, fit.coefficients, fit.endless, strict=True)
+    left.set_yticks(rows, [f"{name}\n" + ("" if endless else f"{x:.4g} per unit") for name, x, endless in told])
     left.set_ylim(len(rows) - 0.5, -0.5)
-    if fit.separated:
-        left.set_xscale("symlog", linthresh=1.0)  # beside what goes to infinity the others would be a dot at 0
     left.set_xlabel(f"change of log flow per standard deviation, 95 % ({kind})")
     shown = (observed > 0) & (explained > 0)
     if shown.any():
@@ -345,7 +344,8 @@ def _draw_affinity(fit: Fit, kind: str, rows: list[str], columns: list[str]) -> 
     top = float(abs(values[np.isfinite(errors)]).max(initial=0.0)) or 1.0
     image = left.imshow(values, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
     for i, j in np.ndindex(p, q):
-        text = f"{values[i, j]:.2f}\n± {1.96 * errors[i, j]:.2f}" if np.isfinite(errors[i, j]) else "not\nidentified"
+        text = _unknown(fit, i * q + j).replace(" ", "\n")
+        text = f"{values[i, j]:.2f}\n± {1.96 * errors[i, j]:.2f}" if np.isfinite(errors[i, j]) else text
         dark = abs(values[i, j]) > 0.6 * top
         left.text(j, i, text, ha="center", va="center", fontsize=8, color="w" if dark else "k")
     left.set_xticks(range(q), columns, rotation=30, ha="right")
@@ -362,10 +362,14 @@ def _draw_affinity(fit: Fit, kind: str, rows: list[str], columns: list[str]) -> 
     return figure
 
 
+def _unknown(fit: Fit, k: int) -> str:
+    return "no end" if fit.endless[k] else "not identified"
+
+
 def _tell_separation(figure: Figure, fit: Fit) -> None:
     """A picture is passed on without the report, and an interval around 0 would be read as no effect."""
     if fit.separated:
-        title = "separated data: a coefficient goes to infinity, its size and its interval say nothing"
+        title = "separated data: a coefficient goes to infinity, and has no interval"
         figure.suptitle(title, color="C3", fontsize=10)
 
 

@@ -110,7 +110,9 @@ def solve(
         sharper = replace(solver, tolerance=finer)
         with torch.no_grad():
             outcome = _continued(
-                flat, replace(outcome, status=status), lambda left, p, sharper=sharper: run(left, sharper, p)
+                # from nothing if somebody's start may have led there
+                flat, replace(outcome, status=status),
+                lambda left, p, sharper=sharper: run(left, sharper, p if start is None else None),
             )
         solution = solution_of(outcome)
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
@@ -283,7 +285,9 @@ class _Automatic:
         judged = self._judged(problem, start, [0] * problem.batch_shape[0])
         if math.prod(problem.shape[-2:]) <= TINY:
             judged = self._factored(problem, judged, is_near=True)
-        return _continued(problem, judged, self._search)
+        done = _continued(problem, judged, self._search)
+        # a start that leads nowhere is no reason to fail
+        return _continued(problem, done, lambda left, _: self._search(left, None), (*_UNFINISHED, Status.NOT_FINITE))
 
     def _sharply(self, problem: Problem, exact: Problem, start: Potentials | None) -> Outcome:
         """The outcome in the problem's precision of the same problem in float64."""

@@ -323,5 +323,18 @@ def test_a_warm_start_of_nan_does_no_harm_or_says_so():
     assert solution.status is Status.NOT_FINITE or solution.value == pytest.approx(solve(entropic()).value)
 
 
+@pytest.mark.parametrize("name", SIDES)
+def test_no_start_makes_a_problem_fail(name):
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        n, m = rng.integers(2, 30, 2)
+        epsilon = [0.01, 0.1, 1.0][k % 3]
+        problem = Problem(rng.random((n, m)), epsilon=epsilon, rows=SIDES[name], columns=(FIXED, KL(1.0))[k % 2])
+        far = 10.0 ** rng.uniform(-1, 5)
+        start = Potentials(*(torch.as_tensor(far * rng.standard_normal(size)) for size in ((n,), (m,), ())))
+        cold, warm = solve(problem), solve(problem, init=start)
+        assert warm.certificate.holds and warm.value == pytest.approx(cold.value, rel=1e-6, abs=1e-9)
+
+
 def test_free_sides_are_named_by_what_they_are():
     assert Between(1.0, 1.0) == FIXED and Between(0.0, INF) == FREE and Between(0.0, 1.0) == AT_MOST

@@ -22,6 +22,15 @@ class Table:
     cluster: Clusters | None
     unit: float
 
+    def observed(self) -> np.ndarray:
+        """The plan."""
+        return self.plan
+
+    def possible(self) -> np.ndarray:
+        """What the weights alone would make of it: something wherever there can be."""
+        product = np.outer(self.a, self.b)
+        return product if self.allowed is None else np.where(self.allowed, product, 0.0)
+
     @property
     def scale(self) -> float:
         """Observations per unit; without their number, one for all."""

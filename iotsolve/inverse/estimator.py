@@ -1,8 +1,6 @@
 """``InverseOT``: the coefficients whose optimal plan has the observed moments.
 
-Newton's method on the loss, every step of which is also taken by the potentials, so that the forward problem is nearly solved
-when it is asked again; a penalty without derivative turns the step into a small quadratic program. Differs from the SISTA of
-Carlier, Dupuy, Galichon and Sun (2023) in that it is of second order throughout.
+Found by Newton's method, see :mod:`iotsolve.inverse.search`.
 """
 
 from __future__ import annotations
@@ -18,9 +16,10 @@ import numpy as np
 from iotsolve.inverse.data import Coupling
 from iotsolve.inverse.features import FeatureMap
 from iotsolve.inverse.fit import Fit, IdentifiabilityWarning, predicted
-from iotsolve.inverse.market import Market, Point, check_totals
+from iotsolve.inverse.market import Market, check_totals
 from iotsolve.inverse.penalties import Penalty, Ridge
-from iotsolve.inverse.steps import Constraints, quadratic
+from iotsolve.inverse.search import Search
+from iotsolve.inverse.steps import Constraints
 from iotsolve.marginals import FIXED, Marginal
 
 __all__ = ["InverseOT"]
@@ -125,10 +124,10 @@ class InverseOT:
         smooth, other = self._penalties()
         constraints = Constraints.of(maps[0], self.nonnegative, self.fixed, self.equalities)
         theta = np.zeros(maps[0].count) if start is None else _coefficients(start, maps[0])
-        search = _Search(self, markets, shares, smooth, other, constraints)
+        search = Search(self, maps, markets, shares, smooth, other, constraints)
         end = search.run(constraints.projected(theta))
         fit = Fit(self, maps, end.points, shares, end.hessian, end.effects, float(sizes.sum()), end.steps, end.converged,
-                  end.residual, end.unseen, end.separated, constraints)  # fmt: skip
+                  end.residual, end.unseen, end.diverging, constraints)  # fmt: skip
         for message in fit.warnings:
             warnings.warn(message, IdentifiabilityWarning, stacklevel=2)
         return fit
@@ -156,135 +155,6 @@ class InverseOT:
         if len(others) > 1:
             raise ValueError(f"penalty = {self.penalty!r}: at most one besides a Ridge.")
         return sum(x.strength for x in ridges), others[0] if others else None
-
-
-@dataclass(frozen=True, eq=False)
-class _End:
-    """Where a search ended."""
-
-    points: list[Point]
-    hessian: np.ndarray
-    effects: list[tuple[np.ndarray, np.ndarray]]
-    steps: int
-    converged: bool
-    residual: float
-    unseen: np.ndarray
-    separated: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Search:
-    """Proximal Newton steps on the weighted losses of all markets."""
-
-    model: InverseOT
-    markets: list[Market]
-    shares: np.ndarray
-    smooth: float
-    other: Penalty | None
-    constraints: Constraints
-
-    def run(self, theta: np.ndarray) -> _End:
-        features, eps = self.markets[0].features, self.model.epsilon
-        points = self._at(theta, None, _LOOSE)
-        unseen, decrement, converged, residual = None, math.inf, False, math.inf
-        for steps in range(self.model.max_steps + 1):
-            hessian, effects = self._hessian(points)
-            if unseen is None:
-                unseen = self._unseen(points, hessian)
-            gradient = sum(s * p.gradient for s, p in zip(self.shares, points, strict=True))
-            if self.smooth:
-                gradient, bent = gradient + self.smooth * theta, hessian + self.smooth * np.eye(len(theta))
-            else:
-                bent = hessian + _beyond(hessian) * unseen @ unseen.T
-                gradient = gradient - unseen @ (unseen.T @ gradient)
-            fresh, residual = quadratic(theta, gradient, bent, self.other, features, self.constraints)
-            step = fresh - theta
-            decrement = math.sqrt(max(0.0, float(step @ bent @ step)) / eps)
-            if decrement <= self.model.tolerance or steps == self.model.max_steps:
-                converged = decrement <= self.model.tolerance and all(p.solution.converged for p in points)
-                break
-            now, length = self._objective(theta, points), 1.0
-            falls = float(gradient @ step) + self._price(fresh) - self._price(theta)
-            tolerance = min(_LOOSE, max(_TIGHT, 0.01 * decrement**2))
-            for _ in range(_TRIES):
-                target = theta + length * step
-                starts = [p.moved(length * step, *effect) for p, effect in zip(points, effects, strict=True)]
-                there = self._at(target, starts, tolerance)
-                rounding = 1e-12 * (1 + abs(now)) + tolerance * sum(abs(p.loss) for p in there)
-                if self._objective(target, there) <= now + 1e-4 * length * falls + rounding:
-                    break
-                length /= 2
-            theta, points = target, there
-        separated = not self.smooth and self.other is None and _fades(points, effects, hessian, unseen, steps)
-        return _End(points, hessian, effects, steps, converged, residual, unseen, separated)
-
-    def _at(self, theta: np.ndarray, starts: list[Any] | None, tolerance: float) -> list[Point]:
-        starts = [None] * len(self.markets) if starts is None else starts
-        return [market.at(theta, tolerance, start) for market, start in zip(self.markets, starts, strict=True)]
-
-    def _hessian(self, points: list[Point]) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-        total, effects = 0.0, []
-        for share, point in zip(self.shares, points, strict=True):
-            own, over_rows, over_columns = point.hessian()
-            total = total + share * own
-            effects.append((over_rows, over_columns))
-        return total, effects
-
-    def _price(self, theta: np.ndarray) -> float:
-        return 0.0 if self.other is None else self.other.value(theta, self.markets[0].features)
-
-    def _objective(self, theta: np.ndarray, points: list[Point]) -> float:
-        loss = sum(float(s) * p.loss for s, p in zip(self.shares, points, strict=True))
-        return loss + self.smooth / 2 * float(theta @ theta) + self._price(theta)
-
-    def _unseen(self, points: list[Point], hessian: np.ndarray) -> np.ndarray:
-        """An orthonormal basis of the directions in which the loss is constant, ``(K, k)``."""
-        raw = (
-            sum(s * p.market.features.gram(p.plan) for s, p in zip(self.shares, points, strict=True))
-            / self.model.epsilon
-        )
-        size = np.sqrt(np.diag(raw))
-        scale = np.where(size > 0, size, 1.0)
-        values, vectors = np.linalg.eigh(hessian / np.outer(scale, scale))
-        found = vectors[:, values <= _BLIND * max(float(values[-1]), 1.0)] / scale[:, None]
-        return np.linalg.qr(found)[0]
-
-
-_LOOSE, _TIGHT = 1e-3, 1e-12  # tolerances of the forward problem
-_TRIES = 12
-_BLIND = 1e-10  # of a feature's size, what must be left of it for its coefficient to be told
-
-
-def _beyond(hessian: np.ndarray) -> float:
-    return max(float(np.trace(hessian)) / len(hessian), 1e-300)
-
-
-def _fades(
-    points: list[Point],
-    effects: list[tuple[np.ndarray, np.ndarray]],
-    hessian: np.ndarray,
-    unseen: np.ndarray,
-    steps: int,
-) -> bool:
-    """Whether the coefficients were on their way to infinity: cells that carry nothing are fitted ever better by them."""
-    if unseen.shape[1] == len(hessian) or not any((p.market.table.plan[p.plan > 0] == 0).any() for p in points):
-        return False
-    seen = np.eye(len(hessian)) - unseen @ unseen.T
-    size = np.sqrt(np.maximum(np.diag(hessian), 1e-300))
-    values, vectors = np.linalg.eigh(hessian / np.outer(size, size))
-    weakest = seen @ (vectors[:, unseen.shape[1]] / size)
-    if steps < _LONG and values[unseen.shape[1]] > 1e-6:
-        return False
-    # in the weakest direction, what remains of the score lies where nothing was observed
-    mass = 0.0
-    for point, (over_rows, over_columns) in zip(points, effects, strict=True):
-        left = point.market.features.apply(weakest) + (over_rows @ weakest)[:, None] + over_columns @ weakest
-        weight = point.plan * left**2
-        mass = max(mass, float(weight[point.market.table.plan > 0].sum() / max(weight.sum(), 1e-300)))
-    return steps >= _LONG or mass < 0.999
-
-
-_LONG = 25  # Newton steps
 
 
 def _coefficients(start: Any, features: FeatureMap) -> np.ndarray:

@@ -13,6 +13,7 @@ from iotsolve.inverse.data import Coupling, Table
 from iotsolve.inverse.features import Bilinear, FeatureMap
 from iotsolve.inverse.market import Market, Point
 from iotsolve.inverse.steps import Constraints
+from iotsolve.marginals import number
 from iotsolve.problem import Problem
 from iotsolve.solve import solve
 
@@ -74,7 +75,7 @@ class Fit:
     converged: bool
     kkt_residual: float
     unseen: np.ndarray
-    separated: bool
+    diverging: np.ndarray
     constraints: Constraints
 
     # -- the estimate ------------------------------------------------------------------------------------------------
@@ -99,6 +100,21 @@ class Fit:
         """How many there were in all couplings; None where the data do not tell."""
         known = [point.market.table.observations for point in self.points]
         return None if None in known else float(sum(known))
+
+    @property
+    def separated(self) -> bool:
+        """Whether some coefficients go to infinity: some combination of features is never observed against another."""
+        return self.diverging.shape[1] > 0
+
+    @property
+    def endless(self) -> np.ndarray:
+        """Which coefficients do, boolean, shape ``(K,)``: their sizes say nothing."""
+        return abs(self.diverging).max(1, initial=0.0) > 1e-8
+
+    @property
+    def _open(self) -> np.ndarray:
+        """Directions of which the data say nothing, or everything."""
+        return np.hstack([self.unseen, self.diverging])
 
     def _each(self, of: Any) -> Any:
         found = [of(k) for k in range(len(self.points))]
@@ -196,7 +212,7 @@ class Fit:
     def _identified(self) -> np.ndarray:
         """Directions that constraints leave and the data see."""
         free = self.constraints.free()
-        blind = free.T @ self.unseen
+        blind = free.T @ self._open
         if not blind.size:
             return free
         kept = np.linalg.svd(blind, full_matrices=True)
@@ -232,13 +248,14 @@ class Fit:
 
     @property
     def standard_errors(self) -> np.ndarray:
-        """By the model's covariance, shape ``(K,)``; infinite where the data say nothing."""
+        """By the model's covariance, shape ``(K,)``; infinite where the data say nothing, or where a coefficient has no end."""
         return self.errors("model")
 
     def errors(self, kind: str = "model", *, small_sample: bool = False) -> np.ndarray:
         """Standard errors by a covariance of this kind."""
-        found = np.sqrt(np.diag(self.covariance(kind, small_sample=small_sample)))
-        open_ = abs(self.unseen).max(1, initial=0.0) > 1e-8
+        found = np.diag(self.covariance(kind, small_sample=small_sample))
+        found = np.sqrt(np.where(found >= 0, found, np.inf))  # of information that is rounding
+        open_ = abs(self._open).max(1, initial=0.0) > 1e-8
         return np.where(open_, np.inf, found)
 
     def confidence_intervals(
@@ -332,8 +349,11 @@ class Fit:
     @property
     def null_vectors(self) -> list[dict[str, float]]:
         """Combinations of coefficients of which the data say nothing, by name."""
+        return self._named(self.unseen)
+
+    def _named(self, space: np.ndarray) -> list[dict[str, float]]:
         found = []
-        for vector in _sparse_basis(self.unseen).T:
+        for vector in _sparse_basis(space).T:
             found.append({self.names[k]: float(vector[k]) for k in np.flatnonzero(abs(vector) > 1e-8)})
         return found
 
@@ -351,17 +371,41 @@ class Fit:
                     "explain the data were returned; leave features out, fix some (fixed=), or add a Ridge."
                 )
         if self.separated:
+            listed = "; ".join(_combination(v) for v in self._named(self.diverging)[:5])
             said.append(
                 "the data are separated: some combination of features is never observed against another, and its coefficient "
-                "goes to infinity. What is returned explains the data as well as any; its size says nothing. Add a Ridge for "
-                "finite coefficients, or leave out the feature."
+                f"goes to infinity ({self.diverging.shape[1]} of {len(self.names)} directions: {listed}). What is returned "
+                "explains the data as well as any; its size says nothing, and its standard error is infinite. The other "
+                "coefficients are those without the cells that it empties. Add a Ridge for finite coefficients, or leave out the "
+                "feature."
             )
-        if not self.converged and not self.separated:
+        if not self.converged and (beyond := self._out_of_bounds()):
+            said.append(
+                f"what was observed is no plan of this model: {beyond}. The loss falls without end if some combination of "
+                "features can tell. Give weights that allow what was observed, wider bounds, or a side with a price: KL(rho)."
+            )
+        if not self.converged:
             said.append(
                 f"not converged after {self.steps} steps: residual {self.kkt_residual:.1e}. Raise max_steps or epsilon; large "
                 "features against a small epsilon make the problem stiff."
             )
         return said
+
+    def _out_of_bounds(self) -> str | None:
+        """Which bin of a hard side carries what no plan can."""
+        for point in self.points:
+            table = point.market.table
+            for name, side, observed, weights in (
+                ("row", self.model.rows, table.plan.sum(1), table.a),
+                ("column", self.model.columns, table.plan.sum(0), table.b),
+            ):
+                low, high = (number(end) * weights for end in side.bounds)
+                outside = (observed < low * (1 - 1e-9)) | (observed > high * (1 + 1e-9))
+                if side.is_hard and outside.any():
+                    k = int(outside.argmax())
+                    least, most = (float(end[k]) * table.unit for end in (low, high))
+                    return f"{name} {k} has {observed[k] * table.unit:.6g}, and its side asks for {least:.6g} to {most:.6g}"
+        return None
 
     def report(self, kind: str = "model") -> str:
         """Everything in one table, for reading."""
@@ -385,8 +429,10 @@ class Fit:
             lines.append(line)
         table, plan = self.points[0].market.table, self.points[0].plan
         possible = np.ones(plan.shape, bool) if table.allowed is None else table.allowed
-        size = np.sqrt(np.maximum(np.diag(self.hessian), 1e-300))
-        seen = np.linalg.eigvalsh(self.hessian / np.outer(size, size))[self.unseen.shape[1] :]
+        told = self._identified.T @ self.hessian @ self._identified
+        size = np.sqrt(np.maximum(np.diag(told), 1e-300))
+        seen = np.linalg.eigvalsh(told / np.outer(size, size))
+        condition = 1.0 if not len(seen) else float(seen[-1] / seen[0]) if seen[0] > 0 else np.inf
         marginal = max(
             float(abs(p.solution.certificate.row_violation + p.solution.certificate.column_violation))
             for p in self.points
@@ -394,9 +440,9 @@ class Fit:
         lines += [
             "",
             f"log-likelihood {self.log_likelihood:.10g}" + (" per observation" if self.observations is None else ""),
-            f"rank {len(self.names) - self.unseen.shape[1]} of {len(self.names)}"
+            f"rank {len(self.names) - self._open.shape[1]} of {len(self.names)}"
             + "".join(f"; not identified: {_combination(v)}" for v in self.null_vectors),
-            f"condition number of the scaled information {float(seen[-1] / seen[0]) if len(seen) else 1.0:.2g}",
+            f"condition number of the scaled information {condition:.2g}",
             f"gradient or KKT residual {self.kkt_residual:.1e}, violation of the marginals {marginal:.1e}, {self.steps} steps, "
             + ("converged" if self.converged else "not converged"),
             f"cells without observations {int((possible & (table.plan == 0)).sum())} of {int(possible.sum())}; separated: "

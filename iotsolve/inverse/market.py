@@ -84,7 +84,8 @@ class Market:
         solution = solve(self.problem(theta), gradient=Implicit(), tolerance=tolerance, init=start, throw=False)
         plan = np.ascontiguousarray(solution.plan)
         observed = self.features.adjoint(self.table.plan)
-        gradient = self.features.adjoint(plan) - observed
+        with np.errstate(all="ignore"):  # of a try that led out of the finite, which nobody will believe
+            gradient = self.features.adjoint(plan) - observed
         return Point(self, theta, solution, plan, -float(solution.value) - float(theta @ observed), gradient)
 
 
@@ -99,20 +100,17 @@ class Point:
     loss: float
     gradient: np.ndarray
 
-    @cached_property
-    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.market.features.sums(self.plan)
-
-    def hessian(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The Hessian of the loss, with the effects that it took: ``(K, K)``, ``(n, K)``, ``(m, K)``."""
-        r, c = self._sums
-        over_rows, over_columns = self._solved(r, c)
-        found = self.market.features.gram(self.plan) + r.T @ over_rows + c.T @ over_columns
+    def hessian(self, plan: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The Hessian of the loss, with the effects it took: ``(K, K)``, ``(n, K)``, ``(m, K)``; or those of another plan."""
+        plan, features = self.plan if plan is None else plan, self.market.features
+        r, c = features.sums(plan)
+        over_rows, over_columns = self._solved(plan, r, c)
+        found = features.gram(plan) + r.T @ over_rows + c.T @ over_columns
         return (found + found.T) / (2 * self.market.epsilon), over_rows, over_columns
 
-    def _solved(self, r: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _solved(self, plan: np.ndarray, r: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``(F, G)`` for right-hand sides ``-(r, c)``; by the Schur complement of the longer side."""
-        market, plan = self.market, self.plan
+        market = self.market
         sides = (market.rows, market.table.a, plan.sum(1), self.solution.f), (
             market.columns, market.table.b, plan.sum(0), self.solution.g,
         )  # fmt: skip
@@ -161,22 +159,41 @@ def _eliminated(
             d = np.where(members, big_c[keep_c], 0.0)
             schur += np.outer(d, d / d.sum())
         right = -(c[keep_c] - p.T @ (r[keep_r] * inverse[:, None]))
-        schur[np.diag_indices_from(schur)] *= 1 + 1e-15  # rounding
-        second[keep_c] = np.linalg.solve(schur, right)  # not SciPy's: NumPy's threads would be in the way of its own
+        second[keep_c] = _anchored(schur, right, big_c[keep_c])
     first[keep_r] = -(r[keep_r] + p @ second[keep_c]) * inverse[:, None]
     return first, second
+
+
+def _anchored(schur: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """``schur x = right``; where a part of the plan hangs on next to nothing, the solution that is not made of rounding."""
+    diagonal = np.diag_indices_from(schur)
+    on_diagonal = schur[diagonal].copy()
+    schur[diagonal] *= 1 + 1e-15  # rounding
+    found = np.linalg.solve(schur, right)  # not SciPy's: NumPy's threads would be in the way of its own
+    if (weights @ found**2 <= _LOOSE * ((1 / weights) @ right**2)).all():
+        return found
+    schur[diagonal] = on_diagonal * (1 + 1e-11)
+    inverse = np.linalg.inv(schur)
+    schur[diagonal] = on_diagonal
+    found = inverse @ right
+    return found + inverse @ (right - schur @ found)
+
+
+_NO_LINK = 1e-15  # of what two bins carry: their rounding
+_LOOSE = 1e10  # times the square of what every bin alone would take up: more than effects come to that hold on to something
 
 
 def _adrift(p: np.ndarray, big_r: np.ndarray, big_c: np.ndarray) -> list[np.ndarray]:
     """The columns of every part of the plan that no curvature and no held bin anchors, so that ``(1, -1)`` moves freely."""
     n, m = p.shape
-    if (p > 0).all():
+    linked = p > _NO_LINK * np.minimum(big_r[:, None], big_c)
+    if linked.all():
         parts, labels = 1, np.zeros(n + m, np.int64)
     else:
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import connected_components
 
-        i, j = np.nonzero(p)
+        i, j = np.nonzero(linked)
         graph = csr_array((np.ones(len(i)), (i, n + j)), shape=(n + m, n + m))
         parts, labels = connected_components(graph, directed=False)
     loose_r, loose_c = abs(p.sum(1) - big_r) <= 1e-9 * big_r, abs(p.sum(0) - big_c) <= 1e-9 * big_c

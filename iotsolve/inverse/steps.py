@@ -54,6 +54,11 @@ class Constraints:
             reachable = matrix @ np.linalg.lstsq(matrix, right, rcond=None)[0]
             if not np.allclose(reachable, right, rtol=1e-9, atol=1e-12):
                 raise ValueError("the fixed coefficients and equalities contradict each other.")
+            if nonnegative and not _meets_signs(matrix, right):
+                raise ValueError(
+                    "nonnegative=True, and the fixed coefficients and equalities ask for a negative one. Leave out the one or "
+                    "the other."
+                )
         return cls(matrix, right, nonnegative)
 
     def projected(self, theta: np.ndarray) -> np.ndarray:
@@ -62,13 +67,23 @@ class Constraints:
             theta = theta + np.linalg.lstsq(self.matrix, self.right - self.matrix @ theta, rcond=None)[0]
         return np.maximum(theta, 0.0) if self.nonnegative and not len(self.right) else theta
 
-    def free(self) -> np.ndarray:
-        """An orthonormal basis of the directions that the equations leave, ``(K, k)``."""
-        if not len(self.right):
-            return np.eye(self.matrix.shape[1])
-        values = np.linalg.svd(self.matrix)
+    def free(self, theta: np.ndarray | None = None) -> np.ndarray:
+        """An orthonormal basis of the directions that the equations leave, ``(K, k)``, and at these coefficients the signs."""
+        matrix = self.matrix
+        if self.nonnegative and theta is not None:
+            matrix = np.vstack([matrix, np.eye(len(theta))[theta <= 0]])
+        if not len(matrix):
+            return np.eye(matrix.shape[1])
+        values = np.linalg.svd(matrix)
         rank = int((values[1] > 1e-12 * values[1][0]).sum())
         return values[2][rank:].T
+
+
+def _meets_signs(matrix: np.ndarray, right: np.ndarray) -> bool:
+    """Whether ``A theta = r`` has a solution without a negative entry: the residual of non-negative least squares is 0."""
+    from scipy.optimize import nnls  # scipy is imported where it is needed
+
+    return nnls(matrix, right)[1] <= 1e-9 * (1 + float(np.linalg.norm(right)))
 
 
 def quadratic(
@@ -139,6 +154,7 @@ def _split(
     """Alternating directions (Boyd et al., 2011) on ``x`` of the quadratic and the equations, ``z`` of the price and signs."""
     count, rows = len(theta), len(constraints.right)
     values = np.linalg.eigvalsh(hessian)
+    least = 1e-6 * float(values[-1])
     weight = float(np.sqrt(max(values[0], 1e-4 * values[-1]) * values[-1]))
     system = np.zeros((count + rows, count + rows))
     system[:count, count:], system[count:, :count] = constraints.matrix.T, constraints.matrix
@@ -157,14 +173,18 @@ def _split(
         size = max(float(abs(z).max()), float(abs(theta).max()), 1e-300)
         if max(apart, moved) <= 1e-14 * size:
             break
+        if step % _LOOK == _LOOK - 1 and (polished := _polished(z, theta, gradient, hessian, price, constraints)):
+            return polished
         if step % 20 == 19 and step < _ROUNDS // 2 and not 0.1 < apart / max(moved, 1e-300) < 10:
             factor = 2.0 if apart > moved else 0.5
+            if weight * factor < least:
+                continue
             weight, dual, inverse = weight * factor, dual / factor, None
     polished = _polished(z, theta, gradient, hessian, price, constraints)
     return (z, both[count:]) if polished is None else polished
 
 
-_ROUNDS = 5000
+_ROUNDS, _LOOK = 5000, 100
 
 
 def _polished(
@@ -175,27 +195,39 @@ def _polished(
     price: Penalty | None,
     constraints: Constraints,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The solution on the support found, if the price is known there to all digits and the signs stay."""
+    """The solution on the support found, if the price is known there to all digits; what has the wrong sign leaves the support,
+    and what would pay joins it.
+    """
     if not (price is None or isinstance(price, L1)):
         return None
-    support, strength = z != 0, 0.0 if price is None else price.strength
-    rows, count = constraints.matrix[:, support], int(support.sum())
-    system = np.zeros((count + len(rows),) * 2)
-    system[:count, :count] = hessian[np.ix_(support, support)]
-    system[:count, count:], system[count:, :count] = rows.T, rows
-    target = (hessian @ theta - gradient)[support] - strength * np.sign(z[support])
-    both = (
-        np.linalg.lstsq(system, np.concatenate([target, constraints.right]), rcond=1e-14)[0]
-        if system.size
-        else np.zeros(0)
-    )
-    found = np.zeros_like(z)
-    found[support] = both[:count]
-    multiplier = both[count:] if len(rows) else np.zeros(0)
-    if (np.sign(found) != np.sign(z)).any():
-        return None
-    slope = gradient + hessian @ (found - theta) + constraints.matrix.T @ multiplier
-    idle = slope[~support]
+    strength = 0.0 if price is None else price.strength
     limit = strength + 1e-9 * max(strength, float(abs(gradient).max()))
-    outside = (idle < -limit).any() if constraints.nonnegative else (abs(idle) > limit).any()
-    return None if outside else (found, multiplier)
+    sign, target = np.sign(z), hessian @ theta - gradient
+    for _ in range(_EXCHANGES):
+        support = sign != 0
+        rows, count = constraints.matrix[:, support], int(support.sum())
+        system = np.zeros((count + len(rows),) * 2)
+        system[:count, :count] = hessian[np.ix_(support, support)]
+        system[:count, count:], system[count:, :count] = rows.T, rows
+        right = np.concatenate([target[support] - strength * sign[support], constraints.right])
+        both = np.linalg.lstsq(system, right, rcond=1e-14)[0] if system.size else np.zeros(0)
+        found, multiplier = np.zeros_like(z), both[count:] if len(rows) else np.zeros(0)
+        found[support] = both[:count]
+        if (wrong := support & (np.sign(found) != sign)).any():
+            sign[wrong] = 0.0
+            continue
+        slope = gradient + hessian @ (found - theta) + constraints.matrix.T @ multiplier
+        off = constraints.matrix @ found - constraints.right
+        if (abs(off) > 1e-9 * (1 + abs(constraints.right))).any():
+            return None
+        if (abs(slope + strength * sign)[support] > limit - strength).any():
+            return None
+        pays = np.where(support, 0.0, -slope if constraints.nonnegative else abs(slope))
+        if not (pays > limit).any():
+            return found, multiplier
+        best = int(pays.argmax())
+        sign[best] = 1.0 if constraints.nonnegative else -np.sign(slope[best])
+    return None
+
+
+_EXCHANGES = 100
