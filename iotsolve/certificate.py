@@ -19,7 +19,7 @@ from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan, streams
 from iotsolve.problem import OVERFLOWN, Potentials, Problem, in_double, in_matrix, saturated
-from iotsolve.validation import default_tolerance
+from iotsolve.validation import check_multiplier, default_tolerance
 
 __all__ = ["Certificate", "certify"]
 
@@ -99,9 +99,12 @@ def certify(
         problem: the problem they are meant to solve.
         f: potentials of the rows, shape ``(..., n)``, cost units. Projected into the dual's domain first.
         g: potentials of the columns, shape ``(..., m)``.
-        lam: multiplier of ``mass``, shape ``(...)``.
+        lam: multiplier of ``mass``, shape ``(...)``; 0 without it.
         plan: needed at ``epsilon = 0`` only, where potentials do not determine a plan; without a batch also sparse COO.
         tolerance: relative error that counts as certified; by default what the problem's dtype allows.
+
+    Raises:
+        ValueError: on potentials of another shape, or a multiplier of a mass that is not asked for.
 
     Example:
         >>> import numpy as np
@@ -115,6 +118,7 @@ def certify(
 
 
 def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
+    check_multiplier(problem, lam)
     problem = saturated(problem.detach())
     double = in_double(problem).flat()
     n, m = problem.shape[-2:]

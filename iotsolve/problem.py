@@ -38,6 +38,7 @@ from iotsolve.validation import (
     as_cost,
     as_scalar,
     as_weights,
+    check_multiplier,
     check_problem,
     common_batch,
     default_tolerance,
@@ -473,8 +474,9 @@ class Problem:
         Args:
             f: shape ``(..., n)``, cost units.
             g: shape ``(..., m)``, cost units.
-            lam: multiplier of ``mass``, shape ``(...)``.
+            lam: multiplier of ``mass``, shape ``(...)``; 0 without it.
         """
+        check_multiplier(self, lam)
         n, m = self.shape[-2:]
         p = Potentials(
             self.enter("f", f, n), self.enter("g", g, m), self.enter("lam", lam).expand(tuple(self.batch_shape))

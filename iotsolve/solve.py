@@ -480,7 +480,8 @@ def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
     p, flat = p.detach().to(problem.a.dtype), problem.flat()
     shape = problem.batch_shape
     f, g = p.f.expand(*shape, n).reshape(flat.a.shape), p.g.expand(*shape, m).reshape(flat.b.shape)
-    return Potentials(f.clone(), g.clone(), p.lam.expand(shape).reshape(-1).clone())
+    lam = p.lam.expand(shape).reshape(-1).clone()
+    return Potentials(f.clone(), g.clone(), lam if problem.mass is not None else torch.zeros_like(lam))  # of no constraint
 
 
 def attainable(problem: Problem) -> Problem:

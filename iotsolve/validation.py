@@ -24,6 +24,7 @@ __all__ = [
     "as_cost",
     "as_scalar",
     "as_weights",
+    "check_multiplier",
     "check_problem",
     "check_steps",
     "check_tolerance",
@@ -268,6 +269,19 @@ def as_weights(name: str, weights: Any, size: int, cost: Cost) -> Tensor:
     if (values.sum(-1) <= 0).any():
         raise ValueError(f"{name} has total 0: a side without mass has no plan. Was an empty histogram passed?")
     return weights
+
+
+def check_multiplier(problem: Problem, lam: Any) -> None:
+    """A multiplier of ``mass`` where there is one; from another no bound follows.
+
+    Raises:
+        ValueError: on a multiplier other than 0 without ``mass``.
+    """
+    if problem.mass is None and bool((abs(torch.as_tensor(lam)) > 0).any()):  # NaN is somebody else's failure
+        raise ValueError(
+            f"lam = {lam!r} of a problem without mass: there is nothing that it could be the multiplier of, and no bound follows "
+            "from it. Add it to f or to g, or give the problem its mass."
+        )
 
 
 def check_problem(problem: Problem) -> None:

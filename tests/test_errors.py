@@ -189,6 +189,11 @@ MISUSE = {
         lambda: entropic().dual(np.zeros(6), np.zeros(5)),
         r"f.*\(6,\).*\(5,\)|f.*\(\.\.\., 5\)",
     ),
+    "multiplier of no mass": (lambda: entropic().dual(np.zeros(5), np.zeros(6), 0.3), r"lam = 0.3.*without mass"),
+    "certified multiplier of no mass": (
+        lambda: certify(entropic(), np.zeros(5), np.zeros(6), -1.0),
+        r"lam = -1.0.*without mass",
+    ),
     "certified plan of another shape": (
         lambda: certify(problem(), np.zeros(5), np.zeros(6), plan=np.ones((6, 5))),
         r"plan.*\(6, 5\).*\(5, 6\)",

@@ -42,8 +42,8 @@ SMALL = {
 def ends(features, counts, columns):
     """Which coefficients have an end, by linear programs alone.
 
-    A direction of coefficients and effects whose score is 0 where something was observed and nowhere above leads to infinity if it
-    is below somewhere; all such together empty cells. A coefficient is told if it is 0 in every direction that is 0 elsewhere.
+    A direction of coefficients and effects whose score is 0 where something was observed and nowhere above leads to infinity if
+    it is below somewhere; all such together empty cells. A coefficient is told if it is 0 in every direction that is 0 elsewhere.
     """
     n, m = counts.shape
     filled = np.flatnonzero(np.outer(counts.sum(1), counts.sum(0)) > 0)
@@ -133,8 +133,8 @@ def violation(fit, counts, *, price=0.0, ridge=0.0, nonnegative=False, free=None
 
 SIDES = {
     "fixed-fixed": (FIXED, FIXED), "fixed-free": (FIXED, FREE), "free-at_most": (FREE, AT_MOST), "kl-kl": (KL(1.0), KL(0.5)),
-    "tv-fixed": (TV(3.0), FIXED), "between-between": (Between(0.5, 1.5), Between(0.5, 1.5)), "chi2-tv": (ChiSquared(1.0), TV(2.0)),
-    "l2-between": (L2(1.0), Between(0.5, 1.5)),
+    "tv-fixed": (TV(3.0), FIXED), "between-between": (Between(0.5, 1.5), Between(0.5, 1.5)),
+    "chi2-tv": (ChiSquared(1.0), TV(2.0)), "l2-between": (L2(1.0), Between(0.5, 1.5)),
 }  # fmt: skip
 
 
