@@ -729,6 +729,20 @@ def test_other_objectives_explain_the_plan_too(objective):
     assert abs(fit.gap) < 1e-8 and fit.coefficients[0] == pytest.approx(1.0)
 
 
+def test_a_known_coefficient_may_be_larger_than_one():
+    features = inverse.Features(np.random.default_rng(0).standard_normal((2, 5, 5)))
+    plan = solve(Problem(-features.apply(np.array([2.0, 3.0])), weights(5, 0), weights(5, 1))).plan
+    for scale in (1.0, 0.01, 100.0):  # the largest margin is a scale's
+        fit = inverse.ExactInverse(features, fixed={0: 2.0 * scale}).fit(inverse.Coupling(plan=plan))
+        assert fit.coefficients[0] == pytest.approx(2 * scale) and fit.gap < 1e-9
+        low, high = fit.bounds[1]
+        assert low - 1e-9 <= 3 * scale <= high + 1e-9 and low - 1e-9 <= fit.coefficients[1] <= high + 1e-9
+        assert fit.margin / scale == pytest.approx(inverse.ExactInverse(features, fixed={0: 2.0}).fit(
+            inverse.Coupling(plan=plan), bounds=False).margin)  # fmt: skip
+    whole = inverse.ExactInverse(inverse.Features({"one": np.ones((2, 3))}), fixed={0: 1.0}).fit(np.ones((2, 3)))
+    assert whole.margin == np.inf and whole.gap < 1e-12  # no cell is without mass
+
+
 def test_a_plan_that_no_coefficients_explain_is_said_so():
     features = inverse.Features(np.random.default_rng(0).standard_normal((2, 5, 5)))
     with pytest.raises(ValueError, match="no coefficients explain"):

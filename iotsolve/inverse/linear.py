@@ -25,7 +25,11 @@ __all__ = ["ExactFit", "ExactInverse", "MaxMargin", "Nearest", "SmallestGap"]
 
 @dataclass(frozen=True)
 class MaxMargin:
-    """The point furthest inside: no cell without mass gets nearer to being used than necessary; coefficients in ``[-1, 1]``."""
+    """The point furthest inside: no cell without mass gets nearer to being used than necessary.
+
+    Coefficients are in ``[-1, 1]`` where nothing fixes their scale. Where something does and the margin still grows without end,
+    they are no larger than those that explain the plan and are smallest.
+    """
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,13 @@ class _Program:
                 raise ValueError(f"prior of shape {prior.shape}: must be one number for each of {count} coefficients.")
             return self._solved(price, prior=prior)
         if isinstance(objective, MaxMargin):
-            return self._solved(price, margin=True, box=1.0)
+            margin = bool((self.allowed & ~self.support).any())
+            if not len(self.constraints.right):
+                return self._solved(price, margin=margin, box=1.0)
+            if (found := self._solved(price, margin=margin, endless=True)) is not None:
+                return found
+            least = self._solved(price, prior=np.zeros(count))[0]
+            return self._solved(price, margin=margin, box=max(1.0, (1 + 1e-9) * float(abs(least).max())))
         price[:count] = -self.features.adjoint(self.table.plan)
         price[count : count + n], price[count + n :] = -self.table.plan.sum(1), -self.table.plan.sum(0)
         return self._solved(price)
