@@ -157,13 +157,13 @@ class _Program:
                 raise ValueError(f"prior of shape {prior.shape}: must be one number for each of {count} coefficients.")
             return self._solved(price, prior=prior)
         if isinstance(objective, MaxMargin):
-            margin = bool((self.allowed & ~self.support).any())
-            if not len(self.constraints.right):
-                return self._solved(price, margin=margin, box=1.0)
-            if (found := self._solved(price, margin=margin, endless=True)) is not None:
-                return found
-            least = self._solved(price, prior=np.zeros(count))[0]
-            return self._solved(price, margin=margin, box=max(1.0, (1 + 1e-9) * float(abs(least).max())))
+            box = None if len(self.constraints.right) else 1.0
+            if (found := self._solved(price, margin=True, box=box, endless=True)) is None:
+                least = self._solved(price, prior=np.zeros(count))
+                box = max(1.0, (1 + 1e-9) * float(abs(least[0]).max()))
+                # None again where no cell is without mass, or potentials alone keep them as far away as one likes
+                found = self._solved(price, margin=True, box=box, endless=True) or least
+            return found
         price[:count] = -self.features.adjoint(self.table.plan)
         price[count : count + n], price[count + n :] = -self.table.plan.sum(1), -self.table.plan.sum(0)
         return self._solved(price)
