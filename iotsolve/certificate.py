@@ -19,7 +19,7 @@ from iotsolve.marginals import kl_divergence, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Chunk, Factors, Plan, QuickPlan, in_batch, is_quick, plan_of, quick_plan, streams
 from iotsolve.problem import OVERFLOWN, Potentials, Problem, in_double, in_matrix, saturated
-from iotsolve.validation import check_multiplier, default_tolerance
+from iotsolve.validation import check_multiplier, check_tolerance, default_tolerance
 
 __all__ = ["Certificate", "certify"]
 
@@ -119,6 +119,7 @@ def certify(
 
 def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
     check_multiplier(problem, lam)
+    check_tolerance(tolerance)
     problem = saturated(problem.detach())
     double = in_double(problem).flat()
     n, m = problem.shape[-2:]

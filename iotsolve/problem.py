@@ -40,6 +40,7 @@ from iotsolve.validation import (
     as_weights,
     check_multiplier,
     check_problem,
+    check_tolerance,
     common_batch,
     default_tolerance,
     rounding,
@@ -438,6 +439,7 @@ class Problem:
             tolerance: violation of hard sides and of ``mass`` still counted as rounding, relative to the plan's mass; what a
                 solver stops at by default.
         """
+        check_tolerance(tolerance)
         return self.leave(self.primal_at(self.enter("plan", plan, *self.shape[-2:]), tolerance=tolerance))
 
     def primal_at(self, plan: Tensor, *, tolerance: float | None = None) -> Tensor:

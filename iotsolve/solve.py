@@ -472,13 +472,11 @@ def _continued(
 def _start(problem: Problem, init: Solution | Potentials) -> Potentials:
     p = init.found if isinstance(init, Solution) else init
     n, m = problem.shape[-2:]
-    if p.f.shape[-1] != n or p.g.shape[-1] != m:
-        raise ValueError(
-            f"init has potentials of {p.f.shape[-1]} rows and {p.g.shape[-1]} columns, the problem is {n} x {m}: "
-            "a warm start must come from a problem of the same size."
-        )
-    p, flat = p.detach().to(problem.a.dtype), problem.flat()
-    shape = problem.batch_shape
+    f, g, lam = (
+        problem.enter(f"init.{name}", getattr(p, name), *size).detach().to(problem.a)
+        for name, size in (("f", (n,)), ("g", (m,)), ("lam", ()))
+    )
+    p, flat, shape = Potentials(f, g, lam), problem.flat(), problem.batch_shape
     f, g = p.f.expand(*shape, n).reshape(flat.a.shape), p.g.expand(*shape, m).reshape(flat.b.shape)
     lam = p.lam.expand(shape).reshape(-1).clone()
     return Potentials(f.clone(), g.clone(), lam if problem.mass is not None else torch.zeros_like(lam))  # of no constraint

@@ -180,8 +180,13 @@ MISUSE = {
     "annealing upwards": (lambda: Sinkhorn(annealing=1.5), r"annealing = 1\.5.*\(0, 1\).*None"),
     "warm start of another size": (
         lambda: solve(entropic(), init=solve(Problem(np.eye(3), epsilon=0.1))),
-        r"init has potentials of 3 rows and 3 columns, the problem is 5 x 6.*same size",
+        r"init\.f has shape \(3,\): must be \(5,\).*another problem",
     ),
+    "warm start of another batch": (
+        lambda: solve(Problem(np.stack([COST] * 2), epsilon=0.5), init=solve(Problem(np.stack([COST] * 3), epsilon=0.5))),
+        r"init\.f has shape \(3, 5\): must be \(2, 5\)",
+    ),
+    "certificate of no tolerance": (lambda: certify(entropic(), np.zeros(5), np.zeros(6), tolerance=-1), r"tolerance = -1"),
     "warm start with an array": (lambda: solve(entropic(), init=np.zeros(5)), r"init.*Solution or Potentials"),
     "plan of another shape": (lambda: entropic().primal(np.ones((6, 5)) / 30), r"plan.*\(6, 5\).*\(5, 6\)"),
     "plan that would broadcast": (lambda: entropic().primal(np.ones((1, 1))), r"plan.*\(1, 1\).*\(5, 6\)"),
@@ -326,6 +331,12 @@ def test_a_warm_start_of_nan_does_no_harm_or_says_so():
     broken = Potentials(torch.full((5,), NAN), torch.full((6,), NAN), torch.tensor(0.0))
     solution = solve(entropic(), init=broken, throw=False)
     assert solution.status is Status.NOT_FINITE or solution.value == pytest.approx(solve(entropic()).value)
+
+
+def test_a_start_may_be_of_numpy():
+    cold = solve(entropic())
+    start = Potentials(np.asarray(cold.f), np.asarray(cold.g), 0.0)
+    assert solve(entropic(), Sinkhorn(), init=start).steps == 0
 
 
 @pytest.mark.parametrize("name", SIDES)
