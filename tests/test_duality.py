@@ -41,6 +41,10 @@ def test_no_certificate_of_an_iterate_misses_the_optimum(case, steps):
     check_certificate(problem, solution, answer=answer(case, epsilon=0.1))
 
 
+def multiplier(problem, number):
+    return 0.0 if problem.mass is None else number
+
+
 @over(CASES)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 100.0])
 def test_no_random_potential_is_above_the_optimum(case, spread):
@@ -49,7 +53,7 @@ def test_no_random_potential_is_above_the_optimum(case, spread):
     for _ in range(2):
         f, g = spread * rng.normal(size=5), spread * rng.normal(size=6)
         with np.errstate(over="ignore"):
-            check_duality(problem, f, g, spread * rng.normal(), answer=found)
+            check_duality(problem, f, g, multiplier(problem, spread * rng.normal()), answer=found)
             assert certify(problem, f, g).dual <= found.value + 1e-9 * found.scale
 
 
@@ -58,7 +62,16 @@ def test_no_random_potential_is_above_the_optimum(case, spread):
 def test_weak_duality_holds_for_all_problems(problem, seed, spread):
     rng, data = np.random.default_rng(seed), numbers(problem)
     unit = spread * (data.epsilon or 1.0)
-    check_duality(problem, *(unit * rng.normal(size=x.shape) for x in (data.a, data.b)), unit * rng.normal())
+    potentials = (unit * rng.normal(size=x.shape) for x in (data.a, data.b))
+    check_duality(problem, *potentials, multiplier(problem, unit * rng.normal()))
+
+
+def test_a_multiplier_of_no_mass_would_be_above_the_optimum():
+    problem = Problem(np.random.default_rng(0).random((4, 5)), epsilon=0.5)
+    solution = solve(problem)
+    assert dual_objective(problem, solution.f, solution.g, -0.1) > solution.value + 0.05  # and so is refused
+    with pytest.raises(ValueError, match="without mass"):
+        check_duality(problem, solution.f, solution.g, -0.1)
 
 
 # -- the gap -----------------------------------------------------------------------------------------------------------

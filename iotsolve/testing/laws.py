@@ -79,7 +79,7 @@ def check_duality(problem: Problem, f: Any, g: Any, lam: Any = 0.0, *, answer: R
         problem: without a batch.
         f: potentials of the rows, any numbers.
         g: potentials of the columns.
-        lam: multiplier of ``mass``.
+        lam: multiplier of ``mass``; 0 without it.
         answer: ``reference(problem)``, if the caller has it.
     """
     claim, answer = _Claims(problem), reference(problem) if answer is None else answer
