@@ -560,14 +560,15 @@ class Points:
 
         Of weights no logarithm is taken, whose second derivative at an empty bin has no digits.
         """
-        return a.flatten() @ self.plan_times(f / epsilon, g / epsilon, b.reshape(-1, 1), epsilon, axis=-1).squeeze(-1)
+        density = self.plan_times(f / epsilon, g / epsilon, b.reshape(-1, 1), epsilon, axis=-1).squeeze(-1)
+        return (a.flatten() * density).sum()
 
     def transport(self, log_rows: Tensor, log_columns: Tensor, epsilon: Scalar) -> Tensor:
         """``<C, P>`` of :meth:`gibbs`, a number, of a bilinear cost: as :meth:`plan_times`."""
         x, y, p, q = self.bilinear_form(epsilon)
         both = torch.cat([y, q.unsqueeze(-1), torch.ones_like(q).unsqueeze(-1)], -1)
         carried = self.plan_times(log_rows, log_columns, both, epsilon, axis=-1)
-        return -epsilon * ((x * carried[:, :-2]).sum() + carried[:, -2].sum() + p @ carried[:, -1])
+        return -epsilon * ((x * carried[:, :-2]).sum() + carried[:, -2].sum() + (p * carried[:, -1]).sum())
 
     def spent(self, plan: Tensor) -> Float[Tensor, "*batch"]:
         return sum(block.spent(plan[..., rows, :]) for rows, block in self.blocks())

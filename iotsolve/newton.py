@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from iotsolve.kernels.precision import product
 from iotsolve.marginals import Marginal, number
 from iotsolve.plans import Plan, QuickPlan, plan_of
 from iotsolve.problem import Potentials, Problem, in_double
@@ -122,10 +123,10 @@ class DualSystem:
         return self.plan.normal(w, v) if isinstance(self.plan, Plan) else self._times_back(w * self._times(v))
 
     def _times(self, v: Tensor) -> Tensor:
-        return self.plan.times(v) if isinstance(self.plan, Plan) else (self.plan @ v.unsqueeze(-1)).squeeze(-1)
+        return self.plan.times(v) if isinstance(self.plan, Plan) else product(self.plan, v.unsqueeze(-1)).squeeze(-1)
 
     def _times_back(self, u: Tensor) -> Tensor:
-        return self.plan.times_back(u) if isinstance(self.plan, Plan) else (self.plan.mT @ u.unsqueeze(-1)).squeeze(-1)
+        return self.plan.times_back(u) if isinstance(self.plan, Plan) else product(self.plan.mT, u.unsqueeze(-1)).squeeze(-1)
 
 
 Array = np.ndarray | Tensor

@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
+from iotsolve.kernels.precision import product
 from iotsolve.marginals import FIXED, Between, Marginal, kl_divergence, number
 from iotsolve.validation import (
     as_cost,
@@ -506,7 +507,7 @@ class Problem:
         if self._traced(p) and self.streams_everywhere(p):
             total = self.cost.plan_mass(self.a, self.b, p.f + p.lam.unsqueeze(-1), p.g, self.epsilon)
         elif self._traced(p):
-            total = ((self._density(p) @ self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
+            total = (product(self._density(p), self.b.unsqueeze(-1)).squeeze(-1) * self.a).sum(-1)
         elif isinstance(self.cost, Dense):
             total = sum(plan.sum((-2, -1)) for _, plan in self.plan_blocks(p))
         else:
@@ -624,8 +625,8 @@ class Problem:
             if not (self.rows.is_fixed and self.columns.is_fixed):
                 return p
             with calm(p.f):
-                product = torch.linalg.vecdot if self.is_full else weighted
-                on_rows, on_columns = product(self.a.to(p.f.dtype), p.f), product(self.b.to(p.g.dtype), p.g)
+                dot = torch.linalg.vecdot if self.is_full else weighted
+                on_rows, on_columns = dot(self.a.to(p.f.dtype), p.f), dot(self.b.to(p.g.dtype), p.g)
                 shift = ((on_rows - on_columns) / (self._totals[0] + self._totals[1])).unsqueeze(-1)
             return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam

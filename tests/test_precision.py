@@ -138,3 +138,52 @@ def test_where_torch_is_exact_nothing_is_touched():
     with in_full():
         assert told() == before
     np.testing.assert_array_equal(product(torch.eye(2), torch.eye(2)), np.eye(2))
+
+
+OUTPUTS = {
+    "f": lambda solution, values: solution.f,
+    "plan": lambda solution, values: solution.plan,
+    "transport cost": lambda solution, values: solution.transport_cost,
+    "P V": lambda solution, values: solution.apply(values),
+    "P' V": lambda solution, values: solution.apply(2 - values.sum(-1).tanh()[: solution.problem.shape[-2]], axis=-2),
+}
+COSTS = {
+    "dense": lambda x, y: (x[:, None] - y).square().sum(-1),  # torch.cdist would be cast
+    "points": Points,
+    "distances": lambda x, y: Points(x, y, "euclidean"),
+    "batch": lambda x, y: Points(torch.stack([x, y[: len(x)]]), y),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("kind", COSTS)
+def test_autocast_is_for_the_networks_beside_us(kind, output):
+    def found():
+        x, y = clouds(60, 90)
+        values = y if kind != "batch" else torch.stack([y, y + 1])
+        if kind == "batch" and output == "P' V":
+            pytest.skip("one vector of weights for each problem is asked for elsewhere")
+        solution = solve(Problem(COSTS[kind](x, y), epsilon=5.0, columns=KL(1.0)), gradient=Implicit())
+        made = OUTPUTS[output](solution, values)
+        made.square().sum().backward()
+        return made.detach(), x.grad, y.grad
+
+    before = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = found()
+    for a, b in zip(before, within, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+
+
+def test_a_product_under_autocast_is_in_full_and_leaves_the_context_as_it_was():
+    x, y = (z.detach() for z in clouds(50, 40, 30))
+    exact = x.double() @ y.double().T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ y.T).dtype == torch.bfloat16
+        assert (product(x, y.T) - exact).abs().max() < 1e-5
+        with in_full():
+            assert not torch.is_autocast_enabled("cpu") and (x @ y.T - exact).abs().max() < 1e-5
+            with in_full():
+                assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")

@@ -1,8 +1,11 @@
-"""Products of float32 numbers in float32: never in tf32 or bfloat16, whatever torch was told for the networks beside us."""
+"""Products of float32 numbers in float32: never in tf32 or bfloat16, whatever torch was told for the networks beside us, autocast
+included.
+"""
 
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +23,11 @@ def _settings() -> tuple[tuple[Any, str], ...]:
     return tuple((owner, "fp32_precision") for owner in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))
 
 
+def _cast() -> list[str]:
+    """For which devices autocast makes products of float32 ones in half precision."""
+    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+
+
 def _is_loose() -> bool:
     if not (settings := _settings()):
         return torch.get_float32_matmul_precision() != "highest"
@@ -29,19 +37,23 @@ def _is_loose() -> bool:
 
 class in_full:
     """``with in_full():`` products in the precision of their numbers. The setting is the process's: whoever comes first sets it,
-    and who leaves last puts it back.
+    and who leaves last puts it back. Autocast is the thread's.
     """
 
     _lock, _inside = threading.Lock(), 0
     _before: list[Any]
 
     def __enter__(self) -> None:
+        self._uncast = ExitStack()
+        for device in _cast():
+            self._uncast.enter_context(torch.autocast(device, enabled=False))
         with self._lock:
             if in_full._inside == 0:
                 in_full._before = self._tightened() if _is_loose() else []
             in_full._inside += 1
 
     def __exit__(self, *_: object) -> None:
+        self._uncast.close()
         with self._lock:
             in_full._inside -= 1
             if in_full._inside == 0:
@@ -61,7 +73,7 @@ class in_full:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` in the precision of its numbers, as are the derivatives of any order."""
-    loose = x.dtype == torch.float32 and _is_loose()
+    loose = x.dtype == torch.float32 and (_is_loose() or bool(_cast()))
     return _Product.apply(x, y) if loose else x @ y
 
 

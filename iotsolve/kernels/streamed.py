@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from iotsolve.kernels import tiled
 from iotsolve.kernels.halves import PADDED, Halved, directions, halved, pull_directions
+from iotsolve.kernels.precision import in_full
 
 __all__ = ["cross_entropies", "log_sums", "pull", "pull_cross_entropies", "soft_minimum"]
 
@@ -349,7 +350,8 @@ def _stores_well(device: torch.device) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
+    with in_full():
+        return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
 
 
 def _wide_pull(
