@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -182,7 +183,7 @@ class Sharded:
             raise ValueError(
                 f"cost = {type(cost).__name__}: Sharded is for Points, this rank's rows against all columns."
             )
-        x, y = (z if isinstance(z, Tensor) else torch.as_tensor(z) for z in (cost.x, cost.y))
+        x, y = (z if isinstance(z, Tensor) else torch.from_numpy(np.asarray(z)) for z in (cost.x, cost.y))
         cost = replace(cost, x=x, y=y)
         if x.dim() != 2 or y.dim() != 2 or not cost.is_bilinear:
             raise ValueError(

@@ -92,7 +92,7 @@ class Exact:
         order = np.argsort(i * len(b) + j)
         index, values = torch.from_numpy(np.stack([i, j])[:, order]), torch.from_numpy(found.flow[order])
         plan = in_batch(torch.sparse_coo_tensor(index, values, cost.shape, check_invariants=False, is_coalesced=True))
-        p = Potentials(torch.from_numpy(f)[None], torch.from_numpy(g)[None], torch.zeros(1, dtype=torch.float64))
+        p = Potentials(torch.from_numpy(f)[None], torch.from_numpy(g)[None], torch.zeros(1, dtype=torch.float64, device="cpu"))
         if not whole:
             p = _tighten(problem, p)
         return Outcome(p.to(problem.dtype), [Status.CONVERGED], [found.steps], plan.to(problem.dtype))

@@ -377,7 +377,7 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
     """The same through the soft-minima of a bilinear cost: the rows' marginals are ``a exp((f + lam - s) / eps)``."""
     shape = p.f.shape[:-1]
     ranks, (points, (a, f), (b, g), _) = _ranks(problem), streamed_parts(problem, p)
-    named = {"x": points.x, "y": points.y, "epsilon": torch.as_tensor(problem.epsilon, dtype=p.f.dtype)}
+    named = {"x": points.x, "y": points.y, "epsilon": torch.as_tensor(problem.epsilon, dtype=p.f.dtype, device=p.f.device)}
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in named.items()}
     with torch.enable_grad():
         eps = leaves["epsilon"] if "epsilon" in needed else problem.epsilon
@@ -789,7 +789,7 @@ def as_leaves(problem: Problem) -> Problem:
     """The same problem in float64 tensors, every number of it a leaf of its own."""
 
     def leaf(x: Scalar) -> Tensor:
-        return torch.as_tensor(x, dtype=torch.float64).detach().clone().requires_grad_()
+        return torch.as_tensor(x, dtype=torch.float64, device=problem.a.device).detach().clone().requires_grad_()
 
     def of_leaves(side: Marginal) -> Marginal:
         given = {field.name: getattr(side, field.name) for field in fields(side)}

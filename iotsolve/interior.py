@@ -230,7 +230,7 @@ class _Core:
         price = cost[self.i, self.j]
         self.amount = float(max(a.sum(), b.sum()) if problem.mass is None else number(problem.mass))
         spread = float(np.ptp(price) or np.abs(price).max()) if price.size else 0.0
-        penalties = float(problem.magnitude(torch.zeros(()))) / self.amount  # and the entropy, if any
+        penalties = float(problem.magnitude(problem.a.new_zeros(()))) / self.amount  # and the entropy, if any
         # a power of two scales without rounding, so that a potential at a kink is there exactly
         self.unit = 2.0 ** math.floor(math.log2(spread or penalties or 1.0))
         self.mass = None if problem.mass is None else 1.0

@@ -557,7 +557,7 @@ class Problem:
     def contradicts_itself(self) -> Bool[Tensor, "*batch"]:
         """Whether the totals differ by more than rounding: construction refuses that, :meth:`with_tensors` cannot."""
         if self.is_checked:
-            return torch.zeros(self.batch_shape, dtype=torch.bool)
+            return torch.zeros(self.batch_shape, dtype=torch.bool, device=self.cost.device)
         apart, most = self._totals_apart()
         return apart > 2 * self.forgiven * most
 
@@ -697,7 +697,7 @@ def in_matrix(problem: Problem) -> Problem:
     mixed = cost.dtype == torch.float32 and problem.a.dtype == torch.float64
     if mixed and 2.0**-24 * float(cost.range().amax()) > _SEEN * number(problem.epsilon):
         cost = cost.with_tensors({name: x.double() for name, x in cost.tensors().items()})
-    matrix = torch.empty(cost.shape, dtype=cost.dtype)
+    matrix = torch.empty(cost.shape, dtype=cost.dtype, device=cost.device)
     for rows, block in cost.blocks():  # differences of all points at once would be as many matrices as there are dimensions
         matrix[..., rows, :] = block.matrix
     return problem.with_cost(Dense(matrix))

@@ -360,7 +360,7 @@ class _Automatic:
 
         def anew(left: Problem, p: Potentials) -> Outcome:
             found = Direct(self.tolerance).run(left, p if is_near else None)
-            good = torch.tensor([word is Status.CONVERGED for word in found.status])
+            good = torch.tensor([word is Status.CONVERGED for word in found.status], device=p.f.device)
             sides = ((found.potentials.f, p.f), (found.potentials.g, p.g))
             f, g = (torch.where(good[:, None], new, old) for new, old in sides)
             return replace(found, potentials=Potentials(f, g, p.lam))

@@ -277,7 +277,8 @@ def check_multiplier(problem: Problem, lam: Any) -> None:
     Raises:
         ValueError: on a multiplier other than 0 without ``mass``.
     """
-    if problem.mass is None and bool((abs(torch.as_tensor(lam)) > 0).any()):  # NaN is somebody else's failure
+    given = lam.detach() if isinstance(lam, Tensor) else np.asarray(lam)
+    if problem.mass is None and bool((abs(given) > 0).any()):  # NaN is somebody else's failure
         raise ValueError(
             f"lam = {lam!r} of a problem without mass: there is nothing that it could be the multiplier of, and no bound follows "
             "from it. Add it to f or to g, or give the problem its mass."
@@ -403,7 +404,7 @@ def _check_totals(problem: Problem) -> None:
         lows.append((lo * total, f"the {name} ask for at least"))
         highs.append((hi * total, f"the {name} allow at most"))
     if problem.mass is not None:
-        mass = torch.as_tensor(number(problem.mass), dtype=torch.float64).expand(problem.batch_shape)
+        mass = torch.as_tensor(number(problem.mass), dtype=torch.float64, device=problem.a.device).expand(problem.batch_shape)
         lows.append((mass, "mass ="))
         highs.append((mass, "mass ="))
     slack = rounding(problem.dtype)
@@ -492,7 +493,7 @@ def _check_bounded(problem: Problem) -> None:
 
 
 def _asks_nothing(side: Marginal) -> bool:
-    zero, one = torch.zeros(1), torch.ones(1)
+    zero, one = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
     return number(side.bounds[0]) == 0 and number(side.divergence(zero, one)) == 0
 
 

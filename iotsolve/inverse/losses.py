@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from iotsolve.problem import Problem
@@ -41,7 +42,8 @@ def inverse_loss(problem: Problem, target: Any, solver: Sinkhorn | None = None) 
     """
     solution = solve(problem, solver)
     primal = problem.primal(target)
-    if not torch.as_tensor(primal).detach().isfinite().all():
+    known = primal.detach().isfinite() if isinstance(primal, torch.Tensor) else np.isfinite(primal)
+    if not known.all():
         raise ValueError(
             "target is not a plan of this problem: it is negative, violates a hard side or mass, or uses a forbidden arc "
             f"(primal = {math.inf}). Give the problem the target's own marginals as a and b, or relax a side with KL(rho)."

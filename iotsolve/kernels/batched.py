@@ -127,7 +127,7 @@ def relaxed(
     count, n, m = cost.shape
     unit = epsilon / _LOG2E
     lines = [[slope, *(x * _LOG2E for x in rest)] for slope, *rest in (rows, columns)]
-    rules = torch.tensor([1.0 / unit, tolerance, *lines[0], *lines[1], *(soft or (0.0, 0.0))], dtype=cost.dtype)
+    rules = torch.tensor([1.0 / unit, tolerance, *lines[0], *lines[1], *(soft or (0.0, 0.0))], dtype=cost.dtype, device="cpu")
     shape = triton.next_power_of_2(n), triton.next_power_of_2(m)
     warps = _warps(shape[0] * shape[1], cost.element_size())
     f, g = (torch.empty(count, size, dtype=cost.dtype, device=cost.device) for size in (n, m))
