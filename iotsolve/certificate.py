@@ -120,7 +120,7 @@ def certify(
 def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: float | None) -> Certificate:
     check_multiplier(problem, lam)
     check_tolerance(tolerance)
-    problem = saturated(problem.detach())
+    problem = saturated(problem.current().detach())
     double = in_double(problem).flat()
     n, m = problem.shape[-2:]
     tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance

@@ -47,6 +47,7 @@ from iotsolve.validation import (
     rounding,
     shared,
 )
+from iotsolve.watch import Watch
 
 __all__ = [
     "OVERFLOWN",
@@ -169,6 +170,7 @@ class Problem:
     is_checked: bool
     is_even: bool
     memory: Memory | None = field(default=None, repr=False)
+    watch: Watch | None = field(default=None, repr=False)
 
     def __init__(
         self,
@@ -196,6 +198,7 @@ class Problem:
         with calm(cost):
             check_problem(self)
         object.__setattr__(self, "is_checked", True)
+        object.__setattr__(self, "watch", Watch.over(self.tensors(), as_numpy=as_numpy))
 
     def _set(
         self,
@@ -231,6 +234,11 @@ class Problem:
         problem = object.__new__(cls)
         problem._set(cost, a, b, epsilon, rows, columns, mass)
         return problem
+
+    def current(self) -> Problem:
+        """The problem of what its arrays are now: itself, or if they were changed in place one that has looked at nothing yet."""
+        changed = self.watch is not None and self.watch.changed()
+        return self.with_tensors(self.tensors()) if changed else self
 
     # -- shape and place ---------------------------------------------------------------------------------------------
 
@@ -441,7 +449,7 @@ class Problem:
                 solver stops at by default.
         """
         check_tolerance(tolerance)
-        return self.leave(self.primal_at(self.enter("plan", plan, *self.shape[-2:]), tolerance=tolerance))
+        return self.leave(self.current().primal_at(self.enter("plan", plan, *self.shape[-2:]), tolerance=tolerance))
 
     def primal_at(self, plan: Tensor, *, tolerance: float | None = None) -> Tensor:
         """:meth:`primal` on tensors."""
@@ -484,7 +492,7 @@ class Problem:
         p = Potentials(
             self.enter("f", f, n), self.enter("g", g, m), self.enter("lam", lam).expand(tuple(self.batch_shape))
         )
-        return self.leave(self.dual_at(p))
+        return self.leave(self.current().dual_at(p))
 
     def dual_at(self, p: Potentials) -> Tensor:
         """:meth:`dual` on tensors."""

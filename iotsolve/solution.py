@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from iotsolve.marginals import number
 from iotsolve.plans import Plan, in_batch, plan_of, streams
 from iotsolve.problem import Potentials, Problem, in_double, log_scaling
 from iotsolve.solver import Status
+from iotsolve.watch import Watch
 
 __all__ = ["Solution", "SolveError"]
 
@@ -68,6 +69,7 @@ class Solution:
     differentiation: Gradient
     exact_plan: Tensor | None = None
     tolerance: float | None = None
+    watch: Watch = field(default=Watch(), repr=False, compare=False)
 
     @property
     def converged(self) -> Any:
@@ -84,10 +86,12 @@ class Solution:
     @cached_property
     def value(self) -> Any:
         """Optimal objective, entropy and penalties included, shape ``(...)``."""
+        self.watch.check()
         return self.problem.leave(self.differentiation.value(self.problem, self.found, self.exact_plan))
 
     @cached_property
     def _live(self) -> Potentials:
+        self.watch.check()
         return self.differentiation.potentials(self.problem, self.found)
 
     @property
@@ -112,6 +116,7 @@ class Solution:
 
     @cached_property
     def _plan(self) -> Tensor:
+        self.watch.check()
         if self.exact_plan is not None:
             dense = self.exact_plan.to_dense() if self.exact_plan.is_sparse else self.exact_plan
             return self.differentiation.plan(self.problem, dense)
@@ -127,6 +132,7 @@ class Solution:
     @cached_property
     def _read(self) -> Plan | None:
         """The plan to be read without holding it, where it is large and nothing but the value is to be differentiated."""
+        self.watch.check()
         sparse = self.exact_plan is not None and self.exact_plan.is_sparse
         never_held = not isinstance(self.problem.cost, Dense) and self.exact_plan is None
         if not sparse and not (never_held and isinstance(self.differentiation, Envelope)):
@@ -144,6 +150,7 @@ class Solution:
     @cached_property
     def _streamed(self) -> tuple[Problem, Potentials, Ranks | Alone] | None:
         """What a plan is made of that need not be held to be differentiated, and who has a share in it; None of other plans."""
+        self.watch.check()
         if self.exact_plan is not None or isinstance(self.problem.cost, Dense):
             return None
         ranks = self.problem.cost.ranks if isinstance(self.problem.cost, Sharded) else Alone()
@@ -169,6 +176,7 @@ class Solution:
         return tuple(torch.where(filled, x, x - x.detach()) for x, filled in (r, c))
 
     def _of_plan(self, of_dense: Any, of_read: Any, *shape: int) -> Any:
+        self.watch.check()
         if self._read is None:
             return self.problem.leave(of_dense())
         with calm(self.problem.cost), torch.no_grad():
@@ -223,6 +231,7 @@ class Solution:
             array([[5.],
                    [7.]])
         """
+        self.watch.check()
         given, single = self._operand(values, axis)
         with calm(self.problem.cost):
             if self._streamed is not None:
@@ -331,6 +340,7 @@ class Solution:
                 f"of = {of!r} with epsilon = 0: the plan of a linear program is piecewise constant and has no useful "
                 "derivative. Use epsilon > 0, or of='value'."
             )
+        self.watch.check()
         with torch.enable_grad():
             plan = None if self.exact_plan is None else self.exact_plan.double()
             p = self.found.detach().to(torch.float64)
@@ -345,6 +355,7 @@ class Solution:
     @cached_property
     def certificate(self) -> Certificate:
         """Bounds and errors, float64, from the problem and the potentials alone."""
+        self.watch.check()
         p = self.found
         return certify(self.problem, p.f, p.g, p.lam, plan=self.exact_plan, tolerance=self.tolerance)
 
@@ -352,7 +363,11 @@ class Solution:
         n, m = self.problem.shape[-2:]
         if not isinstance(self.status, Status):
             return f"Solution({np.size(self.status)} problems of {n} x {m}: {int(np.sum(self.converged))} converged)"
-        return f"Solution({n} x {m}, value {number(self.value):.6g}, {self.status.name} in {self.steps} steps)"
+        try:
+            value = f"value {number(self.value):.6g}"
+        except ValueError:  # who looks at a solution in a debugger is not to be told off
+            value = "of data that were changed since"
+        return f"Solution({n} x {m}, {value}, {self.status.name} in {self.steps} steps)"
 
 
 def _spent(plan: Tensor, cost: Tensor) -> Tensor:

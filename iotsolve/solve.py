@@ -27,6 +27,7 @@ from iotsolve.solution import Solution, SolveError
 from iotsolve.solver import Outcome, Status, iterate, judge, sobered, spread
 from iotsolve.support import carrying_arcs, separation
 from iotsolve.validation import check_tolerance, default_tolerance
+from iotsolve.watch import Watch
 
 __all__ = ["attainable", "run", "solve"]
 
@@ -74,6 +75,8 @@ def solve(
     _check_arguments(problem, solver, gradient, init, tolerance)
     if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
+    problem = problem.current()
+    watch = problem.watch or Watch.over(problem.tensors(), as_numpy=problem.as_numpy)
     given, attained = problem, attainable(problem)
     problem = attained.remembering()
     with torch.no_grad():
@@ -98,7 +101,7 @@ def solve(
         status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
         if plan is not None:
             plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
-        return Solution(problem, p, status, steps, gradient or Envelope(), plan, tolerance)
+        return Solution(problem, p, status, steps, gradient or Envelope(), plan, tolerance, watch)
 
     solution, missed, may_miss = solution_of(outcome), False, _may_miss(flat, solver)
     finer = default_tolerance(problem.dtype) if tolerance is None else tolerance

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Upstream first. A room imports from the lines above its own.
 ORDER = (
-    ("kernels", "progress"),
+    ("kernels", "progress", "watch"),
     ("marginals",),
     ("costs",),
     ("distributed",),

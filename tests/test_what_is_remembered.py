@@ -1,5 +1,7 @@
 """What is remembered of a problem between passes is never that of other numbers: arrays changed in place, inference mode."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,82 @@ def test_weights_changed_in_place_are_solved_anew(sides, batch, kind, solver):
     anew = solve(Problem(as_given(kind, cost), as_given(kind, a.copy()), epsilon=0.3, **sides), solver)
     np.testing.assert_allclose(again.value, anew.value, rtol=1e-9)
     assert np.all(again.certificate.holds) and np.abs(np.asarray(anew.value) - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("sides", [{}, {"rows": KL(0.5)}], ids=["fixed", "kl"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.002, 0.3])
+def test_costs_changed_in_place_are_solved_anew(epsilon, sides, kind):
+    cost = draw(20, 15)
+    problem = Problem(as_given(kind, cost), epsilon=epsilon, **sides)
+    before = float(solve(problem).value)
+    cost *= 7.0  # far beyond the largest that anybody has seen
+    cost -= 1.0
+    again, anew = solve(problem), solve(Problem(as_given(kind, cost.copy()), epsilon=epsilon, **sides))
+    assert float(again.value) == pytest.approx(float(anew.value), rel=1e-9) and abs(float(anew.value) - before) > 0.01
+    for name in ("dual", "primal"):
+        assert getattr(again.certificate, name) == pytest.approx(getattr(anew.certificate, name), rel=1e-6, abs=1e-12)
+    assert again.certificate.holds and problem.dual(again.f, again.g) == pytest.approx(float(anew.value), rel=1e-6)
+
+
+READ = {
+    "value": lambda solution, v: solution.value,
+    "plan": lambda solution, v: solution.plan,
+    "apply": lambda solution, v: solution.apply(v),
+    "mass": lambda solution, v: solution.mass,
+    "transport cost": lambda solution, v: solution.transport_cost,
+    "gradient": lambda solution, v: solution.gradient(),
+    "certificate": lambda solution, v: solution.certificate,
+}
+CHANGES = {
+    "all": lambda x: x.__imul__(2.0),
+    "one row": lambda x: x[3].__iadd__(1.0),
+    "one column": lambda x: x[:, -2].__imul__(0.5),
+    "some": lambda x: x.__setitem__(x > 0.7, 0.0),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["numpy", "torch", "large"])
+def test_outputs_are_never_those_of_other_data(kind, change, read):
+    n = 400 if kind == "large" else 30
+    cost = draw(n, n)
+    given = torch.from_numpy(cost) if kind == "torch" else cost
+    v = np.ones(n) if kind != "torch" else torch.ones(n, dtype=torch.float64)
+    solution = solve(Problem(given, epsilon=0.5))
+    f = np.array(solution.f)
+    CHANGES[change](given)
+    with pytest.raises(ValueError, match="cost was changed in place"):
+        READ[read](solution, v)
+    np.testing.assert_array_equal(solution.f, f)  # which is known
+    assert "changed" in repr(solution)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("which", ["x", "y", "a"])
+def test_points_and_weights_are_watched_too(which, kind):
+    given = {"x": draw(30, 4), "y": draw(20, 4), "a": np.full(30, 1 / 30)}
+    kept = {name: as_given(kind, x) for name, x in given.items()}
+    solution = solve(Problem(Points(kept["x"], kept["y"]), kept["a"], epsilon=0.5))
+    value = float(solution.value)
+    kept[which] *= 2.0
+    assert float(solution.value) == value  # computed before
+    with pytest.raises(ValueError, match=f"{which} was changed in place"):
+        _ = solution.transport_cost
+    with pytest.raises(ValueError, match=f"{which} was changed in place"):
+        _ = copy.copy(solution).plan
+    assert float(copy.deepcopy(solve(Problem(Points(kept["x"], kept["y"]), epsilon=0.5))).value) > 0
+
+
+def test_a_step_of_an_optimiser_is_a_change():
+    x = torch.nn.Parameter(torch.from_numpy(draw(10, 3)))
+    solution = solve(Problem(Points(x, torch.from_numpy(draw(8, 3))), epsilon=0.5))
+    optimiser = torch.optim.SGD([x], lr=0.1)
+    solution.value.backward()
+    optimiser.step()
+    with pytest.raises(ValueError, match="x was changed in place"):
+        _ = solution.plan
 
 
 @pytest.mark.parametrize("n", [40, 2100], ids=["few", "many"])
