@@ -83,11 +83,19 @@ class Solution:
         """Whether every problem did."""
         return self.status is Status.CONVERGED if isinstance(self.status, Status) else bool(self.converged.all())
 
-    @cached_property
+    @property
     def value(self) -> Any:
         """Optimal objective, entropy and penalties included, shape ``(...)``."""
+        return self._given(self._value)
+
+    @cached_property
+    def _value(self) -> Tensor:
         self.watch.check()
-        return self.problem.leave(self.differentiation.value(self.problem, self.found, self.exact_plan))
+        return self.differentiation.value(self.problem, self.found, self.exact_plan)
+
+    def _given(self, x: Tensor) -> Any:
+        """Numbers and vectors as the caller is to have them: in memory of their own, to do with as one likes."""
+        return self.problem.leave(x.clone())
 
     @cached_property
     def _live(self) -> Potentials:
@@ -102,23 +110,31 @@ class Solution:
     @property
     def f(self) -> Any:
         """Potentials of the rows, shape ``(..., n)``, cost units."""
-        return self.problem.leave(self._live.f)
+        return self._given(self._live.f)
 
     @property
     def g(self) -> Any:
         """Potentials of the columns, shape ``(..., m)``, cost units."""
-        return self.problem.leave(self._live.g)
+        return self._given(self._live.g)
 
     @property
     def mass_multiplier(self) -> Any:
         """Multiplier ``lam`` of ``mass``, shape ``(...)``; 0 without it."""
-        return self.problem.leave(self._live.lam)
+        return self._given(self._live.lam)
 
-    @cached_property
+    @property
     def _plan(self) -> Tensor:
+        """All of the plan, made once; and again if somebody has changed it in place."""
+        plan, version = self.__dict__.get("_kept", (None, None))
+        if plan is None or (version is not None and plan._version != version):
+            plan = self._made()
+            self.__dict__["_kept"] = plan, None if plan.is_inference() else plan._version
+        return plan
+
+    def _made(self) -> Tensor:
         self.watch.check()
         if self.exact_plan is not None:
-            dense = self.exact_plan.to_dense() if self.exact_plan.is_sparse else self.exact_plan
+            dense = self.exact_plan.to_dense() if self.exact_plan.is_sparse else self.exact_plan.clone()
             return self.differentiation.plan(self.problem, dense)
         problem, p = self.problem, self._live
         with calm(problem.cost):
@@ -178,15 +194,20 @@ class Solution:
     def _of_plan(self, of_dense: Any, of_read: Any, *shape: int) -> Any:
         self.watch.check()
         if self._read is None:
-            return self.problem.leave(of_dense())
+            return self._given(of_dense())
         with calm(self.problem.cost), torch.no_grad():
             found = of_read(self._read).reshape((*self.problem.batch_shape, *shape)).to(self.found.f.dtype)
-        return self.problem.leave(self.differentiation.plan(self.problem, found))
+        return self._given(self.differentiation.plan(self.problem, found))
 
     @property
     def plan(self) -> Any:
-        """Optimal plan, shape ``(..., n, m)``: all of it, also where the cost is :class:`Points`."""
-        return self.problem.leave(self._plan)
+        """Optimal plan, shape ``(..., n, m)``: all of it, also where the cost is :class:`Points`. An array of NumPy is not to be
+        written to, since other outputs are made of it: change a copy.
+        """
+        plan = self.problem.leave(self._plan)
+        if isinstance(plan, np.ndarray):
+            plan.flags.writeable = False
+        return plan
 
     @property
     def sparse_plan(self) -> Any:
@@ -196,7 +217,7 @@ class Solution:
                 f"sparse_plan of a batch of shape {self.problem.batch_shape}: sparse arrays have two dimensions. "
                 "Take the plan, or solve the problems one by one."
             )
-        plan = (self._plan if self.exact_plan is None else self.exact_plan).detach().to_sparse().coalesce()
+        plan = (self._plan if self.exact_plan is None else self.exact_plan.clone()).detach().to_sparse().coalesce()
         if not self.problem.as_numpy:
             return plan
         from scipy.sparse import coo_array

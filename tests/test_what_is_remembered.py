@@ -117,6 +117,41 @@ def test_points_and_weights_are_watched_too(which, kind):
     assert float(copy.deepcopy(solve(Problem(Points(kept["x"], kept["y"]), epsilon=0.5))).value) > 0
 
 
+VECTORS = ("value", "f", "g", "mass", "row_marginal", "column_marginal", "transport_cost", "mass_multiplier")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+@pytest.mark.parametrize("points", [False, True], ids=["costs", "points"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+def test_what_is_done_to_an_output_is_done_to_no_other(batch, points, epsilon, kind):
+    if points:
+        cost = Points(as_given(kind, draw(*batch, 12, 3)), as_given(kind, draw(*batch, 9, 3) + 0.1))
+    else:
+        cost = as_given(kind, draw(*batch, 12, 9))
+
+    def all_of(solution):
+        found = {name: np.array(getattr(solution, name)) for name in VECTORS} | {"plan": np.array(solution.plan)}
+        return found | {"dual": np.array(solution.certificate.dual), "primal": np.array(solution.certificate.primal)}
+
+    known, solution = all_of(solve(Problem(cost, epsilon=epsilon))), solve(Problem(cost, epsilon=epsilon))
+    for name in VECTORS:
+        output = getattr(solution, name)
+        if isinstance(output, np.ndarray | torch.Tensor):
+            output *= 3.0
+    if kind == "numpy":
+        with pytest.raises(ValueError, match="read-only"):
+            solution.plan[...] = 0.0
+        solution.plan.copy()[...] = 0.0
+    else:
+        solution.plan.mul_(3.0)
+    if not batch:
+        sparse = solution.sparse_plan
+        (sparse.data if kind == "numpy" else sparse.values())[...] = 0.0
+    for name, x in all_of(solution).items():
+        np.testing.assert_allclose(x, known[name], rtol=1e-12, atol=1e-13, err_msg=name)
+
+
 def test_a_step_of_an_optimiser_is_a_change():
     x = torch.nn.Parameter(torch.from_numpy(draw(10, 3)))
     solution = solve(Problem(Points(x, torch.from_numpy(draw(8, 3))), epsilon=0.5))
