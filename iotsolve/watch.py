@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 __all__ = ["Watch"]
 
-_WHOLE = 2**16  # entries up to which all are remembered
-_COLUMNS = 16  # entries that are remembered of a row otherwise
+_WHOLE = 2**14  # entries up to which all are remembered
+_MOST = 2**16  # rows of which an entry is remembered otherwise
+_STRIDE = 7919  # a prime: entries are not those of a diagonal, and of all columns
 
 
 @dataclass(frozen=True)
 class Watch:
     """What is known of some tensors: torch counts its own changes in place; of NumPy's arrays the entries are remembered, of
-    large ones some of every row and every column.
+    large ones one of every row and every column.
     """
 
     seen: tuple[tuple[str, Tensor, int | np.ndarray], ...] = ()
@@ -52,12 +53,15 @@ class Watch:
 
 
 def _sample(x: Tensor) -> np.ndarray:
-    """All entries, or some of every row and not the same of the next one."""
-    if 0 in x.stride():  # what a batch shares is looked at once
-        x = x[tuple(0 if stride == 0 else slice(None) for stride in x.stride())]
-    if x.numel() <= _WHOLE or x.dim() < 2:
-        return x.numpy().copy()
-    rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() or x.dim() == 2 else x[(0,) * (x.dim() - 2)]
-    n, m = rows.shape
-    index = torch.arange(n, device="cpu")[:, None] * 7 + torch.arange(_COLUMNS, device="cpu") * (m // _COLUMNS + 1)
-    return rows.gather(1, index % m).numpy()
+    """All entries, or one of every row and every column, up to many."""
+    values = x.numpy()
+    if 0 in values.strides:  # what a batch shares is looked at once
+        values = values[tuple(0 if stride == 0 else slice(None) for stride in values.strides)]
+    if values.size <= _WHOLE:
+        return values.copy()
+    *batch, m = values.shape
+    n = math.prod(batch)
+    rows = np.arange(0, n, -(-n // _MOST))
+    each = -(-m // len(rows))
+    columns = (rows[:, None] * each + np.arange(each)) * _STRIDE % m
+    return values[(*(z[:, None] for z in np.unravel_index(rows, batch)), columns)] if batch else values[columns[0]]
