@@ -130,8 +130,11 @@ class Search:
             fresh, residual = self._step(here, local, None)
             step = fresh - here.theta
             decrement = float(np.sqrt(np.maximum(step @ local.hessian @ step, 0.0) / model.epsilon))
-            converged = decrement <= model.tolerance and all(p.solution.converged for p in here.points)
-            if not decrement > model.tolerance or steps == model.max_steps:
+            # or what is left of the gradient is what forward problems leave open
+            blurred = decrement <= _NEAR and residual <= _TIGHT * math.sqrt(model.epsilon) * float(size.max())
+            ended = decrement <= model.tolerance or blurred
+            converged = ended and all(p.solution.converged for p in here.points)
+            if ended or not math.isfinite(decrement) or steps == model.max_steps:
                 break
             tolerance = min(_LOOSE, max(_TIGHT, 0.01 * decrement**2))
             found, damping = self._stepped(here, local, fresh, size, tolerance, damping)
@@ -283,6 +286,7 @@ class Search:
 
 
 _LOOSE, _TIGHT = 1e-3, 1e-12  # tolerances of the forward problem
+_NEAR = 1e-6  # a last step, in standard deviations, from which on rounding may be what is left
 _TRIES, _DAMPED = 24, 1e-6  # of one step; least damping, of a coefficient's own curvature
 _LITTLE, _ALMOST_NOTHING = 1e-6, 1e-10  # curvature where there is none, of a feature's size
 _CENTRED = 1e-7  # of a feature, what is left after the effects of rows and columns and may be rounding

@@ -217,15 +217,16 @@ def _polished(
             sign[wrong] = 0.0
             continue
         slope = gradient + hessian @ (found - theta) + constraints.matrix.T @ multiplier
+        rounding = 1e-13 * (abs(gradient) + abs(hessian) @ abs(found - theta))
         off = constraints.matrix @ found - constraints.right
         if (abs(off) > 1e-9 * (1 + abs(constraints.right))).any():
             return None
-        if (abs(slope + strength * sign)[support] > limit - strength).any():
+        if (abs(slope + strength * sign) > limit - strength + rounding)[support].any():
             return None
         pays = np.where(support, 0.0, -slope if constraints.nonnegative else abs(slope))
-        if not (pays > limit).any():
+        if not (pays > limit + rounding).any():
             return found, multiplier
-        best = int(pays.argmax())
+        best = int((pays - rounding).argmax())
         sign[best] = 1.0 if constraints.nonnegative else -np.sign(slope[best])
     return None
 
