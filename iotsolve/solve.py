@@ -53,7 +53,8 @@ def solve(
             float32. A solver has its own.
         gradient: how torch outputs are differentiated: ``Envelope()`` (default: the value, exactly), ``Implicit()`` or
             ``Unroll(steps)``.
-        init: a solution or potentials of a similar problem to start from (``epsilon > 0``).
+        init: a solution or potentials of a similar problem to start from (``epsilon > 0``); from nothing if the solver chosen by
+            itself does not find back from it.
         throw: raise if a problem does not converge (default); False returns the solution with its status.
 
     Returns:

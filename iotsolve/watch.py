@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = ["Watch"]
@@ -25,10 +26,14 @@ class Watch:
 
     @classmethod
     def over(cls, named: dict[str, Tensor], *, as_numpy: bool) -> Watch:
-        """A watch over tensors by name, that share memory with NumPy's arrays or do not."""
-        if as_numpy:
-            return cls(tuple((name, x.detach(), _sample(x.detach())) for name, x in named.items()))
-        return cls(tuple((name, x, x._version) for name, x in named.items() if not x.is_inference()))
+        """A watch over tensors by name, that share memory with NumPy's arrays or, as a number beside them may, do not."""
+        seen = []
+        for name, x in named.items():
+            if as_numpy and x.device.type == "cpu" and x.dtype != torch.bfloat16:
+                seen.append((name, x.detach(), _sample(x.detach())))
+            elif not x.is_inference():
+                seen.append((name, x, x._version))
+        return cls(tuple(seen))
 
     def changed(self) -> str | None:
         """The name of something that has been changed in place."""

@@ -194,6 +194,15 @@ def test_a_search_comes_back_from_where_a_kink_has_sent_it():
     assert fit.converged and violation(fit, counts) < 1e-6 and abs(fit.coefficients[~fit.endless]).max() < 10.0
 
 
+@pytest.mark.parametrize("far", [1e2, 1e5, 1e200])
+def test_no_start_makes_an_estimate_fail(far):
+    features = SMALL["features"](0)
+    counts = np.random.default_rng(1).poisson(3.0, features.shape)
+    cold, warm = (inverse.InverseOT(features).fit(counts, start=start) for start in (None, [far, -far, far]))
+    assert warm.converged
+    np.testing.assert_allclose(warm.coefficients, cold.coefficients, rtol=1e-8)
+
+
 def test_what_cannot_be_is_said():
     features = inverse.FreeCost(3, 3)
     with pytest.raises(ValueError, match="negative one"):

@@ -117,6 +117,18 @@ def test_points_and_weights_are_watched_too(which, kind):
     assert float(copy.deepcopy(solve(Problem(Points(kept["x"], kept["y"]), epsilon=0.5))).value) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_tensor_among_arrays_is_watched_as_tensors_are(dtype):
+    epsilon, rho = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (0.5, 2.0))
+    solution = solve(Problem(draw(6, 5), epsilon=epsilon, rows=KL(rho)))
+    expected = solve(Problem(draw(6, 5), epsilon=0.5, rows=KL(2.0))).value
+    assert float(solution.value) == pytest.approx(float(expected), rel=1e-6)
+    with torch.no_grad():
+        rho.mul_(2.0)
+    with pytest.raises(ValueError, match="rho was changed in place"):
+        _ = solution.plan
+
+
 VECTORS = ("value", "f", "g", "mass", "row_marginal", "column_marginal", "transport_cost", "mass_multiplier")
 
 

@@ -126,6 +126,8 @@ class InverseOT:
         theta = np.zeros(maps[0].count) if start is None else _coefficients(start, maps[0])
         search = Search(self, maps, markets, shares, smooth, other, constraints)
         end = search.run(constraints.projected(theta))
+        if start is not None and not end.converged:  # a start that leads nowhere is no reason to fail
+            end = search.run(constraints.projected(np.zeros_like(theta)))
         fit = Fit(self, maps, end.points, shares, end.hessian, end.effects, float(sizes.sum()), end.steps, end.converged,
                   end.residual, end.unseen, end.diverging, constraints)  # fmt: skip
         for message in fit.warnings:

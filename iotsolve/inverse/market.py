@@ -84,8 +84,7 @@ class Market:
         solution = solve(self.problem(theta), gradient=Implicit(), tolerance=tolerance, init=start, throw=False)
         plan = np.ascontiguousarray(solution.plan)
         observed = self.features.adjoint(self.table.plan)
-        with np.errstate(all="ignore"):  # of a try that led out of the finite, which nobody will believe
-            gradient = self.features.adjoint(plan) - observed
+        gradient = self.features.adjoint(plan) - observed
         return Point(self, theta, solution, plan, -float(solution.value) - float(theta @ observed), gradient)
 
 

@@ -112,7 +112,11 @@ class Search:
     constraints: Constraints
 
     def run(self, theta: np.ndarray) -> End:
-        """Search from these coefficients."""
+        """Search from these coefficients. Some tries, and perhaps the start, lead out of the finite: nobody will believe them."""
+        with np.errstate(all="ignore"):
+            return self._run(theta)
+
+    def _run(self, theta: np.ndarray) -> End:
         model, here, damping = self.model, self._at(theta, None, _LOOSE), 0.0
         size, converged, residual = self._sizes(here), False, math.inf
         unseen = gone = idle = np.zeros((len(theta), 0))
@@ -130,7 +134,7 @@ class Search:
             fresh, residual = self._step(here, local, None)
             step = fresh - here.theta
             decrement = float(np.sqrt(np.maximum(step @ local.hessian @ step, 0.0) / model.epsilon))
-            # or what is left of the gradient is what forward problems leave open
+            # where what is left of the gradient is what forward problems leave open
             blurred = decrement <= _NEAR and residual <= _TIGHT * math.sqrt(model.epsilon) * float(size.max())
             ended = decrement <= model.tolerance or blurred
             converged = ended and all(p.solution.converged for p in here.points)
