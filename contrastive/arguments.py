@@ -17,13 +17,18 @@ from iotsolve.marginals import Marginal, number
 __all__ = [
     "check_arguments",
     "check_batch",
+    "check_labels",
     "check_queue",
+    "check_queued",
     "check_views",
     "choice_of",
     "labels_of",
     "temperature_of",
     "with_labels",
 ]
+
+
+COLDEST = 0.01  # where a learnable temperature stops, as CLIP's does
 
 
 def check_arguments(
@@ -35,14 +40,20 @@ def check_arguments(
     negatives: str,
     reduction: str,
     gradient: Any,
+    learns: bool,
 ) -> None:
     for name, side in (("rows", rows), ("columns", columns)):
         if not isinstance(side, Marginal):
             raise ValueError(
                 f"{name} = {side!r}: must be a marginal object from iotsolve, such as FIXED, FREE or KL(1.0)."
             )
-    if not number(temperature) > 0 or not math.isfinite(number(temperature)):
+    if not 0 < _number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature = {number(temperature)}: must be positive and finite; 0.05 to 0.5 is usual.")
+    if learns and number(temperature) < COLDEST:
+        raise ValueError(
+            f"temperature = {number(temperature):g} with learn_temperature=True: a learnable temperature stops at {COLDEST:g}. "
+            "Start above it, or keep the temperature constant."
+        )
     if not 0 <= uniformity < math.inf:
         raise ValueError(
             f"uniformity = {uniformity}: is the weight of a penalty, so must be >= 0; 0.2 is usual, 0 switches it off."
@@ -92,6 +103,11 @@ def check_queue(queue: FeatureQueue, columns: Marginal, views: tuple[Tensor, ...
     if not isinstance(queue, FeatureQueue):
         raise ValueError(f"queue = {queue!r}: must be a FeatureQueue(size, dim), filled by its update(z).")
     queue.check(views[0])
+    check_queued(columns)
+
+
+def check_queued(columns: Marginal) -> None:
+    """Whether a side of candidates may hold a queue's."""
     lo = number(columns.bounds[0])
     if lo > 0:
         raise ValueError(
@@ -123,23 +139,48 @@ def with_labels(views: tuple[Tensor, ...], labels: Any) -> tuple[tuple[Tensor, .
     return views, labels
 
 
-def labels_of(labels: Any, n: int, repeat: int, ranks: Alone | Ranks, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of this rank's anchors and of all candidates of the batch."""
-    both = labels if isinstance(labels, tuple) else (labels, labels)
-    if len(both) != 2 or (repeat > 1 and isinstance(labels, tuple)):
+def check_labels(labels: Any, n: int, stacked: bool) -> None:
+    """Whether labels are whole numbers, one for each of ``n`` rows, or for two views that are not stacked a pair of such vectors.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if labels is None:
+        return
+    if isinstance(labels, tuple) and (len(labels) != 2 or stacked):
         raise ValueError(
-            f"labels is a tuple of {len(both)}: must be one vector for all views, or for two views and negatives='cross' a pair."
+            f"labels is a tuple of {len(labels)}: must be one vector for all views, or for two views and negatives='cross' a "
+            "pair."
         )
-    found = []
-    for one in both:
-        one = torch.as_tensor(one, device=device)
+    for one in labels if isinstance(labels, tuple) else (labels,):
+        try:
+            one = torch.as_tensor(one)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"labels = {one!r:.80}: must be whole numbers, one per row of a view. Number the classes of names, as "
+                "numpy.unique(names, return_inverse=True)[1] does."
+            ) from error
         if one.is_floating_point() or tuple(one.shape) != (n,):
             raise ValueError(
                 f"labels have shape {tuple(one.shape)} and dtype {one.dtype}: must be whole numbers of shape ({n},), one per row "
                 "of a view. Of several views one vector serves all."
             )
-        found.append(one.long().repeat(repeat))
-    return found[0], ranks.gather(found[1])
+
+
+def labels_of(labels: Any, repeat: int, ranks: Alone | Ranks, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of this rank's anchors and of all candidates of the batch."""
+    both = labels if isinstance(labels, tuple) else (labels, labels)
+    mine, theirs = (torch.as_tensor(one, device=device).long().repeat(repeat) for one in both)
+    return mine, ranks.gather(theirs)
+
+
+def _number(name: str, x: Any) -> float:
+    try:
+        if isinstance(x, str | bytes):
+            raise TypeError
+        return number(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} = {x!r}: must be one number, or a tensor without dimensions.") from error
 
 
 def temperature_of(logit_scale: float | Tensor) -> Any:

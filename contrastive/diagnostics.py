@@ -199,8 +199,10 @@ def rankme(z: Tensor) -> Tensor:
         >>> round(float(rankme(torch.eye(4))), 3)
         4.0
     """
+    if z.dim() != 2 or not z.numel() or not bool(z.isfinite().all()):
+        raise ValueError(f"z of shape {tuple(z.shape)}: must be (N, D), finite. Has training diverged?")
     values = torch.linalg.svdvals(z.double())
-    share = values / values.sum()
+    share = values / values.sum() if bool(values.any()) else values
     return (-torch.special.xlogy(share, share).sum()).exp()
 
 

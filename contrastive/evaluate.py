@@ -204,7 +204,13 @@ def recall(left: ArrayLike, right: ArrayLike, *, k: int, ids: ArrayLike | None =
         >>> recall(np.eye(3), np.eye(3)[[0, 2, 1]], k=1)
         0.3333333333333333
     """
-    x, y = _unit(np.asarray(left, float)), _unit(np.asarray(right, float))
+    x, y = np.asarray(left, float), np.asarray(right, float)
+    if x.ndim != 2 or x.shape != y.shape or not len(x):
+        raise ValueError(f"left {x.shape} and right {y.shape}: must both be (N, D), row i of the one the partner of the other's.")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k = {k!r}: must be a whole number, at least 1.")
+    _finite(x, "left"), _finite(y, "right")
+    x, y = _unit(x), _unit(y)
     groups = np.arange(len(x)) if ids is None else np.asarray(ids)
     found = 0
     for start in range(0, len(x), 500):

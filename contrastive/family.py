@@ -12,6 +12,7 @@ The matrix of similarities is never kept: soft-minima are computed block by bloc
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contrastive.arguments import (
+    COLDEST,
     check_arguments,
     check_batch,
+    check_labels,
     check_queue,
     check_views,
     choice_of,
@@ -40,13 +43,18 @@ from iotsolve.distributed import Alone, Ranks, Sharded, meet
 from iotsolve.gradient import Envelope, Implicit, Unroll
 from iotsolve.kernels.backends import check as check_backend
 from iotsolve.kernels.directions import cross_entropies, normalised
-from iotsolve.marginals import Marginal, number
+from iotsolve.kernels.uncompiled import uncompiled
+from iotsolve.marginals import Marginal, number, times
 from iotsolve.problem import Potentials, Problem, log_scaling
 from iotsolve.sinkhorn import Sinkhorn
 from iotsolve.solve import run
-from iotsolve.solver import Status
+from iotsolve.solver import Outcome, Status
+from iotsolve.validation import why_impossible
 
-__all__ = ["Batch", "Found", "IOTLoss", "Side", "log_ratio", "similar", "target_entropy", "uniformity_penalty"]
+__all__ = ["Batch", "Found", "IOTLoss", "Side", "log_ratio", "settled", "similar", "target_entropy", "uniformity_penalty"]
+
+
+_NO_QUEUE = {"size of queue": 0, "its fill": 0, "sum of its features": 0.0}
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,8 @@ class IOTLoss(nn.Module):
         columns: marginal object of the candidates ``z1``.
         mass: total mass of the plan; 1 for two FREE or two soft sides, None where a side fixes it.
         temperature: ``epsilon`` of the inner problem, in cosines, positive; a float, or a tensor that may require grad.
-        learn_temperature: make the temperature a parameter (its logarithm, started at ``temperature``, floored at 0.01).
+        learn_temperature: make the temperature a parameter: its logarithm, started at ``temperature`` and floored at 0.01, where
+            its derivative is 0 if it leads further down, and the way back if it leads up.
         uniformity: weight ``>= 0`` of the penalty ``KL(Q | P)``, where Q spreads the plan's negatives evenly.
         negatives: ``"cross"``: candidates of ``z0_i`` are all of ``z1``; ``"all"``: all views stacked, oneself left out.
         symmetric: mean of the loss and of its mirror image with rows and columns exchanged.
@@ -241,7 +250,7 @@ class IOTLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = check_backend(backend)
-        check_arguments(rows, columns, mass, temperature, uniformity, negatives, reduction, gradient)
+        check_arguments(rows, columns, mass, temperature, uniformity, negatives, reduction, gradient, learn_temperature)
         self.rows, self.columns, self.mass = rows, columns, mass
         self.uniformity, self.negatives, self.symmetric, self.reduction = uniformity, negatives, symmetric, reduction
         self.gradient = gradient or Envelope()
@@ -258,9 +267,10 @@ class IOTLoss(nn.Module):
     def temperature(self) -> float | Tensor:
         """The ``epsilon`` in force."""
         if hasattr(self, "log_temperature"):
-            return self.log_temperature.clamp(min=math.log(_COLDEST)).exp()
+            return _Floored.apply(self.log_temperature, math.log(COLDEST)).exp()
         return getattr(self, "shared_temperature", getattr(self, "constant_temperature", None))
 
+    @uncompiled
     def forward(
         self,
         *views: Float[Tensor, "n d"],
@@ -294,6 +304,8 @@ class IOTLoss(nn.Module):
             dtype otherwise. Of half-precision inputs Triton's kernels multiply 11 bits, and sum in float32.
         """
         choice = choice_of(labels, ids, positive_mask, target, negative_mask)
+        if not all(isinstance(z, Tensor) for z in views):
+            check_views(views)
         if len(views) < 2 and (self.negatives == "cross" or choice.is_pairs):
             raise ValueError(
                 f"{len(views) or 'no'} batch of representations: row i of one is positive to row i of another. Pass two views; "
@@ -314,6 +326,21 @@ class IOTLoss(nn.Module):
 
                 self.watch(Diagnostics(self, batches[0], epsilon))
             return self._reduced(losses, batches)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IOTLoss:
+        """A copy of its own, in the same group of processes."""
+        memo[id(self.process_group)] = self.process_group
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.process_group is not None:
+            raise ValueError(
+                "a loss with a process_group cannot be pickled: the group is of this run. Save its state_dict(), and make the "
+                "loss anew with the group of the other run."
+            )
+        return super().__reduce_ex__(protocol)
 
     # -- where nothing has to be solved -----------------------------------------------------------------------------------
 
@@ -340,29 +367,43 @@ class IOTLoss(nn.Module):
         self, views: tuple[Tensor, ...], choice: Choice, *, queue: FeatureQueue | None, logit_scale: Any
     ) -> tuple[Any, list[Batch]]:
         """The temperature and the batches, from what ``forward`` was given."""
-        check_views(views)
-        ranks = meet(self.gather_distributed, self.process_group, *views)
+        epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
+
+        ranks = meet(
+            self.gather_distributed,
+            self.process_group,
+            *views,
+            check=lambda: self._check(views, choice, queue),
+            tell=lambda: {"temperature": number(epsilon), **choice.told(), **(_NO_QUEUE if queue is None else queue.told())},
+        )
         precise = any(z.dtype in (torch.float32, torch.float64) for z in views)
         wide = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
         views = tuple(ranks.scaled(normalised(z.to(wide))) for z in views)
-        epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
         epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
         batches = self._batches(views, choice, queue, ranks)
         return epsilon, [batch.of(replace(batch.points, precise=precise, unit=True)) for batch in batches]
 
-    def _batches(
-        self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks
-    ) -> Iterator[Batch]:
+    def _check(self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None) -> None:
+        """What can be said of this rank's arguments alone."""
+        check_views(views)
+        check_labels(choice.labels, len(views[0]), self.negatives == "all")
         if queue is not None:
             check_queue(queue, self.columns, views)
-        if self.negatives == "all":
-            yield self._batch(torch.cat(views), None, choice, queue, ranks, len(views))
-            return
-        if len(views) > 2 and not choice.is_pairs and (choice.labels is None or isinstance(choice.labels, tuple)):
+            if self.symmetric and self.negatives == "cross":
+                choice.swapped()
+        of_two = not choice.is_pairs and (choice.labels is None or isinstance(choice.labels, tuple))
+        if self.negatives == "cross" and len(views) > 2 and of_two:
             raise ValueError(
                 f"{len(views)} views with a mask or a target: it says nothing of which views. Pass labels= or ids=, two views, "
                 "or negatives='all' with a mask over all stacked views."
             )
+
+    def _batches(
+        self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks
+    ) -> Iterator[Batch]:
+        if self.negatives == "all":
+            yield self._batch(torch.cat(views), None, choice, queue, ranks, len(views))
+            return
         for k, z in enumerate(views):
             for other in views[k + 1 :]:
                 if queue is None:
@@ -390,7 +431,7 @@ class IOTLoss(nn.Module):
         first = repeat * sum(ranks.sizes[: ranks.rank]) if isinstance(ranks, Ranks) else 0
         labels = None
         if choice.labels is not None:
-            labels = labels_of(choice.labels, anchors // repeat, repeat, ranks, x.device)
+            labels = labels_of(choice.labels, repeat, ranks, x.device)
         filled = None
         if queue is not None:
             features, filled = queue.candidates(x)
@@ -468,7 +509,7 @@ class IOTLoss(nn.Module):
             logs[0] = batch.own(logs[0])
         s, t = batch.points.soft_minima(*logs, epsilon)
         if t is not None and isinstance(batch.ranks, Ranks):
-            t = batch.own(-epsilon * batch.ranks.log_sum(-t / epsilon))
+            t = batch.own(batch.ranks.softmin(t, epsilon))
         return [self._half(side, p, s if side.by_rows else t, epsilon) for side, p in zip(sides, found, strict=True)]
 
     def _half(self, side: Side, p: Potentials | None, s: Tensor, epsilon: Any) -> Tensor:
@@ -483,7 +524,7 @@ class IOTLoss(nn.Module):
         if self.uniformity == 0:
             return terms
         penalty = uniformity_penalty(side, own, other, lam, epsilon)
-        return terms + self.uniformity * penalty * side.batch.own(side.weights) / side.weights.sum()
+        return terms + self.uniformity * penalty * _share(side.batch.own(side.weights), side.weights.sum())
 
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
         """``eps KL(target | P_fg)`` and the Fenchel-Young terms of soft sides, in nats, anchor by anchor.
@@ -503,14 +544,14 @@ class IOTLoss(nn.Module):
         terms = moved - r + log_ratio(side, other, epsilon) - r * log_scale
         terms = terms + (r - similar(side)) / epsilon
         inside = side.batch.matches.inside or not _is_outside(side, c)
-        for marginal, mine in ((side.anchors, True), (side.others, False)):
+        for marginal, mine in ((side.anchors.at(weights), True), (side.others.at(side.other_weights), False)):
             if marginal.is_fixed or marginal.is_free or (marginal.is_hard and not inside):
                 continue
             if mine:
                 terms = terms + marginal.fenchel_young(r, own, weights) / epsilon
             else:
                 paid = marginal.fenchel_young(c, other, side.other_weights).sum() / epsilon
-                terms = terms + paid * r / c.sum().clamp(min=torch.finfo(c.dtype).tiny)
+                terms = terms + paid * _share(r, c.sum())
         return terms
 
     def _potentials(self, side: Side, epsilon: Any) -> Potentials:
@@ -545,22 +586,16 @@ class IOTLoss(nn.Module):
                 x = ranks.gather(points.x.detach())
                 barred = None if points.barred is None else ranks.gather(points.barred)
                 cost = Dense(Points(x, points.y.detach(), "sphere", barred).dense())
-            problem = side.problem(epsilon, cost).detach().flat()
-            first = Accelerated(self.solver.tolerance, self.solver.max_steps)
-            outcome = run(problem, first if first.fits(problem) else self.solver)
-            steps = outcome.steps[0]
-            if (small or first.fits(problem)) and outcome.status[0] is not Status.CONVERGED:
-                further = None if small else self.solver
-                outcome = run(problem, further, _usable(outcome.potentials), tolerance=self.solver.tolerance)
-                steps += outcome.steps[0]
+            outcome, impossible = settled(side.problem(epsilon, cost).detach().flat(), self.solver)
             p = Potentials(
                 *(ranks.first(x[0]) for x in (outcome.potentials.f, outcome.potentials.g, outcome.potentials.lam))
             )
         if outcome.status[0] is not Status.CONVERGED:
+            hint = "Raise max_steps, the temperature or the tolerance, or check the representations for NaN."
             warnings.warn(
-                f"the inner transport stopped after {steps} steps above its tolerance {self.solver.tolerance:g} at "
-                f"temperature {number(epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as "
-                "the marginals are. Raise max_steps, the temperature or the tolerance, or check the representations for NaN.",
+                f"the inner transport stopped after {outcome.steps[0]} steps above its tolerance {self.solver.tolerance:g} at "
+                f"temperature {number(epsilon):g} ({outcome.status[0].name}): the gradient is as wrong as the marginals are. "
+                f"{impossible or hint}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -614,8 +649,36 @@ class IOTLoss(nn.Module):
         )
 
 
-_COLDEST = 0.01  # a learnable temperature stops here, as CLIP's does
 _DENSE = 2**24  # arcs of an inner problem that is solved as a matrix, which is then forgotten
+
+
+def settled(problem: Problem, solver: Sinkhorn) -> tuple[Outcome, str]:
+    """A detached flat problem solved by the library's own solvers, without validation or certificate, and why that is impossible
+    where forbidden arcs make it so: then nothing further is tried.
+    """
+    first = Accelerated(solver.tolerance, solver.max_steps)
+    fits, dense = first.fits(problem), isinstance(problem.cost, Dense)
+    outcome = run(problem, first if fits else solver)
+    if outcome.status[0] is Status.CONVERGED or not (dense or fits):
+        return outcome, ""
+    if dense and (impossible := why_impossible(problem)):
+        return replace(outcome, status=[Status.INFEASIBLE]), impossible
+    further = run(problem, None if dense else solver, _usable(outcome.potentials), tolerance=solver.tolerance)
+    return replace(further, steps=[outcome.steps[0] + further.steps[0]]), ""
+
+
+class _Floored(torch.autograd.Function):
+    """The larger of two numbers, from below which a derivative that leads up leads back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, least: float) -> Tensor:
+        ctx.save_for_backward(x < least)
+        return x.clamp(min=least)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (below,) = ctx.saved_tensors
+        return torch.where(below & (upstream > 0), 0.0, upstream), None
 
 
 def _usable(p: Potentials) -> Potentials | None:
@@ -633,10 +696,21 @@ def _closed(side: Side, s: Tensor, epsilon: Any) -> tuple[Tensor, Tensor]:
     if side.anchors.is_fixed:
         return s, s.new_zeros(())
     if not side.anchors.is_free:
-        return side.anchors.aprox(s, epsilon), s.new_zeros(())
+        return side.anchors.at(side.batch.own(side.weights)).aprox(s, epsilon), s.new_zeros(())
     weights = side.batch.own(side.weights)
-    held = torch.logsumexp(weights.log() - s / epsilon, 0)
-    return torch.zeros_like(s), epsilon * (math.log(side.mass) - side.batch.ranks.log_sum(held))
+    held = _log_sum(log_scaling(weights, -s, epsilon))
+    return torch.zeros_like(s), times(math.log(side.mass) - side.batch.ranks.log_sum(held), epsilon)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """The part over the whole; 0 where there is nothing."""
+    return part / torch.where(whole > 0, whole, 1.0)
+
+
+def _log_sum(logs: Tensor) -> Tensor:
+    """``log sum exp``, which of nothing but -inf is -inf, with derivative 0."""
+    some = logs > -math.inf
+    return torch.where(some.any(), torch.logsumexp(torch.where(some.any(), logs, 0.0), 0), -math.inf)
 
 
 def _moved(weights: Tensor, potential: Tensor, s: Tensor, epsilon: Any) -> Tensor:
@@ -658,7 +732,7 @@ def similar(side: Side) -> Tensor:
 def log_ratio(side: Side, other: Tensor, epsilon: Any) -> Tensor:
     """``sum_j Q_ij log(Q_ij / (b_j exp(g_j / eps)))`` for every anchor of this rank, Q the target, g and b the candidates'."""
     target, values = side.target, side.target.values
-    beyond = torch.where(side.other_weights > 0, side.other_weights, 1.0).log() + other / epsilon
+    beyond = log_scaling(torch.where(side.other_weights > 0, side.other_weights, 1.0), other, epsilon)
     if side.by_rows:
         return target.sums(values * (values.log() - beyond.index_select(0, target.index[1])), 0)
     beyond = side.batch.own(beyond)
@@ -696,13 +770,15 @@ def uniformity_penalty(side: Side, own: Tensor, other: Tensor, lam: Tensor, epsi
     a, b = batch.own(side.a), side.b
     others = replace(points, barred=batch.matches.all_but_negatives(points))
     s, _ = others.soft_minima(None, log_scaling(b, g, epsilon), epsilon)
-    held = torch.logsumexp(log_scaling(a, f + lam, epsilon) - s / epsilon, 0)
+    held = _log_sum(log_scaling(a, f + lam - s, epsilon))
     log_mass = ranks.log_sum(held)
     rows, columns, spent = _census(others, a > 0, b > 0)
-    of_rows = (rows * ((f + lam) / epsilon + torch.where(a > 0, a, 1.0).log())).sum()
-    of_columns = (columns * (g / epsilon + torch.where(b > 0, b, 1.0).log())).sum()
+    of_rows = torch.where(rows > 0, rows * log_scaling(a, f + lam, epsilon), 0.0).sum()
+    of_columns = torch.where(columns > 0, columns * log_scaling(b, g, epsilon), 0.0).sum()
     count, logs = ranks.sum(torch.stack([rows.sum(), of_rows + of_columns - spent / epsilon]))
-    return log_mass.exp() * (log_mass - count.log() - logs / count)
+    some = (count > 0) & log_mass.isfinite()  # negatives, and mass on them
+    log_mass, logs, count = (torch.where(some, x, y) for x, y in ((log_mass, 0.0), (logs, 0.0), (count, 1.0)))
+    return torch.where(some, log_mass.exp() * (log_mass - count.log() - logs / count), 0.0)
 
 
 def _census(points: Points, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from contrastive.arguments import with_labels
 from contrastive.family import Batch, Found, IOTLoss, Side, target_entropy
 from contrastive.queue import FeatureQueue
 from contrastive.targets import Choice
+from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, Between
 
 __all__ = [
@@ -71,6 +72,7 @@ class NTXentLoss(IOTLoss):
         self.memory_bank = FeatureQueue(size, dim) if size else None
         self._may_be_empty = True  # asked once, so that no step waits for a device
 
+    @uncompiled
     def forward(self, *views: Tensor, labels: Any = None, **given: Any) -> Tensor:
         """As of :class:`IOTLoss`; one stacked batch with its labels will do as well."""
         views, labels = with_labels(views, labels)
@@ -125,6 +127,7 @@ class SupConLoss(IOTLoss):
     def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
         super().__init__(FIXED, FREE, temperature=temperature, negatives=options.pop("negatives", "all"), **options)
 
+    @uncompiled
     def forward(self, *views: Tensor, labels: Any = None, **given: Any) -> Tensor:
         """As of :class:`IOTLoss`; one stacked batch with its labels will do as well: ``loss(z, labels)``."""
         views, labels = with_labels(views, labels)
@@ -150,6 +153,7 @@ class ClipLoss(IOTLoss):
     def __init__(self, temperature: float | Tensor = 0.07, **options: Any) -> None:
         super().__init__(FIXED, FREE, temperature=temperature, symmetric=True, **options)
 
+    @uncompiled
     def forward(self, *views: Any, logit_scale: float | Tensor | None = None, **given: Any) -> Tensor:
         """As of :class:`IOTLoss`; the scale ``1 / temperature`` may be the third argument."""
         if len(views) == 3 and (not isinstance(views[2], Tensor) or views[2].numel() == 1):

@@ -61,14 +61,9 @@ class FeatureQueue(nn.Module):
         """
         if not self.training:
             return
-        self.check(z)
-        ranks = meet(gather_distributed, process_group, z)
+        ranks = meet(gather_distributed, process_group, z, check=lambda: self._admit(z, ids))
         features = ranks.gather(normalised(z.detach()))
         labels = torch.full((len(z),), _NONE, device=z.device) if ids is None else torch.as_tensor(ids, device=z.device)
-        if tuple(labels.shape) != (len(z),) or labels.is_floating_point():
-            raise ValueError(
-                f"ids have shape {tuple(labels.shape)} and dtype {labels.dtype}: must be ({len(z)},) whole numbers."
-            )
         labels = ranks.gather(labels.long())[-self.size :]
         features = features[-self.size :]
         if self.features is None:
@@ -84,12 +79,30 @@ class FeatureQueue(nn.Module):
         features = z.new_zeros(self.size, z.shape[1]) if self.features is None else self.features.to(z)
         return features, torch.arange(self.size, device=z.device) < self.fill.to(z.device)
 
+    def told(self) -> dict[str, float]:
+        """What queues of many ranks must have in common, as numbers."""
+        features = 0.0 if self.features is None else float(self.features.double().sum())
+        return {"size of queue": self.size, "its fill": int(self.fill), "sum of its features": features}
+
     def check(self, z: Tensor) -> None:
         """Whether representations fit."""
         if z.dim() != 2 or (self.features is not None and z.shape[1] != self.features.shape[1]):
             dim = "D" if self.features is None else self.features.shape[1]
             raise ValueError(
                 f"representations of shape {tuple(z.shape)} for a queue of (N, {dim}): they must have its dimension."
+            )
+
+    def _admit(self, z: Tensor, ids: Any) -> None:
+        """Whether representations and their ids may go in."""
+        self.check(z)
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                "representations that are NaN or infinite: a queue would keep them for many batches. Has training diverged?"
+            )
+        given = torch.empty(0) if ids is None else torch.as_tensor(ids)
+        if ids is not None and (tuple(given.shape) != (len(z),) or given.is_floating_point()):
+            raise ValueError(
+                f"ids have shape {tuple(given.shape)} and dtype {given.dtype}: must be ({len(z)},) whole numbers."
             )
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive.family import Batch, Found, IOTLoss, Side, log_ratio, similar, target_entropy
+from contrastive.family import Batch, Found, IOTLoss, Side, log_ratio, settled, similar, target_entropy
 from contrastive.targets import Entries, Matches
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone, Ranks
@@ -18,6 +18,7 @@ from iotsolve.exact import Exact
 from iotsolve.kernels.bilinear import log_sums
 from iotsolve.kernels.directions import normalised
 from iotsolve.kernels.precision import product
+from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import FIXED, FREE, number
 from iotsolve.problem import Problem, log_scaling
 from iotsolve.solve import run
@@ -49,17 +50,18 @@ class RINCELoss(IOTLoss):
                 raise ValueError(
                     f"{name} = {value}: must be in (0, 1]; as q -> 0 the loss is InfoNCELoss plus log lam."
                 )
-        if q / number(temperature) > _LARGEST:
-            raise ValueError(
-                f"q / temperature = {q / number(temperature):.3g}: exp of it leaves the range of float32. Raise the temperature "
-                "(0.5 in the paper) or lower q."
-            )
         super().__init__(FIXED, FREE, temperature=temperature, **options)
         self.q, self.lam = q, lam
 
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
+        largest = math.log(torch.finfo(found.s.dtype).max) - _ROOM
+        if self.q / number(epsilon) > largest:
+            raise ValueError(
+                f"q / temperature = {self.q / number(epsilon):.3g}: exp of it leaves the range of {found.s.dtype}. Raise the "
+                "temperature (0.5 in the paper) or lower q."
+            )
         weights = side.batch.own(side.weights)
-        log_total = _log_total(side, found.s, epsilon)
+        log_total = _log_total(side, torch.where(weights > 0, found.s, 0.0), epsilon)
         outer = torch.where(weights > 0, (self.q * (log_total + math.log(self.lam))).exp(), 0.0)
         return (weights * outer - _powers(side, self.q, epsilon)) / self.q
 
@@ -139,11 +141,12 @@ class HardNegativeLoss(IOTLoss):
             problem = Problem.unchecked(
                 Dense(cost), a / a.sum(), b / b.sum(), epsilon=self.hardness, rows=FIXED, columns=FIXED, mass=None
             )
-            outcome = run(problem.flat(), None, tolerance=self.solver.tolerance)
+            outcome, impossible = settled(problem.flat(), self.solver)
             if outcome.status[0] is not Status.CONVERGED:
                 warnings.warn(
                     f"the coupling of anchors and negatives did not converge ({outcome.status[0].name}): its weights are "
-                    "not balanced. Classes of very unequal size admit no balanced coupling; raise hardness otherwise.",
+                    "not balanced. Classes of very unequal size admit no balanced coupling; raise hardness otherwise. "
+                    f"{impossible}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -218,8 +221,10 @@ class SwAVLoss(IOTLoss):
         if set(options) - known:
             raise ValueError(f"{sorted(set(options) - known)}: SwAVLoss knows {', '.join(sorted(known))}.")
         super().__init__(FIXED, FREE, temperature=temperature, **options)
+        _check_epsilon(epsilon)
         self.epsilon = epsilon
 
+    @uncompiled
     def forward(self, z0: Tensor, z1: Tensor, prototypes: Tensor) -> Tensor:
         """The loss of two views, shape ``(N, D)``, and prototypes, shape ``(K, D)``, all normalised here."""
         if z0.shape != z1.shape or z0.dim() != 2 or prototypes.dim() != 2 or prototypes.shape[1] != z0.shape[1]:
@@ -247,6 +252,11 @@ class SwAVLoss(IOTLoss):
         return super()._terms(side, found, epsilon) + target_entropy(side)
 
 
+def _check_epsilon(epsilon: Any) -> None:
+    if isinstance(epsilon, bool) or not isinstance(epsilon, float | int) or not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon = {epsilon!r}: must be a positive number, in cosines; 0.05 is usual.")
+
+
 def balanced_assignment(z: Tensor, prototypes: Tensor, *, epsilon: float = 0.05, tolerance: float = 1e-4) -> Tensor:
     """The balanced entropic plan between representations and prototypes, detached: rows sum to 1 / N, columns to 1 / K.
 
@@ -264,6 +274,11 @@ def balanced_assignment(z: Tensor, prototypes: Tensor, *, epsilon: float = 0.05,
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
+    _check_epsilon(epsilon)
+    if z.dim() != 2 or prototypes.dim() != 2 or prototypes.shape[1] != z.shape[1]:
+        raise ValueError(
+            f"z {tuple(z.shape)} with prototypes {tuple(prototypes.shape)}: must be (N, D) and (K, D) with the same D."
+        )
     with torch.no_grad():
         x, y = (normalised(w) for w in (z, prototypes))
         a, b = (w.new_full((len(w),), 1.0 / len(w)) for w in (x, y))
@@ -280,7 +295,7 @@ def balanced_assignment(z: Tensor, prototypes: Tensor, *, epsilon: float = 0.05,
         return problem.plan(outcome.potentials)[0]
 
 
-_LARGEST = 80.0  # exponent that float32 still holds the exponential of, and its square root's square
+_ROOM = 8.0  # below the largest exponent whose exponential a dtype holds: for the sum over a batch
 
 
 def _log_total(side: Side, s: Tensor, epsilon: Any) -> Tensor:
@@ -297,7 +312,7 @@ def _over_negatives(side: Side, epsilon: Any) -> Tensor:
     if side.by_rows:
         return points.soft_minima(None, log_weights, epsilon)[0]
     t = points.soft_minima(batch.own(log_weights), None, epsilon)[1]
-    return batch.own(-epsilon * ranks.log_sum(-t / epsilon)) if isinstance(ranks, Ranks) else t
+    return batch.own(ranks.softmin(t, epsilon)) if isinstance(ranks, Ranks) else t
 
 
 def _powers(side: Side, q: float, epsilon: Any) -> Tensor:

@@ -22,7 +22,7 @@ class Choice:
         labels: class or instance of every pair, shape ``(N,)``, or a pair of tensors, of the anchors and of the candidates;
             equal ones are positive.
         positive_mask: boolean, shape of the cost.
-        target: non-negative, shape of the cost, total 1; dense or sparse COO.
+        target: non-negative, shape of the cost, total 1 over all ranks; dense or sparse COO.
         negative_mask: boolean, shape of the cost: the candidates that are seen, beside the positives.
     """
 
@@ -34,6 +34,30 @@ class Choice:
     @property
     def is_pairs(self) -> bool:
         return all(x is None for x in (self.labels, self.positive_mask, self.target, self.negative_mask))
+
+    def told(self) -> dict[str, float]:
+        """Which of these were given, as numbers."""
+        names = "labels", "positive_mask", "target", "negative_mask"
+        return {name: getattr(self, name) is not None for name in names} | {"pair of labels": isinstance(self.labels, tuple)}
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Whether masks and target are such, and of the shape of the cost.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        for name, mask in (("positive_mask", self.positive_mask), ("negative_mask", self.negative_mask)):
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == shape):
+                given = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
+                raise ValueError(
+                    f"{name} = {given}: must be a boolean tensor of shape {shape}, anchors by candidates. Two stacked views have "
+                    "2N of each; a queue adds its size to the candidates."
+                )
+        if self.target is not None and not (isinstance(self.target, Tensor) and tuple(self.target.shape) == shape):
+            given = tuple(self.target.shape) if isinstance(self.target, Tensor) else repr(self.target)
+            raise ValueError(
+                f"target = {given}: must be a tensor of shape {shape}, anchors by candidates, dense or sparse."
+            )
 
     def swapped(self) -> Choice:
         """Of the second view against the first and a queue."""
@@ -149,20 +173,23 @@ def matches(
         like: a tensor of the dtype and device wanted.
 
     Raises:
-        ValueError: on masks and targets that do not fit, or are no plan.
+        ValueError: on masks and targets that do not fit, or are no plan; on every rank.
     """
     n, first, total = rows
     m, batch = columns
+    if any(x is not None for x in (choice.positive_mask, choice.target, choice.negative_mask)):
+        with ranks.together():
+            choice.check((n, m))
     own = torch.arange(n, device=like.device)[:, None] + first if stacked else None
     if choice.target is not None:
-        target = _plan(choice.target, (n, m), like)
-        return Matches(target, target if mirrored else None, _barred(choice, target, own, (n, m)), False)
+        target = _plan(choice.target, ranks, like)
+        return Matches(target, target if mirrored else None, _barred(choice, target, own), False)
     if labels is not None:
         positive = labels[0][:, None] == labels[1][None, :]
     elif choice.positive_mask is None:
         positive = torch.zeros(n, m, dtype=torch.bool, device=like.device).scatter_(1, partners, True)
     else:
-        positive = _mask("positive_mask", choice.positive_mask, (n, m))
+        positive = choice.positive_mask
     if own is not None:
         positive = positive.scatter(1, own, False)
     each = positive.sum(1, dtype=like.dtype)
@@ -172,7 +199,7 @@ def matches(
     if mirrored:
         each = ranks.sum(positive.sum(0, dtype=like.dtype))
         backward = Entries(index, 1.0 / (batch * each[index[1]]), (n, m))
-    return Matches(target, backward, _barred(choice, target, own, (n, m)), False)
+    return Matches(target, backward, _barred(choice, target, own), False)
 
 
 def paired(
@@ -195,31 +222,16 @@ def paired(
     return Matches(target, target if mirrored else None, barred, True, partners)
 
 
-def _barred(choice: Choice, target: Entries, own: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+def _barred(choice: Choice, target: Entries, own: Tensor | None) -> Tensor | None:
     if choice.negative_mask is None:
         return own
-    barred = ~_mask("negative_mask", choice.negative_mask, shape)
+    barred = ~choice.negative_mask
     if own is not None:
         barred = barred.scatter(1, own, True)
     return barred.index_put(tuple(target.index), torch.zeros((), dtype=torch.bool, device=barred.device))
 
 
-def _mask(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        given = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(
-            f"{name} = {given}: must be a boolean tensor of shape {shape}, anchors by candidates. Two stacked views have "
-            "2N of each; a queue adds its size to the candidates."
-        )
-    return mask
-
-
-def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Entries:
-    if not isinstance(target, Tensor) or tuple(target.shape) != shape:
-        given = tuple(target.shape) if isinstance(target, Tensor) else repr(target)
-        raise ValueError(
-            f"target = {given}: must be a tensor of shape {shape}, anchors by candidates, dense or sparse."
-        )
+def _plan(target: Tensor, ranks: Alone | Ranks, like: Tensor) -> Entries:
     plan = (
         (target if target.is_sparse else target.to_sparse())
         .detach()
@@ -227,9 +239,12 @@ def _plan(target: Tensor, shape: tuple[int, int], like: Tensor) -> Entries:
         .coalesce()
     )
     values = plan.values()
-    if not bool((values >= 0).all()) or not abs(float(values.sum()) - 1.0) < 1e-3:
+    negative = values.clamp(max=0.0).sum().double()
+    total, below = ranks.sum(torch.stack([values.sum().double(), negative])).tolist()
+    if not (below == 0 and abs(total - 1.0) < 1e-3):
+        where = "" if isinstance(ranks, Alone) else " over the rows of all ranks"
         raise ValueError(
-            f"target has total {float(values.sum()):g} and smallest entry {float(values.min()) if len(values) else 0:g}: it is a "
-            "plan, non-negative with total 1. Is every row of it normalised? Then divide by the number of rows."
+            f"target has total {total:g}{where}, of which {below:g} below 0: it is a plan, non-negative with total 1{where}. Is "
+            "every row of it normalised? Then divide by the number of rows."
         )
     return Entries.of(plan)

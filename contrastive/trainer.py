@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from contrastive import encoders
+from contrastive.arguments import check_queued
 from contrastive.batches import Batches, generator
 from contrastive.config import CUSTOM, TrainConfig
 from contrastive.data import Dataset, load
@@ -311,7 +312,10 @@ def _criterion(config: TrainConfig, criterion: nn.Module | None) -> nn.Module:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         options["gather_distributed"] = True
     with _seeded(config.seed, "criterion"):
-        return make(config.loss, temperature=config.temperature, uniformity=config.uniformity, **options)
+        criterion = make(config.loss, temperature=config.temperature, uniformity=config.uniformity, **options)
+    if config.queue:
+        check_queued(criterion.columns)  # before anything is written that would be in the way of the next try
+    return criterion
 
 
 def _damaged(path: Path, error: Exception) -> str:

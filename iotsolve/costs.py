@@ -16,10 +16,9 @@ from torch import Tensor
 from iotsolve.kernels import backends, bilinear, products
 from iotsolve.kernels.precision import product
 from iotsolve.kernels.threads import allowed, each_piece, torch_on
+from iotsolve.marginals import Scalar, times
 
 __all__ = ["METRICS", "Cost", "Dense", "Points", "busy", "calm", "quiet"]
-
-Scalar = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -526,11 +525,11 @@ class Points:
             found = bilinear.log_sums(x, y, log_rows, log_columns, self.barred, **how)
             level = _PRODUCTS.get(self.metric, 1.0)
             if isinstance(epsilon, Tensor):
-                return tuple(None if s is None else level - epsilon * s for s in found)
+                return tuple(None if s is None else level - times(s, epsilon) for s in found)
             return tuple(None if s is None else torch.rsub(s, level, alpha=epsilon) for s in found)
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
         s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend, precise=self.precise)
-        return None if s is None else -epsilon * (s + p), None if t is None else -epsilon * (t + q)
+        return None if s is None else -times(s + p, epsilon), None if t is None else -times(t + q, epsilon)
 
     def softmin_at(self, logs: Tensor, potential: Tensor, epsilon: float, *, axis: int) -> Tensor:
         """:meth:`softmin` at ``logs + potential / epsilon``, without derivatives; on kernels without anything beside a pass."""

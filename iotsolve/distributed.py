@@ -8,6 +8,8 @@ Potentials and weights are whole on every process, and exchanged: O(n + m) numbe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +30,12 @@ class Alone:
 
     count: int = 1
 
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def agree(self, what: str, told: dict[str, float], *, within: float = 0.0) -> None:
+        pass
+
     def gather(self, x: Tensor) -> Tensor:
         return x
 
@@ -39,6 +47,9 @@ class Alone:
 
     def log_sum(self, x: Tensor) -> Tensor:
         return x
+
+    def softmin(self, t: Tensor, epsilon: Scalar) -> Tensor:
+        return t
 
     def total(self, x: Tensor) -> Tensor:
         return x
@@ -68,6 +79,20 @@ class Ranks:
     def count(self) -> int:
         return len(self.sizes)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around checks that exchange nothing: an error on one rank is one on all, so that none waits for it."""
+        failed = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        _told(self.group, lambda: _raised(failed))
+
+    def agree(self, what: str, told: dict[str, float], *, within: float = 0.0) -> None:
+        """Raise a ValueError on every rank if these numbers are not the same on all, but for this relative error."""
+        _check_same(what, _told(self.group, lambda: told), within)
+
     def gather(self, x: Tensor) -> Tensor:
         """``x`` of all ranks one after the other, along the first dimension; its derivative is summed over the ranks."""
         return _Gather.apply(x, self) if x.requires_grad else _gathered(x, self)
@@ -85,7 +110,16 @@ class Ranks:
         highest = x.detach().clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
         highest = torch.where(highest.isfinite(), highest, 0.0)
-        return self.sum((x - highest).exp()).log() + highest
+        found = self.sum((x - highest).exp())
+        some = found > 0
+        return torch.where(some, torch.where(some, found, 1.0).log() + highest, -math.inf)
+
+    def softmin(self, t: Tensor, epsilon: Scalar) -> Tensor:
+        """The soft-minimum over all rows, of every rank's over its own: +inf, without derivatives, where nothing is reached."""
+        here = t < math.inf
+        found = self.log_sum(torch.where(here, -torch.where(here, t, 0.0) / epsilon, -math.inf))
+        there = found > -math.inf
+        return torch.where(there, -epsilon * torch.where(there, found, 0.0), math.inf)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks of the shares of one number."""
@@ -121,32 +155,105 @@ class Ranks:
         return x
 
 
-def meet(gather: bool, group: Any, *views: Tensor) -> Alone | Ranks:
-    """Who takes part in this batch: the processes agree on shapes before any exchange that could wait for ever.
+def meet(
+    gather: bool,
+    group: Any,
+    *views: Tensor,
+    check: Callable[[], None],
+    tell: Callable[[], dict[str, float]] = dict,
+) -> Alone | Ranks:
+    """Who takes part in this batch: the processes agree on it before any exchange that could wait for ever.
+
+    Args:
+        gather: whether there are others at all.
+        group: the processes; None is all.
+        views: this rank's representations, shape ``(N, D)`` each.
+        check: raises a ValueError at what this rank must not be given.
+        tell: the numbers, beside these shapes, that must be the same on all ranks, always by the same names.
 
     Raises:
-        ValueError: on every rank, if the ranks' representations do not fit each other.
+        ValueError: on every rank, if one was given what is no batch, or the ranks' representations do not fit each other.
     """
-    if not gather or not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not gather or _is_alone(group):
+        check()
         return Alone()
+    codes = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+    def told() -> dict[str, float]:
+        check()
+        n, d = views[0].shape
+        if not n:
+            raise ValueError("there are no rows: every rank needs one. Drop what is left of the last batch on all of them.")
+        shapes = {"N": n, "D": d, "views": len(views), "dtype": codes.get(views[0].dtype, 4)}
+        return {**shapes, "grad": torch.is_grad_enabled(), **tell()}
+
+    table = _told(group, told)
+    _check_same(
+        "representations differ between ranks. N may differ, the rest must not: is one rank in another precision, in evaluation, "
+        "or given another encoder, another temperature, a queue of its own, or labels where others have none?",
+        table,
+        within=1e-6,
+        free="N",
+    )
+    return _ranks(group, [row["N"] for row in table])
+
+
+def _is_alone(group: Any) -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1
+
+
+def _ranks(group: Any, sizes: list[float]) -> Ranks:
+    return Ranks(group, dist.get_rank(group), tuple(int(n) for n in sizes))
+
+
+def _told(group: Any, tell: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
+    """What every rank tells of itself, by the same names; an error in telling it is one on all."""
     if dist.get_rank(group) < 0:
         raise ValueError(
-            "process_group does not contain this rank: a loss is computed by the members of its group alone. Give every rank "
-            "the group it is in."
+            "process_group does not contain this rank: a loss, or a problem, is computed by the members of its group alone. "
+            "Give every rank the group it is in."
         )
-    z = views[0]
-    code = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}.get(z.dtype, 4)
-    mine = torch.tensor([len(z), z.shape[-1], len(views), code, int(torch.is_grad_enabled())], device=z.device)
-    world = dist.get_world_size(group)
-    everyone = [torch.empty_like(mine) for _ in range(world)]
+    failed, told = None, {}
+    try:
+        told = tell()
+    except Exception as error:
+        failed = error
+    on_device = dist.get_backend(group) == "nccl"
+    mine = torch.zeros(_ROW, dtype=torch.float64)
+    mine[: 1 + len(told)] = torch.tensor([failed is not None, *told.values()], dtype=torch.float64)
+    mine = mine.to(torch.device("cuda", torch.cuda.current_device()) if on_device else "cpu")
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     table = torch.stack(everyone).tolist()
-    if any(row[1:] != table[0][1:] for row in table):
-        raise ValueError(
-            f"representations differ between ranks: (N, D, views, dtype, grad) = {[tuple(row) for row in table]}. N may "
-            "differ, the rest must not: is one rank in another precision, in evaluation, or given another encoder?"
-        )
-    return Ranks(group, dist.get_rank(group), tuple(row[0] for row in table))
+    if any(row[0] for row in table):
+        words: list[Any] = [None] * len(table)
+        dist.all_gather_object(words, None if failed is None else str(failed), group=group)
+        rank = next(k for k, word in enumerate(words) if word is not None)
+        raise failed or ValueError(f"rank {rank} of {len(table)} cannot take part, so that none can: {words[rank]}")
+    return [dict(zip(told, row[1:], strict=False)) for row in table]
+
+
+_ROW = 24  # numbers that a rank tells of itself, of which the first is whether it failed
+
+
+def _raised(error: Exception | None) -> dict[str, float]:
+    if error is not None:
+        raise error
+    return {}
+
+
+def _check_same(what: str, table: list[dict[str, float]], within: float, free: str = "") -> None:
+    """That every rank has told the same, but for what is free; NaN is the failure of somebody else."""
+    first = table[0]
+    differ = {
+        name: [row[name] for row in table]
+        for name in first
+        if name != free
+        and not all(math.isclose(row[name], first[name], rel_tol=within) or math.isnan(row[name]) for row in table)
+    }
+    if differ:
+        shown = "; ".join(f"{name} = {', '.join(f'{x:.10g}' for x in values)}" for name, values in differ.items())
+        raise ValueError(f"{what} By rank: {shown}.")
 
 
 @dataclass(frozen=True, init=False)
@@ -179,18 +286,36 @@ class Sharded:
     repeat: int
 
     def __init__(self, cost: Points, group: Any = None) -> None:
-        if not isinstance(cost, Points):
-            raise ValueError(
-                f"cost = {type(cost).__name__}: Sharded is for Points, this rank's rows against all columns."
-            )
-        x, y = (z if isinstance(z, Tensor) else torch.from_numpy(np.asarray(z)) for z in (cost.x, cost.y))
-        cost = replace(cost, x=x, y=y)
-        if x.dim() != 2 or y.dim() != 2 or not cost.is_bilinear:
-            raise ValueError(
-                f"points of shapes {tuple(x.shape)} and {tuple(y.shape)} under {cost.metric!r}: Sharded takes (n, d) and (m, d) "
-                "without a batch, and the metrics sqeuclidean, cosine, sphere and dot."
-            )
-        self._set(cost, _meet_points(group, cost), 1)
+        if _is_alone(group):
+            self._set(_local(cost), Alone(), 1)
+            return
+
+        def told() -> dict[str, float]:
+            local = _local(cost)
+            x, y = local.x.detach(), local.y.detach().double()
+            if not len(x):
+                raise ValueError(
+                    "there are no rows: every rank of a group needs one. Spread them evenly, or make the group smaller."
+                )
+            metric = _METRICS.index(local.metric)
+            shapes = {"n": len(x), "d": x.shape[1], "m": len(y), "d of columns": y.shape[1], "metric": metric}
+            return {
+                **shapes,
+                "barred": local.barred is not None,
+                "bytes a number": local.dtype.itemsize,
+                "sum of columns": float(y.sum()),
+                "sum of their squares": float(y.square().sum()),
+            }
+
+        table = _told(group, told)
+        _check_same(
+            "the ranks' points differ in more than their rows. All must have the same columns, in the same precision: broadcast "
+            "y from one rank.",
+            table,
+            within=0.0,
+            free="n",
+        )
+        self._set(_local(cost), _ranks(group, [row["n"] for row in table]), 1)
 
     def _set(self, local: Points, ranks: Alone | Ranks, repeat: int) -> None:
         for name, value in {"local": local, "ranks": ranks, "repeat": repeat}.items():
@@ -288,7 +413,7 @@ class Sharded:
             own = self.local.softmin(log_weights, epsilon, axis=-1)
             return self.ranks.gather(own.flatten()).reshape(*own.shape[:-1], -1)
         own = self.local.softmin(log_weights[..., self.own], epsilon, axis=-2)
-        return own if isinstance(self.ranks, Alone) else -epsilon * self.ranks.log_sum(-own / epsilon)
+        return self.ranks.softmin(own, epsilon)
 
     def dense(self) -> Tensor:
         raise ValueError(
@@ -319,24 +444,23 @@ def own_plan(solution: Any) -> Tensor:
         return cost.local.gibbs(*logs, eps)
 
 
-def _meet_points(group: Any, cost: Points) -> Alone | Ranks:
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return Alone()
-    world = dist.get_world_size(group)
-    x, y = cost.x.detach().double(), cost.y.detach().double()
-    metric = ("sqeuclidean", "cosine", "sphere", "dot").index(cost.metric)
-    told = [len(x), x.shape[1], len(y), y.shape[1], metric, float(cost.barred is not None), float(cost.dtype.itemsize)]
-    mine = torch.tensor([*told, float(y.sum()), float(y.square().sum())], dtype=torch.float64, device=x.device)
-    everyone = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyone, mine, group=group)
-    table = torch.stack(everyone).tolist()
-    if any(row[1:] != table[0][1:] for row in table):
+def _local(cost: Any) -> Points:
+    """This rank's points, as tensors."""
+    if not isinstance(cost, Points):
         raise ValueError(
-            "the ranks' points differ in more than their rows: (n, d, m, d of columns, metric, barred, bytes a number, sum and "
-            f"sum of squares of the columns) = {[tuple(row) for row in table]}. All must have the same columns, in the same "
-            "precision: broadcast y from one rank."
+            f"cost = {type(cost).__name__}: Sharded is for Points, this rank's rows against all columns."
         )
-    return Ranks(group, dist.get_rank(group), tuple(int(row[0]) for row in table))
+    x, y = (z if isinstance(z, Tensor) else torch.from_numpy(np.asarray(z)) for z in (cost.x, cost.y))
+    cost = replace(cost, x=x, y=y)
+    if x.dim() != 2 or y.dim() != 2 or not cost.is_bilinear:
+        raise ValueError(
+            f"points of shapes {tuple(x.shape)} and {tuple(y.shape)} under {cost.metric!r}: Sharded takes (n, d) and (m, d) "
+            "without a batch, and the metrics sqeuclidean, cosine, sphere and dot."
+        )
+    return cost
+
+
+_METRICS = "sqeuclidean", "cosine", "sphere", "dot"
 
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:

@@ -397,7 +397,7 @@ def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
     found = {name: x if name == "x" else ranks.sum(x) for name, x in zip(wanted, slopes, strict=True)}
     found |= {"r": ranks.gather(r.detach()).reshape(*shape, -1), "c": None}
     if t is not None:
-        t = t.detach() if isinstance(ranks, Alone) else -problem.epsilon * ranks.log_sum(-t.detach() / problem.epsilon)
+        t = ranks.softmin(t.detach(), problem.epsilon)
         found["c"] = _reached(b, g, t, problem.epsilon, plain=plain).reshape(*shape, -1)
     return found
 

@@ -31,6 +31,7 @@ __all__ = [
     "Scalar",
     "kl_divergence",
     "number",
+    "times",
 ]
 
 Scalar = float | Tensor
@@ -39,6 +40,14 @@ Scalar = float | Tensor
 def number(x: Scalar) -> float:
     """A float, or the value of a tensor without its history."""
     return float(x.detach()) if isinstance(x, Tensor) else float(x)
+
+
+def times(x: Tensor, factor: Scalar) -> Tensor:
+    """The product with a positive factor; an infinite ``x`` stays as it is, and the factor's derivative of it is 0, not NaN."""
+    if not (isinstance(factor, Tensor) and factor.requires_grad):
+        return x * factor
+    finite = x.isfinite()
+    return torch.where(finite, torch.where(finite, x, 0.0) * factor, x.detach())
 
 
 def _given(name: str, x: Scalar) -> float:
@@ -396,13 +405,13 @@ class KL(Marginal):
         return self.rho * a
 
     def conjugate(self, f: Tensor) -> Tensor:
-        return torch.expm1(f / -self.rho) * -self.rho
+        return torch.expm1(-times(f, 1 / self.rho)) * -self.rho
 
     def response(self, f: Tensor) -> Tensor:
-        return torch.exp(f / -self.rho)
+        return torch.exp(-times(f, 1 / self.rho))
 
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
-        return s * (self.rho / (self.rho + epsilon))
+        return times(s, self.rho / (self.rho + epsilon))
 
     def clipped_line(self, epsilon: Scalar) -> tuple[float, float, float, float, float]:
         rho = number(self.rho)
@@ -531,19 +540,21 @@ class ChiSquared(Marginal):
         return held * (1 - held / (2 * self.rho))
 
     def response(self, f: Tensor) -> Tensor:
-        return (1 - f / self.rho).clamp(min=0.0)
+        return (1 - torch.where(f < math.inf, f, self.rho) / self.rho).clamp(min=0.0)
 
     def aprox(self, s: Tensor, epsilon: Scalar) -> Tensor:
         rho = _like(self.rho, s)
         if number(epsilon) == 0:
             return torch.where(_vanishing(rho), 0.0, torch.minimum(s, rho))
+        reached = s < math.inf
+        s = torch.where(reached, s, rho)
         w = _wright_omega(torch.log(rho / epsilon) + (rho - s) / epsilon)
         f = rho - epsilon * w
         # rho - epsilon w loses digits where f is far below rho: one Newton step on the equation in f itself
         small = f < rho / 2
         x = torch.where(small, f, 0.0).detach()
         off = x - torch.where(small, s, 0.0) - epsilon * torch.log1p(-x / rho)
-        f = torch.where(small, x - off / (1 + epsilon / (rho - x)), f)
+        f = torch.where(reached, torch.where(small, x - off / (1 + epsilon / (rho - x)), f), rho)
         if not _vanishing(rho).any():
             return f
         range_ = math.log(torch.finfo(s.dtype).max) / 2

@@ -33,12 +33,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
+from iotsolve.distributed import Alone, Ranks, Sharded
 from iotsolve.kernels.precision import product
 from iotsolve.marginals import FIXED, Between, Marginal, kl_divergence, number
 from iotsolve.validation import (
     as_cost,
     as_scalar,
     as_weights,
+    check_alike,
     check_multiplier,
     check_problem,
     check_tolerance,
@@ -183,20 +185,24 @@ class Problem:
         columns: Marginal = FIXED,
         mass: Scalar | None = None,
     ) -> None:
-        cost, as_numpy = as_cost(cost)
-        n, m = cost.shape[-2:]
-        even = a is None and b is None
-        a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
-        epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
-        mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
-        batch = common_batch(cost, a, b)
-        self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
-        object.__setattr__(self, "as_numpy", as_numpy)
-        object.__setattr__(self, "is_even", even)
-        if even:
-            self.__dict__["is_full"] = True
-        with calm(cost):
-            check_problem(self)
+        ranks = cost.ranks if isinstance(cost, Sharded) else Alone()
+        with ranks.together():
+            cost, as_numpy = as_cost(cost)
+            n, m = cost.shape[-2:]
+            even = a is None and b is None
+            a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
+            epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
+            mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
+            batch = common_batch(cost, a, b)
+            self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
+            object.__setattr__(self, "as_numpy", as_numpy)
+            object.__setattr__(self, "is_even", even)
+            if even:
+                self.__dict__["is_full"] = True
+            with calm(cost):
+                check_problem(self)
+        if isinstance(ranks, Ranks):
+            check_alike(self, ranks)
         object.__setattr__(self, "is_checked", True)
         object.__setattr__(self, "watch", Watch.over(self.tensors(), as_numpy=as_numpy))
 
@@ -687,8 +693,7 @@ def weighed_in_double(problem: Problem) -> Problem:
     """The problem with weights, and so potentials, in float64, where that is a CPU's: these are vectors, and at a small epsilon
     the digits that float32 lacks are theirs.
     """
-    read = isinstance(problem.cost, Dense | Points) and problem.cost.device.type == "cpu"
-    if not read or problem.a.dtype == torch.float64:
+    if problem.cost.device.type != "cpu" or problem.a.dtype == torch.float64:
         return problem
     return problem._viewed({**problem.tensors(), "a": problem.a.double(), "b": problem.b.double()})
 

@@ -18,6 +18,7 @@ from iotsolve.distributed import Sharded
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
+from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
 from iotsolve.plans import is_quick, out_of_batch, plan_of
@@ -34,6 +35,7 @@ __all__ = ["attainable", "run", "solve"]
 Solver = Sinkhorn | Newton | Interior | Exact
 
 
+@uncompiled
 def solve(
     problem: Problem,
     solver: Solver | None = None,
@@ -223,7 +225,7 @@ def _is_blunt(problem: Problem, p: Potentials, tolerance: float | None) -> bool:
 def _may_miss(problem: Problem, solver: Solver | None) -> bool:
     """Whether a flat problem's certificate, which is a few passes, may ask for more than the solver's rule: at a tiny epsilon."""
     cost = problem.cost
-    few = isinstance(cost, Points) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW
+    few = not isinstance(cost, Dense) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW
     quick = (few or (isinstance(cost, Dense) and cost.is_compiled)) and not problem.is_exact
     if not quick or isinstance(solver, Interior) or not (spread(problem) > _TINY_EPSILON).any():
         return False
@@ -405,7 +407,7 @@ def _held(problem: Problem) -> Problem:
     """
     cost = problem.cost
     few = cost.device.type == "cpu" and math.prod(problem.shape) <= _HELD
-    if not few or not (isinstance(cost, Points) or (isinstance(cost, Dense) and cost.dtype == torch.float32)):
+    if not few or not (isinstance(cost, Points) or cost.dtype == torch.float32):
         return problem
     return in_matrix(problem.to(torch.float64))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+import zlib
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import METRICS, Cost, Dense, Points, calm
-from iotsolve.distributed import Sharded
+from iotsolve.distributed import Ranks, Sharded
 from iotsolve.kernels.backends import check as check_backend
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.support import largest_mass
@@ -24,6 +26,7 @@ __all__ = [
     "as_cost",
     "as_scalar",
     "as_weights",
+    "check_alike",
     "check_multiplier",
     "check_problem",
     "check_steps",
@@ -32,6 +35,7 @@ __all__ = [
     "common_batch",
     "default_tolerance",
     "rounding",
+    "why_impossible",
 ]
 
 
@@ -313,6 +317,28 @@ def check_problem(problem: Problem) -> None:
         _check_bounded(problem)
 
 
+def check_alike(problem: Problem, ranks: Ranks) -> None:
+    """With rows on many ranks: all are to have the same weights and numbers.
+
+    Raises:
+        ValueError: on every rank, if they have not.
+    """
+    told: dict[str, float] = {}
+    for name, weights in (("a", problem.a), ("b", problem.b)):
+        w = weights.detach().double()
+        told |= {f"sum of {name}": float(w.sum()), f"sum of i * {name}[i]": float(w @ torch.arange(1.0, 1 + len(w)).to(w))}
+    told |= {"epsilon": number(problem.epsilon), "mass": 0.0 if problem.mass is None else number(problem.mass)}
+    for name, side in zip(("rows", "columns"), problem.sides, strict=True):
+        told[f"kind of {name}"] = zlib.crc32(type(side).__name__.encode())
+        told |= {f"{field.name} of {name}": number(getattr(side, field.name)) for field in fields(side)}
+    ranks.agree(
+        "the ranks' problems differ in more than their rows. All must have the weights of all rows and of all columns, and the "
+        "same epsilon, mass and sides: broadcast them from one rank.",
+        told,
+        within=rounding(problem.dtype),
+    )
+
+
 def _tensor(name: str, x: Any) -> Tensor:
     if isinstance(x, Tensor):
         if x.is_complex():
@@ -420,6 +446,17 @@ def _check_totals(problem: Problem) -> None:
                     "no plan can have both totals. Nothing is renormalised for you: scale a and b to the same total, or "
                     "relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
                 )
+
+
+def why_impossible(problem: Problem) -> str:
+    """Why the forbidden arcs of an unchecked problem of a matrix admit no plan; empty if they do, or if costs are NaN."""
+    if problem.cost.dense().isnan().any():
+        return ""
+    try:
+        _check_reachable(problem)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _check_reachable(problem: Problem) -> None:

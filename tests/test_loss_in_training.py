@@ -2,13 +2,25 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contrastive import ClipLoss, DCLLoss, Diagnostics, InfoNCELoss, NTXentLoss, SinkhornNCELoss, SupConLoss, diagnose
+from contrastive import (
+    ClipLoss,
+    DCLLoss,
+    Diagnostics,
+    InfoNCELoss,
+    NTXentLoss,
+    SinkhornNCELoss,
+    SupConLoss,
+    SwAVLoss,
+    diagnose,
+)
 from iotsolve import Unroll
 from iotsolve.kernels import bilinear, threads
 
@@ -153,24 +165,44 @@ def test_with_autocast_and_a_scaler(name):
     assert not torch.equal(encoder.weight, before) and loss.log_temperature.grad is not None
 
 
-@pytest.mark.parametrize("name", ["clip", "sinkhorn"])  # closed, and with an inner problem to be solved
+@pytest.mark.parametrize("name", ["clip", "sinkhorn", "bank", "swav"])  # closed, with an inner problem, with a state, with more
 def test_compiled_with_one_break(name):
-    """The loss is a break in the graph, as documented; the encoder around it is compiled."""
-    encoder, loss = nn.Linear(6, 5), LOSSES[name](0.2)
-    images = torch.randn(2, 12, 6)
+    """The loss is a break in the graph, as documented, even before anything else has been compiled: Dynamo does not read what
+    numba has compiled. The encoder around it is compiled once for all sizes."""
+    make = {
+        "bank": lambda: NTXentLoss(0.2, memory_bank_size=(16, 5)),
+        "swav": lambda: SwAVLoss(0.2),
+    }.get(name, lambda: LOSSES[name](0.2))
+    encoder, prototypes = nn.Linear(6, 5), torch.randn(4, 5)
 
-    def step(x, y):
-        return loss(encoder(x), encoder(y))
+    def step(loss, x, y):
+        return loss(encoder(x), encoder(y), *([prototypes] if name == "swav" else []))
 
-    compiled = torch.compile(step, backend="aot_eager")
-    value = compiled(*images)
-    expected = step(*images)
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-    value.backward()
-    got = encoder.weight.grad.clone()
-    encoder.zero_grad()
-    expected.backward()
-    torch.testing.assert_close(got, encoder.weight.grad, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+    seen = torch._dynamo.testing.CompileCounter()
+    compiled, mine, theirs = torch.compile(step, backend=seen), make(), make()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the memory bank is empty")
+        for size in (12, 12, 9, 7):
+            images = torch.randn(2, size, 6)
+            value, expected = compiled(mine, *images), step(theirs, *images)
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+            grads = []
+            for of in (value, expected):
+                encoder.zero_grad()
+                of.backward()
+                grads.append(encoder.weight.grad.clone())
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert 1 <= seen.frame_count <= 3  # for one size, and for any
+
+
+def test_a_copy_stays_in_its_group_and_a_pickle_is_refused():
+    group = type("Group", (), {"__reduce_ex__": lambda self, protocol: (_ for _ in ()).throw(TypeError("no"))})()
+    loss = InfoNCELoss(0.2, process_group=group)
+    assert copy.deepcopy(loss).process_group is group
+    assert copy.deepcopy(nn.ModuleDict({"loss": loss}))["loss"].process_group is group
+    with pytest.raises(ValueError, match="Save its state_dict"):
+        pickle.dumps(loss)
 
 
 def test_copies_and_pickles_behave_alike():

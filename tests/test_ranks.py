@@ -117,14 +117,61 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     bank(*(x.clone().requires_grad_() for x in z))
 saved["bank"] = bank(*z)
+# masks and targets: of this rank's anchors against all candidates, some of which are positive to nobody and seen by few
+order = torch.cat([torch.arange(v * N + sum(SIZES[:k]), v * N + sum(SIZES[: k + 1])) for k in range(world) for v in range(2)])
+draw = torch.Generator().manual_seed(9)
+for name, make, stacked in (
+    ("sinkhorn", lambda: IOTLoss(FIXED, KL(0.3), temperature=0.3, learn_temperature=True, gather_distributed=True, **TIGHT), 0),
+    ("mirrored", lambda: ClipLoss(0.3, learn_temperature=True, gather_distributed=True), 0),
+    ("stacked", lambda: NTXentLoss(0.3, learn_temperature=True, gather_distributed=True), 1),
+    ("decoupled", lambda: DCLLoss(0.3, learn_temperature=True, gather_distributed=True, negatives="cross"), 0),
+    ("total", lambda: GlobalNCELoss(0.3, learn_temperature=True, gather_distributed=True), 0),
+):
+    n = 2 * N if stacked else N
+    positive = torch.eye(n, dtype=torch.bool).roll(N if stacked else 0, 0) | (torch.rand(n, n, generator=draw) < 0.05)
+    seen = torch.rand(n, n, generator=draw) < 0.6
+    positive[:, 4] = positive[7] = seen[7] = False
+    seen[:, 4] = torch.arange(n) == 0  # by one anchor of the first rank
+    plan = torch.rand(n, n, generator=draw) * positive
+    plan.fill_diagonal_(0.0 if stacked else 1.0)
+    rows = slice(2 * mine.start, 2 * mine.stop) if stacked else mine
+
+    def part(matrix):
+        return matrix[order][:, order][rows] if stacked else matrix[rows]
+
+    for what, given in (
+        ("mask", {"positive_mask": part(positive), "negative_mask": part(seen)}),
+        ("target", {"target": part(plan / plan.sum())}),
+    ):
+        loss, live = make().double(), [x.clone().requires_grad_() for x in z]
+        value = loss(*live, **given)
+        value.backward()
+        slopes = [x.grad / world for x in live]
+        saved[f"given {name} {what}"] = dict(value=value.detach(), slopes=slopes, t=loss.log_temperature.grad)
 if world > 1:
     # errors arrive on every rank, and nobody waits
-    bad = z if rank else [x[:, :4] for x in z]
-    try:
-        InfoNCELoss(gather_distributed=True)(*bad)
-        saved["error"] = "none"
-    except ValueError as error:
-        saved["error"] = str(error)
+    other, few, labels = rank == 1, len(z[0]) - (rank == 1), torch.arange(len(z[0]))
+    mask, apart = torch.ones(len(z[0]), N, dtype=torch.bool), FeatureQueue(10, 5).double()
+    apart.update(z[1] + float(other))
+    loss = InfoNCELoss(gather_distributed=True)
+    BAD = {
+        "error": lambda: loss(*(z if rank else [x[:, :4] for x in z])),
+        "other rows": lambda: loss(z[0], z[1][:few]),
+        "no rows": lambda: loss(*(x[: 0 if other else None] for x in z)),
+        "short labels": lambda: loss(*z, labels=labels[:few]),
+        "labels of one": lambda: loss(*z, labels=labels if other else None),
+        "short mask": lambda: loss(*z, positive_mask=mask[:few]),
+        "half a target": lambda: loss(*z, target=torch.full((len(z[0]), N), 0.5 / N / N)),
+        "other temperature": lambda: loss(*z, logit_scale=10.0 + float(other)),
+        "other queue": lambda: loss(*z, queue=apart),
+        "ids": lambda: apart.update(z[0], ids=labels[:few], gather_distributed=True),
+    }
+    for what, make in BAD.items():
+        try:
+            make()
+            saved[what] = "none"
+        except ValueError as error:
+            saved[what] = str(error)
 if world == 4:
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = groups[rank % 2]
@@ -220,9 +267,39 @@ def test_queues_are_the_same_everywhere(alone, many):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
-def test_errors_arrive_on_every_rank(many):
-    for rank in many:
-        assert "representations differ between ranks" in rank["error"]
+@pytest.mark.parametrize("name", ["sinkhorn", "mirrored", "stacked", "decoupled", "total"])
+def test_masks_and_targets_are_of_ones_own_anchors_against_all(alone, many, name):
+    """With candidates that some rank's anchors do not see at all, and anchors without any."""
+    sizes = {2: [9, 13], 4: [3, 8, 6, 5]}[len(many)]
+    for what in ("mask", "target"):
+        expected = alone[f"given {name} {what}"]
+        assert expected["t"].abs() > 1e-4
+        for k, rank in enumerate(many):
+            found = rank[f"given {name} {what}"]
+            mine = slice(sum(sizes[:k]), sum(sizes[: k + 1]))
+            torch.testing.assert_close(found["value"], expected["value"], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(found["t"], expected["t"], rtol=1e-9, atol=1e-10)
+            for got, whole in zip(found["slopes"], expected["slopes"], strict=True):
+                torch.testing.assert_close(got, whole[mine], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("error", "representations differ between ranks"),
+        ("other rows", "row i of the one positive to row i of the other"),
+        ("no rows", "there are no rows"),
+        ("short labels", "labels have shape"),
+        ("labels of one", "labels = 0, 1"),
+        ("short mask", "must be a boolean tensor of shape"),
+        ("half a target", "target has total 0.5 over the rows of all ranks"),
+        ("other temperature", "temperature = 0.1, 0.0909"),
+        ("other queue", "sum of its features = "),
+        ("ids", "ids have shape"),
+    ],
+)
+def test_what_one_rank_does_wrong_all_are_told(many, what, says):
+    assert all(says in rank[what] for rank in many)
 
 
 def test_a_subgroup_is_a_batch_of_its_own(many):

@@ -30,8 +30,9 @@ from contrastive import (
     SwAVLoss,
     UnbalancedNCELoss,
     balanced_assignment,
+    rankme,
 )
-from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between, Envelope, Implicit, Unroll
+from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Envelope, Implicit, Unroll
 
 TIGHT = dict(tolerance=1e-12, max_steps=5000)
 LABELS = torch.tensor([0, 1, 0, 2, 1, 3, 0, 1])  # class 2 and 3 occur once
@@ -624,6 +625,96 @@ def test_spellings_of_other_libraries():
     assert isinstance(NTXentLoss(temperature=0.5, memory_bank_size=16, gather_distributed=True), IOTLoss)
 
 
+def alone(n, kind):
+    """Masks that leave an anchor, a candidate, or both of a number without anything."""
+    positive, seen = torch.eye(n, dtype=torch.bool), torch.rand(n, n, generator=torch.Generator().manual_seed(1)) < 0.7
+    positive = positive.roll(n // 2, 0) if n == 16 else positive
+    for mask in (positive, seen):
+        if kind != "candidate":
+            mask[2] = False
+        if kind != "anchor":
+            mask[:, 2 if kind == "both" else 5] = False
+    return {"positive_mask": positive, "negative_mask": seen}
+
+
+@pytest.mark.parametrize("kind", ["anchor", "candidate", "both"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        InfoNCELoss,
+        NTXentLoss,
+        ClipLoss,
+        GlobalNCELoss,
+        DCLLoss,
+        RINCELoss,
+        HardNegativeLoss,
+        lambda *t, **k: ClipLoss(*t, uniformity=0.3, **k),
+        lambda *t, **k: GlobalNCELoss(*t, uniformity=0.3, **k),
+        lambda *t, **k: UnbalancedNCELoss(*t, rho=0.5, uniformity=0.3, tolerance=1e-12, **k),
+        lambda *t, **k: IOTLoss(FIXED, KL(0.5), temperature=t[0], symmetric=True, tolerance=1e-12, **k),
+        lambda *t, **k: IOTLoss(FIXED, KL(0.5), temperature=t[0], gradient=Unroll(5), **k),
+        lambda *t, **k: IOTLoss(KL(1.0), ChiSquared(0.7), temperature=t[0], reduction="none", tolerance=1e-12, **k),
+    ],
+)
+def test_what_nothing_reaches_has_no_part_in_the_temperatures_derivative(make, kind):
+    """Its soft-minimum is infinite and does not move; once its derivative was NaN."""
+    z0, z1 = views()
+    loss = make(0.3, learn_temperature=True).double()
+    given = alone(16 if loss.negatives == "all" else 8, kind)
+    value = loss(z0, z1, **given).sum()
+    slope, *others = torch.autograd.grad(value, (loss.log_temperature, z0, z1))
+    assert all(x.isfinite().all() for x in others)
+    step = 1e-5
+    at = []
+    for way in (step, -step):
+        with torch.no_grad():
+            moved = copy.deepcopy(loss)
+            moved.log_temperature += way
+            at.append(float(moved(z0, z1, **given).sum()))
+    assert float(slope) == pytest.approx((at[0] - at[1]) / (2 * step), rel=2e-5, abs=2e-7)
+
+
+def test_without_any_negative_there_is_no_uniformity():
+    z0, z1 = views()
+    none = torch.zeros(8, 8, dtype=torch.bool)
+    loss = InfoNCELoss(0.3, uniformity=0.5, learn_temperature=True).double()
+    value = loss(z0, z1, negative_mask=none)
+    value.backward()
+    assert [float(value.detach()), float(loss.log_temperature.grad)] == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
+def test_a_coupling_that_masks_forbid_is_told_at_once():
+    """Of two classes, one of which is larger than all else together, negatives have no balanced coupling."""
+    z0, z1 = views()
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    with pytest.warns(RuntimeWarning, match=r"did not converge \(INFEASIBLE\).*the allowed arcs carry at most 0.5"):
+        value = HardNegativeLoss(0.5)(z0, z1, labels=labels)
+    assert value.isfinite()
+
+
+def test_a_side_of_squares_is_that_of_its_even_weights():
+    """L2 pays by bins; between even weights it is the chi-squared side of a strength divided by their number."""
+    z0, z1 = views()
+    tight = dict(temperature=0.3, tolerance=1e-12)
+    assert_same(IOTLoss(FIXED, L2(4.0), **tight)(z0, z1), IOTLoss(FIXED, ChiSquared(0.5), **tight)(z0, z1), (z0, z1))
+    assert_same(IOTLoss(L2(4.0), FREE, **tight)(z0, z1), IOTLoss(ChiSquared(0.5), FREE, **tight)(z0, z1), (z0, z1))
+
+
+def test_a_learnable_temperature_comes_back_from_below_its_floor():
+    z0, z1 = views()
+    loss = ClipLoss(0.011, learn_temperature=True).double()
+    with torch.no_grad():
+        loss.log_temperature -= 0.2  # as a step of an optimizer may
+    assert float(loss.temperature) == pytest.approx(0.01)
+    cold = loss(z0, z1)  # random pairs ask for a higher temperature
+    (up,) = torch.autograd.grad(cold, loss.log_temperature)
+    free = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    (constant,) = torch.autograd.grad(ClipLoss(free)(z0, z1), free)
+    assert float(up) < 0 and float(up) == pytest.approx(float(constant) * 0.01)
+    (down,) = torch.autograd.grad(loss(z0, z0.detach() + 1e-3), loss.log_temperature)
+    assert float(down) == 0.0  # pairs that agree ask for a lower one
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -642,7 +733,17 @@ def test_spellings_of_other_libraries():
         (lambda z: SinkhornNCELoss(gradient="unroll"), r"gradient = 'unroll': must be Envelope\(\)"),
         (lambda z: InfoNCELoss()(*views(count=3), positive_mask=torch.eye(8, dtype=torch.bool)), "3 views with a mask"),
         (lambda z: RINCELoss(q=0.0), r"q = 0.0: must be in \(0, 1\]"),
-        (lambda z: RINCELoss(0.01, q=1.0), "leaves the range of float32"),
+        (lambda z: RINCELoss(0.01, q=1.0)(*(x.float() for x in z)), "leaves the range of torch.float32"),
+        (lambda z: RINCELoss(q=0.5)(*z, logit_scale=2000.0), "leaves the range of torch.float64"),
+        (lambda z: SwAVLoss(epsilon=-0.05), "epsilon = -0.05: must be a positive number"),
+        (lambda z: balanced_assignment(*z, epsilon=0), "epsilon = 0: must be a positive number"),
+        (lambda z: balanced_assignment(z[0], z[1][:, :2]), r"must be \(N, D\) and \(K, D\)"),
+        (lambda z: InfoNCELoss()(*z, labels=list("abcdefgh")), "Number the classes of names"),
+        (lambda z: InfoNCELoss()(*(x.detach().numpy() for x in z)), "representations have shapes"),
+        (lambda z: InfoNCELoss(temperature=None), "temperature = None: must be one number"),
+        (lambda z: InfoNCELoss(0.005, learn_temperature=True), "a learnable temperature stops at 0.01"),
+        (lambda z: FeatureQueue(3, 5).update(z[0] * math.nan), "NaN or infinite"),
+        (lambda z: rankme(z[0] * math.nan), r"must be \(N, D\), finite"),
         (lambda z: HardNegativeLoss(hardness=0.0), "hardness = 0.0"),
         (lambda z: HardNegativeLoss(symmetric=True), "symmetric = True with HardNegativeLoss"),
         (lambda z: MatchingGapLoss(-1.0), "epsilon = -1.0"),

@@ -121,12 +121,37 @@ x = X[mine].clone().requires_grad_()
 saved["automatic"] = float(solve(Problem(Sharded(Points(x, Y)), A, B, epsilon=0.5)).value.detach())
 if world > 1:
     narrow = Points(X[mine][:, : 3 + (rank > 0)], Y[:, : 3 + (rank > 0)])
-    for what, points in (("columns", Points(X[mine], Y + float(rank))), ("dimension", narrow)):
+    missing, nowhere = X[mine].clone(), X[mine].clone()
+    if rank == 1:
+        missing[0, 0], nowhere[0] = float("nan"), 0.0
+    points, other = Points(X[mine], Y), float(rank == 1)
+    uneven = A * (1 + other * torch.linspace(-1e-3, 1e-3, 60))
+    BAD = {  # what one rank, or one unlike the others, gives: nobody may wait for it
+        "columns": lambda: Sharded(Points(X[mine], Y + float(rank))),
+        "dimension": lambda: Sharded(narrow),
+        "no matrix": lambda: Sharded(X[mine] if rank == 1 else points),
+        "batch": lambda: Sharded(Points(X[mine][None], Y) if rank == 1 else points),
+        "no rows": lambda: Sharded(Points(X[mine][: 0 if rank == 1 else None], Y)),
+        "NaN": lambda: Problem(Sharded(Points(missing, Y)), A, B, epsilon=0.5),
+        "no direction": lambda: Problem(Sharded(Points(nowhere, Y, "cosine")), A, B, epsilon=0.5),
+        "short weights": lambda: Problem(Sharded(points), A[: 59 if rank == 1 else 60], B, epsilon=0.5),
+        "negative weights": lambda: Problem(Sharded(points), A - other, B, epsilon=0.5),
+        "other weights": lambda: Problem(Sharded(points), uneven / uneven.sum(), B, epsilon=0.5),
+        "other epsilon": lambda: Problem(Sharded(points), A, B, epsilon=0.5 + other),
+        "other side": lambda: Problem(Sharded(points), A, B, epsilon=0.5, rows=KL(1.0) if rank == 1 else TV(1.0)),
+        "other strength": lambda: Problem(Sharded(points), A, B, epsilon=0.5, columns=KL(1.0 + other)),
+        "other mass": lambda: Problem(Sharded(points), A, B, epsilon=0.5, rows=FREE, columns=FREE, mass=0.5 + 0.1 * other),
+    }
+    for what, make in BAD.items():
         try:
-            Sharded(points)
+            make()
             saved[what] = "none"
         except ValueError as error:
             saved[what] = str(error)
+FEW = dict(rows=KL(30.0), columns=KL(20.0))
+points = Points(X[mine].float(), Y.float())
+solution = solve(Problem(Sharded(points), epsilon=0.15, **FEW), throw=False)
+saved["float32"] = solution.status.name, float(solution.value), bool(solution.certificate.holds)
 torch.save(saved, f"{out}/{world}-{rank}.pt")
 if world > 1:
     dist.barrier()
@@ -339,10 +364,38 @@ def test_one_process_is_that_of_points(alone):
     assert alone["automatic"] == pytest.approx(float(solve(Problem(Points(x, y), a, b, epsilon=0.5)).value), rel=1e-7)
 
 
-def test_ranks_that_do_not_fit_are_told_all(many):
-    for rank in many:
-        for what in ("columns", "dimension"):
-            assert "the ranks' points differ in more than their rows" in rank[what]
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("columns", "the ranks' points differ in more than their rows"),
+        ("dimension", "the ranks' points differ in more than their rows"),
+        ("no matrix", "cost = Tensor: Sharded is for Points"),
+        ("batch", "without a batch"),
+        ("no rows", "there are no rows: every rank of a group needs one"),
+        ("NaN", "points must be finite"),
+        ("no direction", "is the zero vector"),
+        ("short weights", "a has shape (59,) but the cost has 60 rows"),
+        ("negative weights", "weights must be finite and non-negative"),
+        ("other weights", "sum of i * a[i] = "),
+        ("other epsilon", "epsilon = 0.5, 1.5"),
+        ("other side", "kind of rows = "),
+        ("other strength", "rho of columns = 1, 2"),
+        ("other mass", "mass = 0.5, 0.6"),
+    ],
+)
+def test_what_one_rank_does_wrong_all_are_told(many, what, says):
+    for k, rank in enumerate(many):
+        assert says in rank[what]
+        alike = "differ in more than their rows" in rank[what]
+        assert alike or rank[what].startswith(f"rank 1 of {len(many)} cannot take part") == (k != 1)
+
+
+def test_few_points_in_single_precision_are_solved_in_double(alone, many):
+    _, x, y, *_ = drawn()
+    exact = float(solve(Problem(Points(x, y), epsilon=0.15, rows=KL(30.0), columns=KL(20.0))).value)
+    for found in (alone, *many):
+        status, value, holds = found["float32"]
+        assert status == "CONVERGED" and holds and value == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_rank_that_dies_is_an_error_for_the_others(tmp_path):

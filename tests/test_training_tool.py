@@ -67,7 +67,7 @@ def assert_same(left, right, **near):
 )
 @pytest.mark.parametrize("step", [1, 6])
 def test_stopped_anywhere_and_resumed_is_bitwise_the_whole(settings, step, tmp_path, monkeypatch):
-    config = dataclasses.replace(SHORT, **settings)
+    config = dataclasses.replace(SHORT, log_every=1, **settings)
     whole = train(config, tmp_path / "whole")
     step_taken, count = torch.optim.AdamW.step, []
 
@@ -85,6 +85,8 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_whole(settings, step, tmp_p
     assert_same(state(resumed), state(whole))
     assert resumed.history == whole.history
     assert (resumed.out / "metrics.csv").read_text() == (whole.out / "metrics.csv").read_text()
+    steps = [row.split(",")[0] for row in (resumed.out / "speed.csv").read_text().splitlines()]
+    assert steps == ["step", *map(str, range(1, 9))]
 
 
 def test_checkpoints_between_epochs_are_whole_runs_to_go_on_from(tmp_path, monkeypatch):
@@ -153,7 +155,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     def full(handle):
         calls.append(1)
-        if len(calls) > 5:
+        if len(calls) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(handle)
 
@@ -208,6 +210,12 @@ def test_what_is_logged(tmp_path):
     speed = np.genfromtxt(run.out / "speed.csv", delimiter=",", names=True)
     shares = sum(speed[part] for part in ("data", "encoder", "loss", "optimizer"))
     np.testing.assert_allclose(shares, 1, atol=3e-3)
+
+
+def test_a_loss_that_refuses_its_queue_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="with a queue: its features are nobody's positives"):
+        train(dataclasses.replace(SHORT, loss="sinkhorn", queue=100), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", [*KNOWN])
@@ -634,6 +642,12 @@ def test_recall_agrees_with_counting():
         assert recall(x, y, k=k) == np.mean([i in row for i, row in enumerate(nearest)])
         assert recall(x, y, k=k, ids=ids) == np.mean([(ids[row] == ids[i]).any() for i, row in enumerate(nearest)])
     assert recall(np.ones((40, 3)), np.ones((40, 3)), k=1) == 0.0
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        recall(np.full((5, 3), np.nan), np.ones((5, 3)), k=1)
+    with pytest.raises(ValueError, match="k = 0: must be a whole number, at least 1"):
+        recall(np.ones((5, 3)), np.ones((5, 3)), k=0)
+    with pytest.raises(ValueError, match="must both be"):
+        recall(np.ones((5, 3)), np.ones((4, 3)), k=1)
 
 
 def test_the_probe_in_fewer_coordinates_is_the_probe():
