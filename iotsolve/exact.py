@@ -186,14 +186,25 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
     """Dual-feasible potentials no worse than ``p``: each side answers the c-transform of the other, empty bins included."""
     lam = p.lam.unsqueeze(-1)
     f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
+    f = _kept_at_kinks(problem.rows, p.f, f)
     ceiling = problem.cost.reduced_min(f + lam, problem.a, axis=-2)
-    g = problem.columns.aprox(ceiling, 0.0)
+    g = _kept_at_kinks(problem.columns, p.g, problem.columns.aprox(ceiling, 0.0))
     empty = problem.rows.aprox(problem.cost.reduced_min(g + lam, problem.b, axis=-1), 0.0)
     f = torch.where(problem.a > 0, f, empty)
     size = torch.maximum(*(torch.where(x.isfinite(), x, 0.0).abs().amax(-1, keepdim=True) for x in (f, g))) + lam.abs()
     return Potentials(
         _at_kinks(problem.rows, problem.a, f, size), _at_kinks(problem.columns, problem.b, g, size), p.lam
     )
+
+
+def _kept_at_kinks(side: Marginal, given: Tensor, f: Tensor) -> Tensor:
+    """Potentials exactly at the kinks at which the solver had them, which knows its variables, where they are next to them."""
+    for kink in side.kinks:
+        f = torch.where((given == kink) & ((f - kink).abs() <= _NEXT * (abs(kink) + given.abs())), kink, f)
+    return f
+
+
+_NEXT = 1e-9
 
 
 def _at_kinks(side: Marginal, a: Tensor, f: Tensor, size: Tensor) -> Tensor:

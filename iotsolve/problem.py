@@ -242,9 +242,21 @@ class Problem:
         return problem
 
     def current(self) -> Problem:
-        """The problem of what its arrays are now: itself, or if they were changed in place one that has looked at nothing yet."""
-        changed = self.watch is not None and self.watch.changed()
-        return self.with_tensors(self.tensors()) if changed else self
+        """The problem of what its arrays are now: itself, or if they were changed in place a new one, validated as it was.
+
+        Raises:
+            ValueError: if what they are now is no problem.
+        """
+        changed = self.watch is not None and self.watch.changed() is not None
+        if isinstance(self.cost, Sharded) and self.watch is not None:  # validation is a meeting of all ranks, or of none
+            changed = bool(self.cost.ranks.sum(torch.tensor(float(changed), device=self.cost.device)))
+        if not changed:
+            return self
+        rows, columns = self.sides
+        anew = Problem(self.cost, self.a, self.b, epsilon=self.epsilon, rows=rows, columns=columns, mass=self.mass)
+        object.__setattr__(anew, "as_numpy", self.as_numpy)
+        object.__setattr__(anew, "forgiven", self.forgiven)
+        return anew
 
     # -- shape and place ---------------------------------------------------------------------------------------------
 

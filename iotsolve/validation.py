@@ -179,7 +179,17 @@ def _barred(barred: Any, shape: tuple[int, ...]) -> Tensor:
     if tensor.dtype == torch.bool:
         fits = fits and tuple(tensor.shape) == shape
     elif fits and whole and tensor.numel():
-        fits = int(tensor.min()) >= 0 and int(tensor.max()) < shape[-1]
+        least, most = int(tensor.min()), int(tensor.max())
+        if tuple(tensor.shape) == shape and shape[-1] > 2 and least >= 0 and most <= 1:
+            raise ValueError(
+                f"barred holds whole numbers from {least} to {most} in the shape of the cost, {shape}: a mask must be boolean, "
+                "since whole numbers are the columns that each row leaves out. Pass barred.astype(bool), of torch barred.bool()."
+            )
+        if not 0 <= least <= most < shape[-1]:
+            raise ValueError(
+                f"barred names column {least if least < 0 else most}, but there are {shape[-1]}, from 0: whole numbers are the "
+                "columns that each row leaves out. Does it count from 1?"
+            )
     if not (whole and fits):
         raise ValueError(
             f"barred has shape {tuple(tensor.shape)} and dtype {tensor.dtype} for a cost of shape {shape}: must be boolean of "

@@ -19,7 +19,7 @@ _STRIDE = 7919  # a prime: entries are not those of a diagonal, and of all colum
 @dataclass(frozen=True)
 class Watch:
     """What is known of some tensors: torch counts its own changes in place; of NumPy's arrays the entries are remembered, of
-    large ones one of every row and every column.
+    large ones one of every row and every column, and the sum of all, as bits: what changes one entry changes that.
     """
 
     seen: tuple[tuple[str, Tensor, int | np.ndarray], ...] = ()
@@ -41,7 +41,7 @@ class Watch:
             if isinstance(known, int):
                 if x._version != known:
                     return name
-            elif not np.array_equal(_sample(x), known, equal_nan=True):
+            elif not np.array_equal(_sample(x), known):
                 return name
         return None
 
@@ -58,15 +58,18 @@ class Watch:
 
 
 def _sample(x: Tensor) -> np.ndarray:
-    """All entries, or one of every row and every column, up to many."""
+    """The bits of all entries, or of one of every row and every column, up to many, and the sum of all, without a carry."""
     values = x.numpy()
+    values = values.view(f"u{values.itemsize}")
     if 0 in values.strides:  # what a batch shares is looked at once
         values = values[tuple(0 if stride == 0 else slice(None) for stride in values.strides)]
     if values.size <= _WHOLE:
         return values.copy()
     *batch, m = values.shape
     n = math.prod(batch)
+    total = values.sum(dtype=np.uint64)
     rows = np.arange(0, n, -(-n // _MOST))
     each = -(-m // len(rows))
     columns = (rows[:, None] * each + np.arange(each)) * _STRIDE % m
-    return values[(*(z[:, None] for z in np.unravel_index(rows, batch)), columns)] if batch else values[columns[0]]
+    some = values[(*(z[:, None] for z in np.unravel_index(rows, batch)), columns)] if batch else values[columns[0]]
+    return np.append(some.ravel().astype(np.uint64), total)

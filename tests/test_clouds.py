@@ -187,6 +187,16 @@ def test_points_have_the_answer_of_a_matrix(name, metric, epsilon, stored, stora
     assert certify(matrix, found.f, found.g, found.mass_multiplier, tolerance=1e-10).holds
 
 
+@pytest.mark.parametrize("as_given", [np.asarray, torch.from_numpy])
+def test_a_mask_of_whole_numbers_is_no_list_of_columns(as_given):
+    x, y = drawn(6, 5, 2)
+    mask = np.random.default_rng(0).random((6, 5)) < 0.3
+    with pytest.raises(ValueError, match=r"a mask must be boolean.*barred.astype\(bool\)"):
+        Problem(Points(x, y, barred=as_given(mask.astype(int))), epsilon=0.1)
+    with pytest.raises(ValueError, match="names column 5, but there are 5, from 0"):
+        Problem(Points(x, y, barred=as_given(np.array([[1], [2], [3], [4], [5], [1]]))), epsilon=0.1)
+
+
 @over_storage
 def test_barred_arcs_carry_nothing(stored, storage):
     x, y = drawn(64, 64, 3)

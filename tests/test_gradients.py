@@ -617,6 +617,22 @@ def test_the_derivative_in_rho_is_what_is_paid_per_unit_of_it(dtype, gradient):
         assert float(torch.autograd.grad(solution.value, rho)[0]) == pytest.approx(paid, rel=100 * tolerance)
 
 
+@pytest.mark.parametrize("mass", [None, 0.8])
+@pytest.mark.parametrize("other", [KL(2.0), L2(2.0), ChiSquared(0.3)], ids=["kl", "l2", "chi-squared"])
+def test_the_derivative_in_rho_is_what_is_paid_without_entropy(other, mass):
+    """Interior points leave the other side's potentials a digit beside the answer, and so those that answer them."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        cost, a, b = rng.random((7, 8)), rng.random(7) + 0.1, rng.random(8) + 0.1
+        a, b = a / a.sum(), b / b.sum()
+        for sides in ({"rows": TV(0.2), "columns": other}, {"rows": other, "columns": TV(0.2)}):
+            solution = solve(Problem(cost, a, b, mass=mass, **sides))
+            slopes = solution.gradient()
+            for side, marginal, weights in (("rows", solution.row_marginal, a), ("columns", solution.column_marginal, b)):
+                if isinstance(sides[side], TV):
+                    assert getattr(slopes, side)["rho"] == pytest.approx(abs(marginal - weights).sum(), abs=1e-9)
+
+
 def test_plans_derivatives_are_those_of_differences_where_penalties_clamp():
     """By the automatic solver, in every tensor; the clamped bins move with rho."""
     generator = torch.Generator().manual_seed(9)

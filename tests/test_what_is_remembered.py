@@ -101,6 +101,32 @@ def test_outputs_are_never_those_of_other_data(kind, change, read):
     assert "changed" in repr(solution)
 
 
+@pytest.mark.parametrize("order", ["C", "F", "strided", "float32"])
+def test_one_entry_of_many_is_noticed(order):
+    whole = draw(500, 1000)
+    cost = {"C": whole, "F": np.asfortranarray(whole), "strided": whole[:, ::2], "float32": whole.astype(np.float32)}[order]
+    for i, j in np.random.default_rng(0).integers(0, cost.shape, (10, 2)):
+        solution = solve(Problem(cost, epsilon=0.5), Sinkhorn(tolerance=1e-3))
+        cost[i, j] = np.nextafter(cost[i, j], np.float32(np.inf))
+        with pytest.raises(ValueError, match="cost was changed in place"):
+            _ = solution.value
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("n", [5, 200])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_what_is_no_problem_any_more_is_refused(kind, n, epsilon):
+    """Between construction and the solve: NaN would be an answer that is NaN, or one without the arc."""
+    cost, a = as_given(kind, draw(n, n)), as_given(kind, np.full(n, 1 / n))
+    problem, weighed = Problem(cost, epsilon=epsilon), Problem(as_given(kind, draw(n, n)), a, epsilon=epsilon)
+    cost[0, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"cost\[0, 1\] is NaN"):
+        solve(problem)
+    a[0] = 3.0
+    with pytest.raises(ValueError, match="no plan can have both totals"):
+        solve(weighed)
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("which", ["x", "y", "a"])
 def test_points_and_weights_are_watched_too(which, kind):
