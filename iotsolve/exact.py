@@ -1,8 +1,9 @@
 """epsilon = 0: the plan and its duals.
 
 Points on a line are matched in order. FIXED/FIXED goes to POT's network simplex, or to scipy's assignment when the masses are
-equal; a FREE side needs no program at all; every other pair of bounds and TV is one sparse program for HiGHS, whose
-multipliers are the potentials; curved penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the
+equal; a FREE side needs no program at all. Every other pair of bounds and TV, with or without a mass, is a balanced problem
+with an outside of its own a side, and goes to the simplex too; where arcs are forbidden it is one sparse program for HiGHS,
+whose multipliers are the potentials. Curved penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the
 duals are made feasible by c-transforms, and the certificate does not take anybody's word.
 """
 
@@ -114,6 +115,8 @@ class Exact:
         if problem.mass is None and rows.is_free and columns.is_fixed:
             plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
+        if np.isfinite(cost[np.ix_(a > 0, b > 0)]).all() and (found := _with_outsides(problem, cost, a, b, self.max_steps)):
+            return found
         return _linear_program(problem, cost, a, b)
 
 
@@ -258,6 +261,119 @@ def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray
     plan = np.zeros_like(cost)
     plan[np.arange(len(a)), reachable.argmin(1)] = a
     return plan, reachable.min(1)
+
+
+def _balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
+    """A balanced problem whose last row and column are the outsides, by a shortlist of its arcs where that pays; forbidden ones
+    are priced so that no cycle of four takes them.
+    """
+    barred = np.isinf(cost)
+    low, high = float(cost.min()), float(cost[~barred].max())
+    rows, columns = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
+    if len(rows) * len(columns) >= _LISTED:
+        given = np.ascontiguousarray(cost[np.ix_(rows, columns)])
+        wide = tuple(np.flatnonzero(kept == last) for kept, last in ((rows, len(a) - 1), (columns, len(b) - 1)))
+        found = balanced(given, a[rows], b[columns], low, high, max_steps, wide=wide)
+        if found is not None:
+            plan, f, g = np.zeros_like(cost), np.zeros(len(a)), np.zeros(len(b))
+            plan[rows[found.rows], columns[found.columns]], f[rows], g[columns] = found.flow, found.f, found.g
+            return plan, f, g, 0.0, Status.CONVERGED, found.steps
+    priced = np.where(barred, high + 3 * max(high - low, abs(high), abs(low)), cost)
+    return _network_simplex(priced, a, b, max_steps)
+
+
+@dataclass(frozen=True)
+class _Bins:
+    """One side as bins that are filled or left: what must be, and what may be.
+
+    Attributes:
+        of: the side's bin that each is a part of.
+        caps: how much each holds.
+        added: what a unit in it pays beside its arc.
+        left: what a unit not in it pays; inf where it must be filled.
+        beyond: what a unit pays beyond all bins of the side; inf where there is no such unit.
+    """
+
+    of: np.ndarray
+    caps: np.ndarray
+    added: np.ndarray
+    left: np.ndarray
+    beyond: float
+
+    @classmethod
+    def over(cls, side: Marginal, weights: np.ndarray) -> _Bins:
+        base, pieces = side.pieces(weights)
+        index, left, beyond, parts = np.arange(len(weights)), np.full(len(weights), math.inf), math.inf, []
+        for piece in pieces:
+            if piece.sign < 0:
+                left = np.minimum(left, piece.price)
+            elif np.isinf(piece.cap).all():
+                beyond = min(beyond, float(piece.price.min()))
+            else:
+                parts.append((index, piece.cap, piece.price, 0.0 * base))
+        of, caps, added, left = (np.concatenate(x) for x in zip((index, base, 0.0 * base, left), *parts, strict=True))
+        kept = caps > 0
+        return cls(of[kept], caps[kept], added[kept], left[kept], beyond)
+
+
+    def priced(self, f: np.ndarray, weights: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """Potentials, exactly the price where a marginal is not what is asked for, which the simplex has but for rounding."""
+        asked, price, room = (np.zeros(len(f)) for _ in range(3))
+        must = self.left > 0
+        np.add.at(asked, self.of[must], self.caps[must])
+        np.add.at(room, self.of, self.caps)
+        price[self.of[must]] = self.left[must]
+        dust = _DUST * r.sum()
+        f = np.where((r < asked - dust) & np.isfinite(price), price, f)
+        return np.where((r > room + dust) & (weights > 0), -self.beyond, f)
+
+
+def _with_outsides(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer | None:
+    """Bounds, total variation and ``mass`` as a balanced problem with one more bin a side, the outside, by network simplex.
+
+    What leaves a bin of the rows unfilled goes to the columns' outside, at its price; what lies beyond the bins of a side comes
+    from there by the cheapest arc. Between the outsides mass is free, or with ``mass``, which fixes how much stays there,
+    forbidden, at a price that none pays: among finite costs a cycle of four arcs avoids it. None where that does not hold.
+    """
+    (rows, columns), mass = (_Bins.over(side, w) for side, w in ((problem.rows, a), (problem.columns, b))), problem.mass
+    if mass is not None and min(rows.beyond, columns.beyond) < math.inf:
+        return None  # what lies beyond is no part of a fixed total
+    used = np.ix_(a > 0, b > 0)
+    i, j = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
+    nearest_column, nearest_row = np.zeros(len(a), int), np.zeros(len(b), int)
+    nearest_column[i], nearest_row[j] = j[cost[used].argmin(1)], i[cost[used].argmin(0)]
+    out = columns.beyond + rows.added + cost[rows.of, nearest_column[rows.of]], rows.left
+    into = rows.beyond + columns.added + cost[nearest_row[columns.of], columns.of], columns.left
+    n, m = len(rows.of), len(columns.of)
+    whole = np.zeros((n + 1, m + 1))
+    whole[:n, :m] = cost[np.ix_(rows.of, columns.of)] + rows.added[:, None] + columns.added
+    whole[:n, m], whole[n, :m] = np.minimum(*out), np.minimum(*into)
+    whole[n, m] = 0.0 if mass is None else math.inf
+    stays = 0.0 if mass is None else number(mass)
+    supply, demand = (np.append(x.caps, max(y.caps.sum() - stays, 0.0)) for x, y in ((rows, columns), (columns, rows)))
+    flow, u, v, _, status, steps = _balanced(whole, supply, demand, max_steps)
+    if status is not Status.CONVERGED or flow[np.isinf(whole)].sum() > _DUST * supply.sum():
+        return None
+    if not demand[m]:  # an outside that is empty has no potential of the simplex's
+        v[m] = (whole[:, m] - u)[(supply > 0) & np.isfinite(whole[:, m])].min(initial=0.0)
+    if not supply[n]:
+        u[n] = (whole[n] - v)[((demand > 0) | (np.arange(m + 1) == m)) & np.isfinite(whole[n])].min(initial=0.0)
+    plan = np.zeros_like(cost)
+    np.add.at(plan, np.ix_(rows.of, columns.of), flow[:n, :m])
+    for part, priced, at in (
+        (flow[:n, m], out, (rows.of, nearest_column[rows.of])),
+        (flow[n, :m], into, (nearest_row[columns.of], columns.of)),
+    ):
+        np.add.at(plan, at, np.where(priced[0] < priced[1], part, 0.0))
+    f, g = np.full(len(a), -math.inf), np.full(len(b), -math.inf)
+    np.maximum.at(f, rows.of, u[:n] - rows.added)
+    np.maximum.at(g, columns.of, v[:m] - columns.added)
+    f, g = np.where(np.isfinite(f), f + v[m], 0.0), np.where(np.isfinite(g), g + u[n], 0.0)
+    f, g = rows.priced(f, a, plan.sum(1)), columns.priced(g, b, plan.sum(0))
+    return plan, f, g, 0.0 if mass is None else -(u[n] + v[m]), status, steps
+
+
+_DUST = 1e-12  # share of the mass on arcs that are forbidden, which is rounding
 
 
 def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:

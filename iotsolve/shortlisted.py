@@ -46,7 +46,16 @@ class Matched:
     steps: int
 
 
-def balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: float, max_steps: int) -> Matched | None:
+def balanced(
+    cost: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    low: float,
+    high: float,
+    max_steps: int,
+    *,
+    wide: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Matched | None:
     """An optimal plan between positive weights of equal totals, None if this is not the way to it.
 
     Args:
@@ -54,9 +63,12 @@ def balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, low: float, high: f
         a: shape ``(n,)``, float64.
         b: shape ``(m,)``.
         max_steps: pivots of the network simplex.
+        wide: rows and columns so heavy that all of their arcs may matter, and are on the list.
     """
     f, g, reach = _potentials(cost, a, b, low, high)
     arcs = _Arcs(cost, f, g, reach)
+    if wide is not None:
+        arcs.widen(*wide)
     if not arcs.covers():
         return None
     equal = len(a) == len(b) and np.ptp(a) == 0 and np.ptp(b) == 0
@@ -158,6 +170,13 @@ class _Arcs:
             best = np.empty(len(missing), np.int64)
             sparse.lowest_arcs(self.cost, self.f, missing, best)
             self.rows, self.columns = np.r_[self.rows, best[best >= 0]], np.r_[self.columns, missing[best >= 0]]
+
+    def widen(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """All arcs of some rows and columns join the list."""
+        n, m = self.cost.shape
+        some = np.unique(np.r_[(rows[:, None] * m + np.arange(m)).ravel(), (np.arange(n)[:, None] * m + columns).ravel()])
+        new = some[np.isfinite(self.cost.ravel()[some]) & ~np.isin(some, self.rows * m + self.columns)]
+        self.rows, self.columns = np.r_[self.rows, new // m], np.r_[self.columns, new % m]
 
     @property
     def count(self) -> int:

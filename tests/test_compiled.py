@@ -38,6 +38,7 @@ from iotsolve import (
     SolveError,
     Status,
     certify,
+    exact,
     solve,
 )
 from iotsolve.accelerated import Accelerated
@@ -570,6 +571,47 @@ def test_given_up_shortlists_end_in_the_dense_simplex(monkeypatch):
     monkeypatch.setattr("iotsolve.exact.balanced", lambda *_: None)
     solution = solve(Problem(plane(N, N)))
     assert solution.certificate.holds
+
+
+OUTSIDES = {
+    "partial": dict(rows=AT_MOST, columns=AT_MOST, mass=0.6),
+    "all that fits": dict(rows=AT_MOST, columns=AT_MOST, mass=1.0),
+    "tv": dict(rows=TV(0.03), columns=TV(0.05)),
+    "fixed and tv": dict(columns=TV(0.02)),
+    "between": dict(columns=Between(0.5, 1.5)),
+    "both between": dict(rows=Between(0.8, 1.1), columns=Between(0.5, 1.5), mass=0.9),
+    "at most and tv": dict(rows=AT_MOST, columns=TV(0.1)),
+    "at most and fixed": dict(rows=AT_MOST),
+    "free and tv": dict(rows=FREE, columns=TV(0.03)),
+    "from a half": dict(rows=Between(0.5, INF), columns=Between(0.7, 1.0)),
+}
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("name", OUTSIDES)
+@pytest.mark.parametrize("shape", [(150, 120), (3, 40), (12, 9)])
+def test_bounds_variation_and_mass_by_outsides_are_the_linear_program(shape, name, empty, monkeypatch):
+    """Value, certificate and, where it is unique, the plan; with and without a shortlist."""
+    cost, a, b = plane(*shape), weights(shape[0], 1), weights(shape[1], 2)
+    if empty:
+        a[1] = b[5] = 0.0
+        a, b = a / a.sum(), b / b.sum()
+    problem = Problem(cost, a, b, **OUTSIDES[name])
+    tried = []
+    way = exact._with_outsides
+    monkeypatch.setattr(exact, "_with_outsides", lambda *given: tried.append(way(*given)) or tried[-1])
+    solution = solve(problem)
+    assert tried[0] is not None and solution.certificate.holds and solution.certificate.gap <= 1e-12
+    monkeypatch.setattr(exact, "_with_outsides", lambda *_: None)
+    program = solve(problem)
+    assert solution.value == pytest.approx(program.value, rel=1e-9, abs=1e-12)
+    np.testing.assert_allclose(solution.plan, program.plan, atol=1e-9)
+
+
+def test_forbidden_arcs_beside_bounds_are_a_linear_programs(monkeypatch):
+    cost = random_cost(20, 15, forbidden=0.3)
+    monkeypatch.setattr(exact, "_balanced", lambda *_: pytest.fail("it takes costs that are finite"))
+    assert solve(Problem(cost, rows=AT_MOST, columns=AT_MOST, mass=0.5)).certificate.holds
 
 
 def test_steps_of_exact_transport_are_limited():

@@ -137,6 +137,34 @@ def _exact(case: cases.Exact, slow: Slow) -> Row:
     )
 
 
+def partial_exact(quick: bool) -> Iterator[Callable[[], Row]]:
+    slow: dict[str, Slow] = {}
+    for n in (500,) if quick else (500, 1000, 2000):
+        for kind in cases.KINDS:
+            yield partial(_partial_exact, cases.Partial(kind, n), slow.setdefault(kind, {}))
+
+
+def _partial_exact(case: cases.Partial, slow: Slow) -> Row:
+    c, a, b = case.data()
+    best = float(peers.ours_partial(c, a, b, case.mass).certificate.dual)
+
+    def error(found: Any) -> float:
+        plan = coo_array(found)
+        over = sum(np.maximum(plan.sum(axis) - w, 0.0).sum() for axis, w in ((1, a), (0, b)))
+        return float(max(over, abs(plan.sum() - case.mass), float(c[plan.coords] @ plan.data) / best - 1))
+
+    return race(
+        Row("exact, partial", case.name, 1e-9),
+        lambda: peers.ours_partial(c, a, b, case.mass),
+        lambda solution: solution.plan,
+        peers.PARTIAL,
+        lambda peer, threshold: peer.solve(c, a, b, case.mass),
+        error,
+        slow,
+        _amount(case),
+    )
+
+
 def unbalanced(quick: bool) -> Iterator[Callable[[], Row]]:
     for n in (500,) if quick else (500, 2000):
         for rho in (0.1, 1.0, 10.0):
@@ -272,6 +300,7 @@ GROUPS = {
     "small": small,
     "entropic": entropic,
     "exact": exact,
+    "partial": partial_exact,
     "unbalanced": unbalanced,
     "many": many,
     "points": points,

@@ -81,6 +81,23 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """Six tenths of the mass are moved, from and to no more than there is, without entropy."""
+
+    kind: str
+    n: int
+    mass: float = 0.6
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, n = {self.n}"
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        a, b = (weights(self.n, seed, uniform=False) for seed in (1, 2))
+        return cost(self.kind, self.n), a, b
+
+
+@dataclass(frozen=True)
 class Unbalanced:
     """Both sides pay ``rho KL``; accurate to an L1 distance of the plan from the optimal one, relative to its mass."""
 

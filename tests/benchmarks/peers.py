@@ -145,6 +145,14 @@ def ours_exact(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
     return solution
 
 
+def ours_partial(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float) -> Any:
+    from iotsolve import AT_MOST, Problem, solve
+
+    solution = solve(Problem(cost, a, b, rows=AT_MOST, columns=AT_MOST, mass=mass))
+    assert solution.certificate.holds
+    return solution
+
+
 def _permutation(columns: np.ndarray) -> Any:
     from scipy.sparse import coo_array
 
@@ -209,6 +217,32 @@ EQUAL = (
     Peer("ortools", ("ortools",), _ortools),
     Peer("HiGHS", ("scipy",), _highs),
 )
+
+
+def _partial(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float) -> Any:
+    import ot
+
+    return ot.partial.partial_wasserstein(a, b, cost, m=mass, numItermax=10**8)
+
+
+def _highs_partial(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float) -> Any:
+    """The linear program as it stands, by its dual simplex."""
+    from scipy import sparse
+    from scipy.optimize import linprog
+
+    n, m = cost.shape
+    rows, columns = np.divmod(np.arange(n * m), m)
+    ends = np.stack([rows, n + columns], 1).ravel(), np.repeat(np.arange(n * m), 2)
+    most = sparse.csc_array((np.ones(2 * n * m), ends), shape=(n + m, n * m))
+    options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    total = np.ones((1, n * m))
+    found = linprog(
+        cost.ravel(), A_ub=most, b_ub=np.r_[a, b], A_eq=total, b_eq=[mass], method="highs-ds", options=options
+    )
+    return found.x.reshape(n, m)
+
+
+PARTIAL = (Peer("POT, partial_wasserstein", ("ot",), _partial), Peer("HiGHS", ("scipy",), _highs_partial))
 WEIGHTED = (Peer("POT, emd", ("ot",), _emd), Peer("HiGHS", ("scipy",), _highs))
 
 
