@@ -60,6 +60,8 @@ class Exact:
         matched = _on_a_line(problem) if _is_line(problem) else None
         if matched is not None:
             return matched
+        if isinstance(problem.cost, Points):  # whatever solves it reads it many times
+            problem = problem.with_cost(Dense(problem.cost.dense()))
         if (listed := self._shortlisted(problem)) is not None:
             return listed
         answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
@@ -187,6 +189,7 @@ def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
 
 def _tighten(problem: Problem, p: Potentials) -> Potentials:
     """Dual-feasible potentials no worse than ``p``: each side answers the c-transform of the other, empty bins included."""
+    p = _without_dust(problem, p)
     lam = p.lam.unsqueeze(-1)
     f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
     f = _kept_at_kinks(problem.rows, p.f, f)
@@ -198,6 +201,16 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
     return Potentials(
         _at_kinks(problem.rows, problem.a, f, size), _at_kinks(problem.columns, problem.b, g, size), p.lam
     )
+
+
+def _without_dust(problem: Problem, p: Potentials) -> Potentials:
+    """Potentials that are rounding, of the range of costs, are 0: against the value, which is 0 too, they would be large."""
+    largest = torch.stack([p.f.abs().amax(-1), p.g.abs().amax(-1), p.lam.abs()]).amax(0)
+    kept = (largest > _RESOLVED * problem.cost.range()).unsqueeze(-1)
+    return Potentials(torch.where(kept, p.f, 0.0), torch.where(kept, p.g, 0.0), torch.where(kept[..., 0], p.lam, 0.0))
+
+
+_RESOLVED = 2.0**-46
 
 
 def _kept_at_kinks(side: Marginal, given: Tensor, f: Tensor) -> Tensor:

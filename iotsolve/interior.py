@@ -92,7 +92,23 @@ _REFINEMENTS = 3
 def interior_point(
     problem: Problem, max_steps: int = 200
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, Status]:
-    """Potentials, multiplier, plan, steps and status of one problem; potentials of a bin of weight 0 has potential 0."""
+    """Potentials, multiplier, plan, steps and status of one problem; potentials of a bin of weight 0 has potential 0.
+
+    Rows are eliminated, and what is left is factored: of more columns than rows that have mass the problem is turned over.
+    """
+    if (problem.b > 0).sum() > (problem.a > 0).sum():
+        turned = Problem.unchecked(
+            problem.cost.dense().mT.contiguous(),
+            problem.b,
+            problem.a,
+            epsilon=problem.epsilon,
+            rows=problem.sides[1],
+            columns=problem.sides[0],
+            mass=problem.mass,
+        )
+        object.__setattr__(turned, "forgiven", problem.forgiven)
+        g, f, lam, plan, steps, status = interior_point(turned, max_steps)
+        return f, g, lam, np.ascontiguousarray(plan.T), steps, status
     cost = _numpy(problem.cost.dense())
     a, b = _reconciled(problem, _numpy(problem.a), _numpy(problem.b))
     f, g, plan = _stranded(problem.rows, problem.a), _stranded(problem.columns, problem.b), np.zeros_like(cost)

@@ -143,7 +143,8 @@ class Problem:
         a: weights of the rows, shape ``(n,)`` or ``(..., n)``, non-negative; uniform ``1/n`` by default.
         b: weights of the columns, shape ``(m,)`` or ``(..., m)``; uniform ``1/m`` by default.
         epsilon: strength of the entropy in cost units, ``>= 0``; 0 (default) is exact transport.
-        rows: marginal object of the rows: ``FIXED``, ``FREE``, ``AT_MOST``, ``Between(lo, hi)``, ``KL(rho)``, ``TV(rho)``.
+        rows: marginal object of the rows: ``FIXED``, ``FREE``, ``AT_MOST``, ``Between(lo, hi)``, ``KL(rho)``, ``TV(rho)``,
+            ``ChiSquared(rho)``, ``L2(rho)``.
         columns: marginal object of the columns.
         mass: total mass of the plan, or None to leave it to the marginals.
 
@@ -670,7 +671,8 @@ class Problem:
         """``x`` as a tensor of shape ``(..., *shape)``, the leading dimensions this problem's or none."""
         if not isinstance(x, Tensor):
             try:
-                x = torch.as_tensor(np.asarray(x, dtype=np.float64), dtype=self.dtype, device=self.cost.device)
+                x = np.require(x, dtype=np.float64, requirements="W")  # a plan of ours is read-only, of which torch warns
+                x = torch.as_tensor(x, dtype=self.dtype, device=self.cost.device)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{name} = {x!r}: must be an array of numbers. Were rows of unequal length passed?"

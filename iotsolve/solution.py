@@ -287,7 +287,8 @@ class Solution:
         n, m = (cost.local if isinstance(cost, Sharded) else cost).shape[-2:]
         size = m if axis == -1 else n
         try:
-            given = torch.as_tensor(values, device=cost.device)
+            given = values if isinstance(values, Tensor) else np.require(values, requirements="W")
+            given = torch.as_tensor(given, device=cost.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"values = {values!r}: must be an array of real numbers.") from error
         if given.is_complex():

@@ -353,6 +353,11 @@ def _tensor(name: str, x: Any) -> Tensor:
     if isinstance(x, Tensor):
         if x.is_complex():
             raise ValueError(f"{name} is complex ({x.dtype}): it must be real. Pass its real part or its modulus.")
+        if x.layout != torch.strided:
+            raise ValueError(
+                f"{name} is sparse ({x.layout}): what it leaves out would be 0, and a cost of 0 is no forbidden arc. Pass "
+                "to_dense(), with inf where there is no arc."
+            )
         return x
     if isinstance(x, np.ma.MaskedArray):
         raise ValueError(

@@ -172,6 +172,8 @@ class Features(FeatureMap):
         values, labels = self.values, self.labels
         if isinstance(values, dict):
             labels, values = tuple(map(str, values)), list(values.values())
+        if not len(values):
+            raise ValueError("no features: pass at least one matrix of what the cost may depend on, by name.")
         stacked = np.stack([_matrix("features", x) for x in values])
         labels = tuple(f"feature{k + 1}" for k in range(len(stacked))) if labels is None else tuple(labels)
         if len(labels) != len(stacked):
