@@ -294,7 +294,8 @@ class IOTLoss(nn.Module):
                 Of a side apart: a pair of them, for ``z0`` and ``z1``.
             ids: the same, for instances that may occur more than once in a batch.
             positive_mask: boolean, anchors by candidates: ``(N, N)``, with a queue ``(N, N + size)``, stacked ``(VN, VN)``.
-            target: a plan of the same shape, non-negative with total 1, dense or sparse COO; detached.
+            target: a plan of the same shape, non-negative with total 1, dense or sparse COO; detached. Its row sums are the
+                anchors' weights, in the loss as in the inner problem.
             negative_mask: boolean, the same shape: the only candidates an anchor sees beside its positives.
             queue: further candidates, and no one's positives unless its ids say so.
             logit_scale: ``1 / temperature`` of this call, instead of the loss's own.

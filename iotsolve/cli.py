@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "find_solver", "main", "parse_side"]
 
-SIDES = "fixed, free, at-most, between:lo,hi, kl:rho or tv:rho"
+SIDES = "fixed, free, at-most, between:lo,hi, kl:rho, tv:rho, chi2:rho or l2:rho"
 
 app = typer.Typer(
     help="Certified optimal transport.",
@@ -480,7 +480,7 @@ def parse_side(name: str, text: str) -> Marginal:
 
     Args:
         name: ``rows`` or ``columns``, for the message.
-        text: ``fixed``, ``free``, ``at-most``, ``between:lo,hi``, ``kl:rho`` or ``tv:rho``.
+        text: ``fixed``, ``free``, ``at-most``, ``between:lo,hi``, ``kl:rho``, ``tv:rho``, ``chi2:rho`` or ``l2:rho``.
 
     Raises:
         ValueError: if it stands for none.
@@ -489,13 +489,13 @@ def parse_side(name: str, text: str) -> Marginal:
         >>> parse_side("rows", "between:0.5,2")
         Between(lo=0.5, hi=2.0)
     """
-    from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, TV, Between
+    from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared
 
     word, colon, rest = text.strip().lower().partition(":")
     named = {"fixed": FIXED, "free": FREE, "at-most": AT_MOST}
     if word in named and not colon:
         return named[word]
-    kinds = {"between": (Between, 2), "kl": (KL, 1), "tv": (TV, 1)}
+    kinds = {"between": (Between, 2), "kl": (KL, 1), "tv": (TV, 1), "chi2": (ChiSquared, 1), "l2": (L2, 1)}
     try:
         kind, count = kinds[word]
         numbers = [float(x) for x in rest.split(",")]

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import iotsolve
-from iotsolve import AT_MOST, FIXED, FREE, KL, TV, Between, Problem, cli
+from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Problem, cli
 from iotsolve.cli import app, parse_side
 from iotsolve.inverse import gravity
 
@@ -103,6 +103,8 @@ def test_tolerance_and_max_steps_reach_the_solver(folder):
         ("between:0, inf", FREE),
         ("kl:1.5", KL(1.5)),
         (" tv:2e-1", TV(0.2)),
+        ("chi2:0.3", ChiSquared(0.3)),
+        ("l2:0.3", L2(0.3)),
     ],
 )
 def test_sides(text, side):

@@ -196,6 +196,20 @@ def test_compiled_with_one_break(name):
     assert 1 <= seen.frame_count <= 3  # for one size, and for any
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms_of_torch_func_are_refused_in_words(name):
+    z0, z1 = (z.detach() for z in batch(6))
+    loss = LOSSES[name](0.2)
+    for call in (
+        lambda: torch.func.grad(loss)(z0, z1),
+        lambda: torch.func.vmap(loss)(z0[None], z1[None]),
+        lambda: torch.func.jvp(loss, (z0, z1), (z0, z1)),
+    ):
+        with pytest.raises(RuntimeError, match=r"inside torch.func.*torch.autograd.grad"):
+            call()
+    assert torch.func.functional_call(loss, {}, (z0, z1)) == loss(z0, z1)
+
+
 def test_a_copy_stays_in_its_group_and_a_pickle_is_refused():
     group = type("Group", (), {"__reduce_ex__": lambda self, protocol: (_ for _ in ()).throw(TypeError("no"))})()
     loss = InfoNCELoss(0.2, process_group=group)

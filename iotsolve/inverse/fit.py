@@ -456,6 +456,7 @@ class Fit:
 
 def predicted(model: InverseOT | Module, cost: np.ndarray, a: Any, b: Any, *, unit: float) -> np.ndarray:
     """The optimal plan between weights, of the problem that is posed per ``unit`` of them."""
+    Problem(cost, a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)  # errors in the caller's unit
     a, b = (np.asarray(x, dtype=np.float64) / unit for x in (a, b))
     problem = Problem(cost, a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)
     return unit * np.array(solve(problem, gradient=Implicit(), tolerance=1e-12).plan)
