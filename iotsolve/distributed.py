@@ -218,10 +218,11 @@ def _told(group: Any, tell: Callable[[], dict[str, float]]) -> list[dict[str, fl
         told = tell()
     except Exception as error:
         failed = error
-    on_device = dist.get_backend(group) == "nccl"
-    mine = torch.zeros(_ROW, dtype=torch.float64)
-    mine[: 1 + len(told)] = torch.tensor([failed is not None, *told.values()], dtype=torch.float64)
-    mine = mine.to(torch.device("cuda", torch.cuda.current_device()) if on_device else "cpu")
+    backend = dist.get_backend(group)
+    on_device = "nccl" in backend and "gloo" not in backend
+    row = [float(failed is not None), *map(float, told.values())]
+    device = torch.device("cuda", torch.cuda.current_device()) if on_device else "cpu"
+    mine = torch.tensor([*row, *[0.0] * (_ROW - len(row))], dtype=torch.float64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     table = torch.stack(everyone).tolist()
