@@ -336,7 +336,8 @@ def check_alike(problem: Problem, ranks: Ranks) -> None:
     told: dict[str, float] = {}
     for name, weights in (("a", problem.a), ("b", problem.b)):
         w = weights.detach().double()
-        told |= {f"sum of {name}": float(w.sum()), f"sum of i * {name}[i]": float(w @ torch.arange(1, 1 + len(w), dtype=w.dtype, device=w.device))}
+        order = torch.arange(1, 1 + len(w), dtype=w.dtype, device=w.device)
+        told |= {f"sum of {name}": float(w.sum()), f"sum of i * {name}[i]": float(w @ order)}
     told |= {"epsilon": number(problem.epsilon), "mass": 0.0 if problem.mass is None else number(problem.mass)}
     for name, side in zip(("rows", "columns"), problem.sides, strict=True):
         told[f"kind of {name}"] = zlib.crc32(type(side).__name__.encode())
