@@ -109,6 +109,7 @@ class Side:
         a: weights of all rows.
         b: weights of all columns.
         by_rows: whether the anchors are the rows.
+        share: of all anchors, those that have positives; weights and target are theirs, of total 1.
     """
 
     batch: Batch
@@ -119,6 +120,7 @@ class Side:
     a: Tensor
     b: Tensor
     by_rows: bool
+    share: float | Tensor = 1.0
 
     @property
     def is_even(self) -> bool:
@@ -196,7 +198,8 @@ class IOTLoss(nn.Module):
     Args:
         rows: marginal object of the anchors ``z0``: FIXED, FREE, AT_MOST, Between, KL, TV from iotsolve.
         columns: marginal object of the candidates ``z1``.
-        mass: total mass of the plan; 1 for two FREE or two soft sides, None where a side fixes it.
+        mass: total mass of the plan, as a share of the anchors that have positives; 1 for two FREE or two soft sides, None where
+            a side fixes it.
         temperature: ``epsilon`` of the inner problem, in cosines, positive; a float, or a tensor that may require grad.
         learn_temperature: make the temperature a parameter: its logarithm, started at ``temperature`` and floored at 0.01, where
             its derivative is 0 if it leads further down, and the way back if it leads up.
@@ -477,19 +480,19 @@ class IOTLoss(nn.Module):
                 continue
             if found.inside:
                 anchors = batch.points.x.new_full((n if by_rows else m,), 1.0 / (n if by_rows else m))
-                total = 1.0
+                share = 1.0
             else:
                 own = target.sums(target.values, 0 if by_rows else 1)
                 anchors = ranks.gather(own) if by_rows else ranks.sum(own)
-                total = anchors.sum()
-                total = torch.where(total > 0, total, 1.0)  # without a positive anywhere there is nothing to share
+                share = anchors.sum()
+                anchors, target = _share(anchors, share), replace(target, values=_share(target.values, share))
             if batch.filled is not None:
-                others = batch.filled.to(dtype) / batch.filled.sum().to(dtype) * total
+                others = batch.filled.to(dtype) / batch.filled.sum().to(dtype)
             else:
-                others = batch.points.x.new_full((m if by_rows else n,), 1.0) * (total / (m if by_rows else n))
+                others = batch.points.x.new_full((m if by_rows else n,), 1.0 / (m if by_rows else n))
             a, b = (anchors, others) if by_rows else (others, anchors)
             scaled = target if mass == 1.0 else target.times(mass)
-            yield Side(batch, scaled, self.rows, self.columns, self.mass, a, b, by_rows)
+            yield Side(batch, scaled, self.rows, self.columns, self.mass, a, b, by_rows, share)
 
     # -- the loss --------------------------------------------------------------------------------------------------------
 
@@ -522,10 +525,9 @@ class IOTLoss(nn.Module):
             f, other = side.split(p)
             own, lam = side.batch.own(f), p.lam
         terms = self._terms(side, Found(own, other, lam, s), epsilon)
-        if self.uniformity == 0:
-            return terms
-        penalty = uniformity_penalty(side, own, other, lam, epsilon)
-        return terms + self.uniformity * penalty * _share(side.batch.own(side.weights), side.weights.sum())
+        if self.uniformity > 0:
+            terms = terms + self.uniformity * uniformity_penalty(side, own, other, lam, epsilon) * side.batch.own(side.weights)
+        return terms if side.batch.matches.inside else terms * side.share
 
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
         """``eps KL(target | P_fg)`` and the Fenchel-Young terms of soft sides, in nats, anchor by anchor.

@@ -197,7 +197,7 @@ class MatchingGapLoss(IOTLoss):
         with torch.no_grad():
             problem = side.problem(0.0, Dense(side.batch.points.dense())).detach()
             plan = Entries.of(run(problem.flat(), Exact()).plan[0])
-        return similar(replace(side, target=plan)) - similar(side)
+        return (similar(replace(side, target=plan)) - similar(side)) * side.share
 
 
 class SwAVLoss(IOTLoss):

@@ -674,6 +674,35 @@ def test_what_nothing_reaches_has_no_part_in_the_temperatures_derivative(make, k
     assert float(slope) == pytest.approx((at[0] - at[1]) / (2 * step), rel=2e-5, abs=2e-7)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        InfoNCELoss(0.3),
+        GlobalNCELoss(0.3),
+        UnbalancedNCELoss(0.3, rho=0.5, tolerance=1e-12),
+        UnbalancedNCELoss(0.3, rho=0.5, mass=None, tolerance=1e-12),
+        PartialNCELoss(0.3, mass=0.9, tolerance=1e-12),
+        PartialNCELoss(0.3, mass=0.4, tolerance=1e-12),
+        IOTLoss(FIXED, KL(0.5), temperature=0.3, tolerance=1e-12),
+    ],
+    ids=lambda loss: f"{type(loss).__name__}-{loss.mass}",
+)
+@pytest.mark.filterwarnings("ignore:the positives violate")
+def test_anchors_without_positives_add_nothing(loss):
+    """They are candidates, as what is in a queue, and their share of the batch is 0: the mass is of what has positives."""
+    z0, z1 = views()
+    positive = torch.eye(8, dtype=torch.bool)
+    positive[5:] = False
+    queue = FeatureQueue(3, 5).double()
+    queue.update(z1[5:].detach())
+    rest = loss(z0[:5], z1[:5], queue=queue)
+    ours = loss(z0, z1, positive_mask=positive)
+    torch.testing.assert_close(ours, 5 / 8 * rest, rtol=1e-8, atol=1e-10)
+    (found,) = torch.autograd.grad(ours, z0)
+    (expected,) = torch.autograd.grad(rest, z0)
+    torch.testing.assert_close(found, 5 / 8 * expected, rtol=1e-6, atol=1e-9)
+
+
 def test_without_any_negative_there_is_no_uniformity():
     z0, z1 = views()
     none = torch.zeros(8, 8, dtype=torch.bool)
