@@ -17,6 +17,7 @@ from iotsolve.marginals import Marginal, number
 __all__ = [
     "check_arguments",
     "check_batch",
+    "check_choice",
     "check_labels",
     "check_queue",
     "check_queued",
@@ -124,10 +125,13 @@ def choice_of(
     negative_mask: Tensor | None = None,
 ) -> Choice:
     given = {"labels": labels, "ids": ids, "positive_mask": positive_mask, "target": target}
-    said = [name for name, value in given.items() if value is not None]
-    if len(said) > 1:
-        raise ValueError(f"{' and '.join(said)}: each says what the positives are. Pass one of them.")
-    return Choice(labels if ids is None else ids, positive_mask, target, negative_mask)
+    said = tuple(name for name, value in given.items() if value is not None)
+    return Choice(labels if ids is None else ids, positive_mask, target, negative_mask, said)
+
+
+def check_choice(choice: Choice) -> None:
+    if len(choice.said) > 1:
+        raise ValueError(f"{' and '.join(choice.said)}: each says what the positives are. Pass one of them.")
 
 
 def with_labels(views: tuple[Tensor, ...], labels: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -184,7 +188,9 @@ def _number(name: str, x: Any) -> float:
 
 
 def temperature_of(logit_scale: float | Tensor) -> Any:
-    if not isinstance(logit_scale, Tensor) and not 0 < logit_scale < math.inf:
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}: must be one number, 1 / temperature.")
+    if not isinstance(logit_scale, Tensor) and not 0 < _number("logit_scale", logit_scale) < math.inf:
         raise ValueError(
             f"logit_scale = {logit_scale}: is 1 / temperature, so must be positive; did you pass its logarithm?"
         )

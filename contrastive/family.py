@@ -28,6 +28,7 @@ from contrastive.arguments import (
     COLDEST,
     check_arguments,
     check_batch,
+    check_choice,
     check_labels,
     check_queue,
     check_views,
@@ -308,14 +309,8 @@ class IOTLoss(nn.Module):
             dtype otherwise. Of half-precision inputs Triton's kernels multiply 11 bits, and sum in float32.
         """
         choice = choice_of(labels, ids, positive_mask, target, negative_mask)
-        if not all(isinstance(z, Tensor) for z in views):
-            check_views(views)
-        if len(views) < 2 and (self.negatives == "cross" or choice.is_pairs):
-            raise ValueError(
-                f"{len(views) or 'no'} batch of representations: row i of one is positive to row i of another. Pass two views; "
-                "or one with labels=, ids=, a mask or a target, to a loss with negatives='all'."
-            )
-        with torch.autocast(device_type=views[0].device.type, enabled=False):
+        place = next((z.device.type for z in views if isinstance(z, Tensor)), "cpu")
+        with torch.autocast(device_type=place, enabled=False):
             if self.is_cross_entropy and choice.is_pairs and queue is None and len(views) == 2:
                 return self._cross_entropy(*views, logit_scale)
             epsilon, batches = self._read(
@@ -336,6 +331,11 @@ class IOTLoss(nn.Module):
         memo[id(self.process_group)] = self.process_group
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __copy__(self) -> IOTLoss:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -371,15 +371,17 @@ class IOTLoss(nn.Module):
         self, views: tuple[Tensor, ...], choice: Choice, *, queue: FeatureQueue | None, logit_scale: Any
     ) -> tuple[Any, list[Batch]]:
         """The temperature and the batches, from what ``forward`` was given."""
-        epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
+        found: list[Any] = []
 
-        ranks = meet(
-            self.gather_distributed,
-            self.process_group,
-            *views,
-            check=lambda: self._check(views, choice, queue),
-            tell=lambda: {"temperature": number(epsilon), **choice.told(), **(_NO_QUEUE if queue is None else queue.told())},
-        )
+        def check() -> None:
+            found.append(self.temperature if logit_scale is None else temperature_of(logit_scale))
+            self._check(views, choice, queue)
+
+        def tell() -> dict[str, float]:
+            return {"temperature": number(found[0]), **choice.told(), **(_NO_QUEUE if queue is None else queue.told())}
+
+        ranks = meet(self.gather_distributed, self.process_group, *views, check=check, tell=tell)
+        (epsilon,) = found
         precise = any(z.dtype in (torch.float32, torch.float64) for z in views)
         wide = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
         views = tuple(ranks.scaled(normalised(z.to(wide))) for z in views)
@@ -389,6 +391,12 @@ class IOTLoss(nn.Module):
 
     def _check(self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None) -> None:
         """What can be said of this rank's arguments alone."""
+        check_choice(choice)
+        if len(views) < 2 and (self.negatives == "cross" or choice.is_pairs):
+            raise ValueError(
+                f"{len(views) or 'no'} batch of representations: row i of one is positive to row i of another. Pass two views; "
+                "or one with labels=, ids=, a mask or a target, to a loss with negatives='all'."
+            )
         check_views(views)
         check_labels(choice.labels, len(views[0]), self.negatives == "all")
         if queue is not None:

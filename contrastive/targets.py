@@ -24,12 +24,14 @@ class Choice:
         positive_mask: boolean, shape of the cost.
         target: non-negative, shape of the cost, total 1 over all ranks; dense or sparse COO.
         negative_mask: boolean, shape of the cost: the candidates that are seen, beside the positives.
+        said: which of the first kind the caller gave.
     """
 
     labels: Any = None
     positive_mask: Tensor | None = None
     target: Tensor | None = None
     negative_mask: Tensor | None = None
+    said: tuple[str, ...] = ()
 
     @property
     def is_pairs(self) -> bool:

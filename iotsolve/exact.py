@@ -1,10 +1,11 @@
 """epsilon = 0: the plan and its duals.
 
 Points on a line are matched in order. FIXED/FIXED goes to POT's network simplex, or to scipy's assignment when the masses are
-equal; a FREE side needs no program at all. Every other pair of bounds and TV, with or without a mass, is a balanced problem
-with an outside of its own a side, and goes to the simplex too; where arcs are forbidden it is one sparse program for HiGHS,
-whose multipliers are the potentials. Curved penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the
-duals are made feasible by c-transforms, and the certificate does not take anybody's word.
+equal; a FREE side needs no program at all. Every other pair of bounds and TV is a balanced problem with an outside of its own
+a side, and goes to the simplex too; where arcs are forbidden, with a mass beside a side without an upper bound, or where costs
+are so unequal that the simplex has not the digits, it is one sparse program for HiGHS, whose multipliers are the potentials.
+Curved penalties (KL, chi-squared, L2) go to the interior point. Whatever solved it, the duals are made feasible by
+c-transforms, and the certificate does not take anybody's word.
 """
 
 from __future__ import annotations
@@ -117,11 +118,23 @@ class Exact:
         if problem.mass is None and rows.is_free and columns.is_fixed:
             plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
-        if np.isfinite(cost[np.ix_(a > 0, b > 0)]).all() and (found := _with_outsides(problem, cost, a, b, self.max_steps)):
-            return found
+        if np.isfinite(cost[np.ix_(a > 0, b > 0)]).all():
+            found = _with_outsides(problem, cost, a, b, self.max_steps)
+            if found is not None and _is_proved(problem, found):
+                return found
         return _linear_program(problem, cost, a, b)
 
 
+def _is_proved(problem: Problem, found: _Answer) -> bool:
+    """Whether plan and potentials prove each other optimal."""
+    plan, f, g, lam, *_ = found
+    p = _tighten(problem, Potentials(*(torch.as_tensor(x, device=problem.a.device) for x in (f, g)), problem.a.new_tensor(lam)))
+    value, scale = problem.dual_sides_and_scale(p)
+    gap = problem.primal_at(torch.as_tensor(plan, device=problem.a.device)) - value
+    return bool(gap <= _PROVED * scale + 16 * torch.finfo(torch.float64).eps * problem.magnitude(problem.a.sum(-1)))
+
+
+_PROVED = 1e-9  # of the terms of the dual
 _LISTED = 2**14  # arcs from which on a shortlist pays
 _LARGE = 2**16  # arcs from which on the simplex has its potentials sooner than Bellman and Ford theirs
 
@@ -188,8 +201,26 @@ def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
 
 
 def _tighten(problem: Problem, p: Potentials) -> Potentials:
-    """Dual-feasible potentials no worse than ``p``: each side answers the c-transform of the other, empty bins included."""
-    p = _without_dust(problem, p)
+    """Dual-feasible potentials no worse than ``p``: each side answers the c-transform of the other, empty bins included.
+
+    Where all are rounding, of the range of costs, 0 is tried too: against a value that is 0 they would be large.
+    """
+    found = _answered(problem, p)
+    largest = torch.stack([p.f.abs().amax(-1), p.g.abs().amax(-1), p.lam.abs()]).amax(0)
+    dust = largest <= _RESOLVED * problem.cost.between(problem.a > 0, problem.b > 0).range()
+    if not dust.any():
+        return found
+    clean = _answered(problem, Potentials(torch.zeros_like(p.f), torch.zeros_like(p.g), torch.zeros_like(p.lam)))
+    (value, _), (other, _) = (problem.dual_sides_and_scale(x) for x in (found, clean))
+    better = dust & (other >= value)
+    f, g = (torch.where(better.unsqueeze(-1), x, y) for x, y in ((clean.f, found.f), (clean.g, found.g)))
+    return Potentials(f, g, torch.where(better, clean.lam, found.lam))
+
+
+_RESOLVED = 2.0**-46
+
+
+def _answered(problem: Problem, p: Potentials) -> Potentials:
     lam = p.lam.unsqueeze(-1)
     f = problem.rows.aprox(problem.cost.reduced_min(p.g + lam, problem.b, axis=-1), 0.0)
     f = _kept_at_kinks(problem.rows, p.f, f)
@@ -201,16 +232,6 @@ def _tighten(problem: Problem, p: Potentials) -> Potentials:
     return Potentials(
         _at_kinks(problem.rows, problem.a, f, size), _at_kinks(problem.columns, problem.b, g, size), p.lam
     )
-
-
-def _without_dust(problem: Problem, p: Potentials) -> Potentials:
-    """Potentials that are rounding, of the range of costs, are 0: against the value, which is 0 too, they would be large."""
-    largest = torch.stack([p.f.abs().amax(-1), p.g.abs().amax(-1), p.lam.abs()]).amax(0)
-    kept = (largest > _RESOLVED * problem.cost.range()).unsqueeze(-1)
-    return Potentials(torch.where(kept, p.f, 0.0), torch.where(kept, p.g, 0.0), torch.where(kept[..., 0], p.lam, 0.0))
-
-
-_RESOLVED = 2.0**-46
 
 
 def _kept_at_kinks(side: Marginal, given: Tensor, f: Tensor) -> Tensor:
@@ -394,6 +415,9 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     from scipy import sparse
     from scipy.optimize import linprog
 
+    # HiGHS's tolerances are absolute; powers of two scale without rounding, so that a multiplier at rho is rho exactly
+    amount = 2.0 ** math.floor(math.log2(max(a.sum(), b.sum())))
+    a, b = a / amount, b / amount
     n, m = cost.shape
     i, j = np.nonzero(np.isfinite(cost) & (a[:, None] > 0) & (b[None, :] > 0))
     arcs = np.arange(len(i))
@@ -407,9 +431,8 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     matrix = sparse.hstack(blocks).tocsr()
     if problem.mass is not None:
         total = sparse.csr_matrix(np.r_[np.ones(len(i)), np.zeros(matrix.shape[1] - len(i))])
-        matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, number(problem.mass)]
+        matrix, right = sparse.vstack([matrix, total]).tocsr(), np.r_[right, number(problem.mass) / amount]
     options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    # HiGHS's tolerances are absolute; a power of two scales without rounding, so that a multiplier at rho is rho exactly.
     unit = 2.0 ** math.floor(math.log2(float(np.abs(prices).max()) or 1.0))
     result = linprog(
         prices / unit, A_eq=matrix, b_eq=right, bounds=np.c_[lower, upper], method="highs-ds", options=options
@@ -418,7 +441,7 @@ def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.nda
     if result.x is None:
         status = {1: Status.MAX_STEPS, 2: Status.INFEASIBLE}.get(result.status, Status.STALLED)
         return plan, np.zeros(n), np.zeros(m), 0.0, status, int(result.nit)
-    plan[i, j] = result.x[arcs].clip(min=0.0)
+    plan[i, j] = amount * result.x[arcs].clip(min=0.0)
     y = unit * result.eqlin.marginals
     lam = float(y[n + m]) if problem.mass is not None else 0.0
     return plan, y[:n], y[n : n + m], lam, Status.CONVERGED, int(result.nit)

@@ -35,6 +35,7 @@ from torch import Tensor
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
 from iotsolve.distributed import Alone, Ranks, Sharded
 from iotsolve.kernels.precision import product
+from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import FIXED, Between, Marginal, kl_divergence, number
 from iotsolve.validation import (
     as_cost,
@@ -175,6 +176,7 @@ class Problem:
     memory: Memory | None = field(default=None, repr=False)
     watch: Watch | None = field(default=None, repr=False)
 
+    @uncompiled
     def __init__(
         self,
         cost: Any,

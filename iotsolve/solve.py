@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from iotsolve.accelerated import TINY, Accelerated, relaxed_together
 from iotsolve.certificate import Certificate
 from iotsolve.costs import Dense, Points, quiet
 from iotsolve.direct import Direct
-from iotsolve.distributed import Sharded
+from iotsolve.distributed import Alone, Ranks, Sharded
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
@@ -71,11 +72,19 @@ def solve(
         >>> solution.status.name, bool(solution.certificate.holds)
         ('CONVERGED', True)
     """
+    asked = tolerance
     if solver is None and isinstance(problem, Problem):
-        check_tolerance(tolerance)
         solver = Exact() if problem.is_exact else _Automatic(tolerance)
         tolerance = None
-    _check_arguments(problem, solver, gradient, init, tolerance)
+    ranks = problem.cost.ranks if isinstance(problem, Problem) and isinstance(problem.cost, Sharded) else Alone()
+    with ranks.together():
+        check_tolerance(asked)
+        _check_arguments(problem, solver, gradient, init, tolerance)
+    if isinstance(ranks, Ranks):
+        ranks.agree(
+            f"the ranks do not solve alike, here by {solver} with gradient = {gradient}: give all the same solver and gradient.",
+            {"solver and gradient": zlib.crc32(f"{solver} {gradient} {init is None}".encode())},
+        )
     if isinstance(gradient, Implicit | Unroll) and not isinstance(solver, Exact):
         solver = replace(solver, stationary=True)
     problem = problem.current()
@@ -174,6 +183,11 @@ def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any, to
     if init is not None and isinstance(solver, Interior | Exact):
         raise ValueError(
             f"init with solver = {solver}: it has no use for a start. Leave init out, or at epsilon > 0 the solver."
+        )
+    if isinstance(solver, Interior) and isinstance(problem.cost, Sharded):
+        raise ValueError(
+            f"solver = {solver} with a sharded cost: it factors a matrix, and its rows are on many ranks. Take Newton(), or "
+            "leave the solver out."
         )
     if tolerance is not None:
         raise ValueError(

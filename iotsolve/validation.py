@@ -180,7 +180,7 @@ def _barred(barred: Any, shape: tuple[int, ...]) -> Tensor:
         fits = fits and tuple(tensor.shape) == shape
     elif fits and whole and tensor.numel():
         least, most = int(tensor.min()), int(tensor.max())
-        if tuple(tensor.shape) == shape and shape[-1] > 2 and least >= 0 and most <= 1:
+        if tuple(tensor.shape) == shape and shape[-1] > 1 and least >= 0 and most <= 1:
             raise ValueError(
                 f"barred holds whole numbers from {least} to {most} in the shape of the cost, {shape}: a mask must be boolean, "
                 "since whole numbers are the columns that each row leaves out. Pass barred.astype(bool), of torch barred.bool()."
@@ -337,7 +337,9 @@ def check_alike(problem: Problem, ranks: Ranks) -> None:
     for name, weights in (("a", problem.a), ("b", problem.b)):
         w = weights.detach().double()
         order = torch.arange(1, 1 + len(w), dtype=w.dtype, device=w.device)
-        told |= {f"sum of {name}": float(w.sum()), f"sum of i * {name}[i]": float(w @ order)}
+        told[f"sum of {name}"] = float(w.sum())
+        for k in (2, 3):  # irregular, so that no other weights have the same
+            told[f"sum of frac(i sqrt {k}) {name}[i]"] = float(w @ (order * math.sqrt(k)).frac())
     told |= {"epsilon": number(problem.epsilon), "mass": 0.0 if problem.mass is None else number(problem.mass)}
     for name, side in zip(("rows", "columns"), problem.sides, strict=True):
         told[f"kind of {name}"] = zlib.crc32(type(side).__name__.encode())

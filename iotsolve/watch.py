@@ -13,13 +13,14 @@ __all__ = ["Watch"]
 
 _WHOLE = 2**14  # entries up to which all are remembered
 _MOST = 2**16  # rows of which an entry is remembered otherwise
+_PRIME = 1021  # sums of an array: few enough that they stay in the nearest cache
 _STRIDE = 7919  # a prime: entries are not those of a diagonal, and of all columns
 
 
 @dataclass(frozen=True)
 class Watch:
     """What is known of some tensors: torch counts its own changes in place; of NumPy's arrays the entries are remembered, of
-    large ones one of every row and every column, and the sum of all, as bits: what changes one entry changes that.
+    large ones one of every row and every column, and sums of all, as bits: what changes one entry, or its place, changes those.
     """
 
     seen: tuple[tuple[str, Tensor, int | np.ndarray], ...] = ()
@@ -58,7 +59,7 @@ class Watch:
 
 
 def _sample(x: Tensor) -> np.ndarray:
-    """The bits of all entries, or of one of every row and every column, up to many, and the sum of all, without a carry."""
+    """The bits of all entries, or of one of every row and every column, up to many, and sums of all, without a carry."""
     values = x.numpy()
     values = values.view(f"u{values.itemsize}")
     if 0 in values.strides:  # what a batch shares is looked at once
@@ -67,9 +68,18 @@ def _sample(x: Tensor) -> np.ndarray:
         return values.copy()
     *batch, m = values.shape
     n = math.prod(batch)
-    total = values.sum(dtype=np.uint64)
+    total = _sums(values)
     rows = np.arange(0, n, -(-n // _MOST))
     each = -(-m // len(rows))
     columns = (rows[:, None] * each + np.arange(each)) * _STRIDE % m
     some = values[(*(z[:, None] for z in np.unravel_index(rows, batch)), columns)] if batch else values[columns[0]]
     return np.append(some.ravel().astype(np.uint64), total)
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """Over places that differ by a multiple of a prime, of an array in one piece; else over rows and over columns."""
+    if not (values.flags.c_contiguous or values.flags.f_contiguous):
+        return np.r_[values.sum(0, dtype=np.uint64).ravel(), values.sum(-1, dtype=np.uint64).ravel()]
+    flat = values.ravel(order="K")
+    whole = len(flat) // _PRIME * _PRIME
+    return np.r_[flat[:whole].reshape(-1, _PRIME).sum(0, dtype=np.uint64), flat[whole:]]

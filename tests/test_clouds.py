@@ -193,6 +193,8 @@ def test_a_mask_of_whole_numbers_is_no_list_of_columns(as_given):
     mask = np.random.default_rng(0).random((6, 5)) < 0.3
     with pytest.raises(ValueError, match=r"a mask must be boolean.*barred.astype\(bool\)"):
         Problem(Points(x, y, barred=as_given(mask.astype(int))), epsilon=0.1)
+    with pytest.raises(ValueError, match="a mask must be boolean"):
+        Problem(Points(x, y[:2], barred=as_given(np.zeros((6, 2), int))), epsilon=0.1)
     with pytest.raises(ValueError, match="names column 5, but there are 5, from 0"):
         Problem(Points(x, y, barred=as_given(np.array([[1], [2], [3], [4], [5], [1]]))), epsilon=0.1)
 

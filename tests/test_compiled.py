@@ -608,6 +608,34 @@ def test_bounds_variation_and_mass_by_outsides_are_the_linear_program(shape, nam
     np.testing.assert_allclose(solution.plan, program.plan, atol=1e-9)
 
 
+@pytest.mark.parametrize("big", [1e8, 1e14, 1e20])
+def test_one_cost_that_is_huge_takes_no_digits_of_the_others(big):
+    cost, a = plane(5, 5), np.array([0.0, 0.25, 0.25, 0.25, 0.25])
+    dear = cost.copy()
+    dear[0, 3] = big
+    assert solve(Problem(dear, a)).value == pytest.approx(solve(Problem(cost, a)).value, rel=1e-12)
+    dear, barred = cost.copy(), cost.copy()
+    dear[2, 3], barred[2, 3] = big, INF
+    assert solve(Problem(dear)).value == pytest.approx(solve(Problem(barred)).value, rel=1e-12)
+    if big < 1e9:
+        for name in ("partial", "tv", "fixed and tv"):
+            found, expected = (solve(Problem(c, **OUTSIDES[name])).value for c in (dear, barred))
+            assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("amount", [1e-9, 1e7, 1e9])
+def test_linear_programs_do_not_mind_the_unit_of_the_weights(amount):
+    """HiGHS's tolerances are absolute: at 1e7 two thirds of such problems were called infeasible."""
+    for seed in range(5):
+        cost, a, b = random_cost(4, 5, seed), weights(4, seed), weights(5, seed + 1)
+        barred = cost.copy()
+        barred[0, 1] = INF
+        for given, sides in ((barred, {}), (cost, dict(rows=TV(0.3), columns=TV(0.2), mass=0.5))):
+            whole = {**sides, **({"mass": 0.5 * amount} if "mass" in sides else {})}
+            value = solve(Problem(given, amount * a, amount * b, **whole)).value
+            assert value == pytest.approx(amount * solve(Problem(given, a, b, **sides)).value, rel=1e-9)
+
+
 def test_forbidden_arcs_beside_bounds_are_a_linear_programs(monkeypatch):
     cost = random_cost(20, 15, forbidden=0.3)
     monkeypatch.setattr(exact, "_balanced", lambda *_: pytest.fail("it takes costs that are finite"))

@@ -21,7 +21,7 @@ from contrastive import (
     SwAVLoss,
     diagnose,
 )
-from iotsolve import Unroll
+from iotsolve import Problem, Unroll, solve
 from iotsolve.kernels import bilinear, threads
 
 CLOSED = {"infonce": InfoNCELoss, "clip": ClipLoss, "ntxent": NTXentLoss, "dcl": DCLLoss}
@@ -204,6 +204,7 @@ def test_transforms_of_torch_func_are_refused_in_words(name):
         lambda: torch.func.grad(loss)(z0, z1),
         lambda: torch.func.vmap(loss)(z0[None], z1[None]),
         lambda: torch.func.jvp(loss, (z0, z1), (z0, z1)),
+        lambda: torch.func.grad(lambda x: solve(Problem(x, epsilon=0.1)).value)(z0),
     ):
         with pytest.raises(RuntimeError, match=r"inside torch.func.*torch.autograd.grad"):
             call()
@@ -215,6 +216,7 @@ def test_a_copy_stays_in_its_group_and_a_pickle_is_refused():
     loss = InfoNCELoss(0.2, process_group=group)
     assert copy.deepcopy(loss).process_group is group
     assert copy.deepcopy(nn.ModuleDict({"loss": loss}))["loss"].process_group is group
+    assert copy.copy(loss).process_group is group and copy.copy(loss) is not loss
     with pytest.raises(ValueError, match="Save its state_dict"):
         pickle.dumps(loss)
 

@@ -15,7 +15,7 @@ from iotsolve.distributed import Sharded
 WORKER = """
 import datetime, sys
 import torch, torch.distributed as dist
-from iotsolve import FIXED, FREE, KL, TV, AT_MOST, Implicit, Newton, Points, Problem, Sinkhorn, Unroll, solve
+from iotsolve import FIXED, FREE, KL, TV, AT_MOST, Implicit, Interior, Newton, Points, Problem, Sinkhorn, Unroll, solve
 from iotsolve.distributed import Sharded, own_plan
 
 rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -140,6 +140,9 @@ if world > 1:
         "other epsilon": lambda: Problem(Sharded(points), A, B, epsilon=0.5 + other),
         "other side": lambda: Problem(Sharded(points), A, B, epsilon=0.5, rows=KL(1.0) if rank == 1 else TV(1.0)),
         "other strength": lambda: Problem(Sharded(points), A, B, epsilon=0.5, columns=KL(1.0 + other)),
+        "a matrix method": lambda: solve(Problem(Sharded(points), A, B, epsilon=0.5), Interior() if rank == 1 else Newton()),
+        "no steps": lambda: solve(Problem(Sharded(points), A, B, epsilon=0.5), tolerance="a" if rank == 1 else 1e-6),
+        "other tolerance": lambda: solve(Problem(Sharded(points), A, B, epsilon=0.5), tolerance=1e-12 if rank == 1 else 1e-2),
         "other mass": lambda: Problem(Sharded(points), A, B, epsilon=0.5, rows=FREE, columns=FREE, mass=0.5 + 0.1 * other),
     }
     for what, make in BAD.items():
@@ -376,17 +379,20 @@ def test_one_process_is_that_of_points(alone):
         ("no direction", "is the zero vector"),
         ("short weights", "a has shape (59,) but the cost has 60 rows"),
         ("negative weights", "weights must be finite and non-negative"),
-        ("other weights", "sum of i * a[i] = "),
+        ("other weights", "sum of frac(i sqrt 2) a[i] = "),
         ("other epsilon", "epsilon = 0.5, 1.5"),
         ("other side", "kind of rows = "),
         ("other strength", "rho of columns = 1, 2"),
         ("other mass", "mass = 0.5, 0.6"),
+        ("a matrix method", "it factors a matrix, and its rows are on many ranks"),
+        ("no steps", "tolerance = 'a'"),
+        ("other tolerance", "the ranks do not solve alike"),
     ],
 )
 def test_what_one_rank_does_wrong_all_are_told(many, what, says):
     for k, rank in enumerate(many):
         assert says in rank[what]
-        alike = "differ in more than their rows" in rank[what]
+        alike = "differ in more than their rows" in rank[what] or "do not solve alike" in rank[what]
         assert alike or rank[what].startswith(f"rank 1 of {len(many)} cannot take part") == (k != 1)
 
 

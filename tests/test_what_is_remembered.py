@@ -112,6 +112,22 @@ def test_one_entry_of_many_is_noticed(order):
             _ = solution.value
 
 
+@pytest.mark.parametrize("order", ["C", "F", "strided"])
+def test_entries_that_change_places_are_noticed(order):
+    whole = draw(300, 400)
+    cost = {"C": whole, "F": np.asfortranarray(whole), "strided": whole[:, ::2]}[order]
+    rng = np.random.default_rng(0)
+    for k in range(30):
+        (i, j), (p, q) = rng.integers(0, cost.shape, (2, 2))
+        p, q = (i if k % 3 == 0 else p), (j if k % 3 == 1 else q)
+        if (i, j) == (p, q):
+            continue
+        solution = solve(Problem(cost, epsilon=0.5), Sinkhorn(tolerance=1e-2))
+        cost[i, j], cost[p, q] = cost[p, q], cost[i, j]
+        with pytest.raises(ValueError, match="cost was changed in place"):
+            _ = solution.value
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("n", [5, 200])
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
