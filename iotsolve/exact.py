@@ -118,10 +118,8 @@ class Exact:
         if problem.mass is None and rows.is_free and columns.is_fixed:
             plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
-        if np.isfinite(cost[np.ix_(a > 0, b > 0)]).all():
-            found = _with_outsides(problem, cost, a, b, self.max_steps)
-            if found is not None and _is_proved(problem, found):
-                return found
+        if np.isfinite(cost[np.ix_(a > 0, b > 0)]).all() and (found := _with_outsides(problem, cost, a, b, self.max_steps)):
+            return found
         return _linear_program(problem, cost, a, b)
 
 
@@ -297,9 +295,9 @@ def _nearest(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray
     return plan, reachable.min(1)
 
 
-def _balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer:
-    """A balanced problem whose last row and column are the outsides, by a shortlist of its arcs where that pays; forbidden ones
-    are priced so that no cycle of four takes them.
+def _balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> tuple[_Answer, bool]:
+    """A balanced problem whose last row and column are the outsides, by a shortlist of its arcs where that pays, and whether
+    that proves itself; forbidden arcs are priced so that no cycle of four takes them.
     """
     barred = np.isinf(cost)
     low, high = float(cost.min()), float(cost[~barred].max())
@@ -311,9 +309,9 @@ def _balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) ->
         if found is not None:
             plan, f, g = np.zeros_like(cost), np.zeros(len(a)), np.zeros(len(b))
             plan[rows[found.rows], columns[found.columns]], f[rows], g[columns] = found.flow, found.f, found.g
-            return plan, f, g, 0.0, Status.CONVERGED, found.steps
+            return (plan, f, g, 0.0, Status.CONVERGED, found.steps), True
     priced = np.where(barred, high + 3 * max(high - low, abs(high), abs(low)), cost)
-    return _network_simplex(priced, a, b, max_steps)
+    return _network_simplex(priced, a, b, max_steps), False
 
 
 @dataclass(frozen=True)
@@ -385,7 +383,7 @@ def _with_outsides(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndar
     whole[n, m] = 0.0 if mass is None else math.inf
     stays = 0.0 if mass is None else number(mass)
     supply, demand = (np.append(x.caps, max(y.caps.sum() - stays, 0.0)) for x, y in ((rows, columns), (columns, rows)))
-    flow, u, v, _, status, steps = _balanced(whole, supply, demand, max_steps)
+    (flow, u, v, _, status, steps), is_proof = _balanced(whole, supply, demand, max_steps)
     if status is not Status.CONVERGED or flow[np.isinf(whole)].sum() > _DUST * supply.sum():
         return None
     if not demand[m]:  # an outside that is empty has no potential of the simplex's
@@ -404,7 +402,8 @@ def _with_outsides(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndar
     np.maximum.at(g, columns.of, v[:m] - columns.added)
     f, g = np.where(np.isfinite(f), f + v[m], 0.0), np.where(np.isfinite(g), g + u[n], 0.0)
     f, g = rows.priced(f, a, plan.sum(1)), columns.priced(g, b, plan.sum(0))
-    return plan, f, g, 0.0 if mass is None else -(u[n] + v[m]), status, steps
+    answer = plan, f, g, 0.0 if mass is None else -(u[n] + v[m]), status, steps
+    return answer if is_proof or _is_proved(problem, answer) else None
 
 
 _DUST = 1e-12  # share of the mass on arcs that are forbidden, which is rounding
