@@ -13,6 +13,7 @@ from contrastive.targets import Choice
 from iotsolve.distributed import Alone, Ranks
 from iotsolve.gradient import Envelope, Implicit, Unroll
 from iotsolve.marginals import Marginal, number
+from iotsolve.validation import one_number
 
 __all__ = [
     "check_arguments",
@@ -48,8 +49,8 @@ def check_arguments(
             raise ValueError(
                 f"{name} = {side!r}: must be a marginal object from iotsolve, such as FIXED, FREE or KL(1.0)."
             )
-    if not 0 < _number("temperature", temperature) < math.inf:
-        raise ValueError(f"temperature = {number(temperature)}: must be positive and finite; 0.05 to 0.5 is usual.")
+    if not 0 < one_number("temperature", temperature, "in cosines") < math.inf:
+        raise ValueError(f"temperature = {temperature}: must be positive and finite; 0.05 to 0.5 is usual.")
     if learns and number(temperature) < COLDEST:
         raise ValueError(
             f"temperature = {number(temperature):g} with learn_temperature=True: a learnable temperature stops at {COLDEST:g}. "
@@ -178,19 +179,10 @@ def labels_of(labels: Any, repeat: int, ranks: Alone | Ranks, device: torch.devi
     return mine, ranks.gather(theirs)
 
 
-def _number(name: str, x: Any) -> float:
-    try:
-        if isinstance(x, str | bytes):
-            raise TypeError
-        return number(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} = {x!r}: must be one number, or a tensor without dimensions.") from error
-
-
 def temperature_of(logit_scale: float | Tensor) -> Any:
     if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
         raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}: must be one number, 1 / temperature.")
-    if not isinstance(logit_scale, Tensor) and not 0 < _number("logit_scale", logit_scale) < math.inf:
+    if not isinstance(logit_scale, Tensor) and not 0 < one_number("logit_scale", logit_scale, "1 / temperature") < math.inf:
         raise ValueError(
             f"logit_scale = {logit_scale}: is 1 / temperature, so must be positive; did you pass its logarithm?"
         )

@@ -36,7 +36,7 @@ from contrastive.arguments import (
     labels_of,
     temperature_of,
 )
-from contrastive.queue import FeatureQueue
+from contrastive.queue import FeatureQueue, told_of
 from contrastive.targets import Choice, Entries, Matches, matches, paired
 from iotsolve.accelerated import Accelerated
 from iotsolve.costs import Dense, Points
@@ -53,9 +53,6 @@ from iotsolve.solver import Outcome, Status
 from iotsolve.validation import why_impossible
 
 __all__ = ["Batch", "Found", "IOTLoss", "Side", "log_ratio", "settled", "similar", "target_entropy", "uniformity_penalty"]
-
-
-_NO_QUEUE = {"size of queue": 0, "its fill": 0, "sum of its features": 0.0}
 
 
 @dataclass(frozen=True)
@@ -378,7 +375,7 @@ class IOTLoss(nn.Module):
             self._check(views, choice, queue)
 
         def tell() -> dict[str, float]:
-            return {"temperature": number(found[0]), **choice.told(), **(_NO_QUEUE if queue is None else queue.told())}
+            return {"temperature": number(found[0]), **choice.told(), **told_of(queue)}
 
         ranks = meet(self.gather_distributed, self.process_group, *views, check=check, tell=tell)
         (epsilon,) = found
@@ -520,7 +517,7 @@ class IOTLoss(nn.Module):
         if logs[0] is not None:
             logs[0] = batch.own(logs[0])
         s, t = batch.points.soft_minima(*logs, epsilon)
-        if t is not None and isinstance(batch.ranks, Ranks):
+        if t is not None:
             t = batch.own(batch.ranks.softmin(t, epsilon))
         return [self._half(side, p, s if side.by_rows else t, epsilon) for side, p in zip(sides, found, strict=True)]
 

@@ -79,11 +79,6 @@ class FeatureQueue(nn.Module):
         features = z.new_zeros(self.size, z.shape[1]) if self.features is None else self.features.to(z)
         return features, torch.arange(self.size, device=z.device) < self.fill.to(z.device)
 
-    def told(self) -> dict[str, float]:
-        """What queues of many ranks must have in common, as numbers."""
-        features = 0.0 if self.features is None else float(self.features.double().sum())
-        return {"size of queue": self.size, "its fill": int(self.fill), "sum of its features": features}
-
     def check(self, z: Tensor) -> None:
         """Whether representations fit."""
         if z.dim() != 2 or (self.features is not None and z.shape[1] != self.features.shape[1]):
@@ -115,6 +110,13 @@ class FeatureQueue(nn.Module):
         return (
             f"size={self.size}, dim={None if self.features is None else self.features.shape[1]}, fill={int(self.fill)}"
         )
+
+
+def told_of(queue: FeatureQueue | None) -> dict[str, float]:
+    """What the queues of many ranks must have in common, as numbers; of none, 0."""
+    size, fill = (0, 0) if queue is None else (queue.size, int(queue.fill))
+    features = 0.0 if queue is None or queue.features is None else float(queue.features.double().sum())
+    return {"size of queue": size, "its fill": fill, "sum of its features": features}
 
 
 _NONE = -(2**62)  # the id of a slot without one, which no anchor has

@@ -13,7 +13,7 @@ from torch import Tensor
 from contrastive.family import Batch, Found, IOTLoss, Side, log_ratio, settled, similar, target_entropy
 from contrastive.targets import Entries, Matches
 from iotsolve.costs import Dense, Points
-from iotsolve.distributed import Alone, Ranks
+from iotsolve.distributed import Alone
 from iotsolve.exact import Exact
 from iotsolve.kernels.bilinear import log_sums
 from iotsolve.kernels.directions import normalised
@@ -312,7 +312,7 @@ def _over_negatives(side: Side, epsilon: Any) -> Tensor:
     if side.by_rows:
         return points.soft_minima(None, log_weights, epsilon)[0]
     t = points.soft_minima(batch.own(log_weights), None, epsilon)[1]
-    return batch.own(ranks.softmin(t, epsilon)) if isinstance(ranks, Ranks) else t
+    return batch.own(ranks.softmin(t, epsilon))
 
 
 def _powers(side: Side, q: float, epsilon: Any) -> Tensor:

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from iotsolve.costs import Points, Scalar
+from iotsolve.costs import METRICS, Points, Scalar
 
-__all__ = ["Alone", "Ranks", "Sharded", "meet", "own_plan"]
+__all__ = ["Alone", "Ranks", "Sharded", "meet", "own_plan", "ranks_of"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,6 @@ class Alone:
 
     def together(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def agree(self, what: str, told: dict[str, float], *, within: float = 0.0) -> None:
-        pass
 
     def gather(self, x: Tensor) -> Tensor:
         return x
@@ -298,7 +295,7 @@ class Sharded:
                 raise ValueError(
                     "there are no rows: every rank of a group needs one. Spread them evenly, or make the group smaller."
                 )
-            metric = _METRICS.index(local.metric)
+            metric = list(METRICS).index(local.metric)
             shapes = {"n": len(x), "d": x.shape[1], "m": len(y), "d of columns": y.shape[1], "metric": metric}
             return {
                 **shapes,
@@ -430,6 +427,11 @@ class Sharded:
         return self.dense(), self.dense()
 
 
+def ranks_of(cost: Any) -> Alone | Ranks:
+    """Who has the rows of a cost."""
+    return cost.ranks if isinstance(cost, Sharded) else Alone()
+
+
 def own_plan(solution: Any) -> Tensor:
     """The rows of the plan that are this rank's, shape ``(k, m)``, detached.
 
@@ -459,9 +461,6 @@ def _local(cost: Any) -> Points:
             "without a batch, and the metrics sqeuclidean, cosine, sphere and dot."
         )
     return cost
-
-
-_METRICS = "sqeuclidean", "cosine", "sphere", "dot"
 
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:

@@ -347,7 +347,6 @@ class _Bins:
         kept = caps > 0
         return cls(of[kept], caps[kept], added[kept], left[kept], beyond)
 
-
     def priced(self, f: np.ndarray, weights: np.ndarray, r: np.ndarray) -> np.ndarray:
         """Potentials, exactly the price where a marginal is not what is asked for, which the simplex has but for rounding."""
         asked, price, room = (np.zeros(len(f)) for _ in range(3))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
-from iotsolve.distributed import Alone, Ranks, Sharded
+from iotsolve.distributed import Alone, Ranks, Sharded, ranks_of
 from iotsolve.kernels.once import Refuse, final
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
@@ -532,7 +532,7 @@ def _pull_implicit(
 
 
 def _ranks(problem: Problem) -> Ranks | Alone:
-    return problem.cost.ranks if isinstance(problem.cost, Sharded) else Alone()
+    return ranks_of(problem.cost)
 
 
 def _added(ranks: Ranks | Alone, names: Sequence[str], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

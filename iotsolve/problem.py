@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
-from iotsolve.distributed import Alone, Ranks, Sharded
+from iotsolve.distributed import Ranks, Sharded, ranks_of
 from iotsolve.kernels.precision import product
 from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import FIXED, Between, Marginal, kl_divergence, number
@@ -188,7 +188,7 @@ class Problem:
         columns: Marginal = FIXED,
         mass: Scalar | None = None,
     ) -> None:
-        ranks = cost.ranks if isinstance(cost, Sharded) else Alone()
+        ranks = ranks_of(cost)
         with ranks.together():
             cost, as_numpy = as_cost(cost)
             n, m = cost.shape[-2:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iotsolve.certificate import Certificate, certify
 from iotsolve.costs import Dense, calm
-from iotsolve.distributed import Alone, Ranks, Sharded
+from iotsolve.distributed import Alone, Ranks, Sharded, ranks_of
 from iotsolve.gradient import (
     Envelope,
     Gradient,
@@ -169,7 +169,7 @@ class Solution:
         self.watch.check()
         if self.exact_plan is not None or isinstance(self.problem.cost, Dense):
             return None
-        ranks = self.problem.cost.ranks if isinstance(self.problem.cost, Sharded) else Alone()
+        ranks = ranks_of(self.problem.cost)
         if isinstance(self.differentiation, Envelope):
             return (self.problem.to(self.found.f.dtype), self.found, ranks) if streams(self.problem.cost) else None
         twin = streamable(self.problem.to(torch.float64), self.found.to(torch.float64))

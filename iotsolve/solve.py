@@ -15,7 +15,7 @@ from iotsolve.accelerated import TINY, Accelerated, relaxed_together
 from iotsolve.certificate import Certificate
 from iotsolve.costs import Dense, Points, quiet
 from iotsolve.direct import Direct
-from iotsolve.distributed import Alone, Ranks, Sharded
+from iotsolve.distributed import Ranks, Sharded, ranks_of
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
@@ -72,13 +72,12 @@ def solve(
         >>> solution.status.name, bool(solution.certificate.holds)
         ('CONVERGED', True)
     """
-    asked = tolerance
-    if solver is None and isinstance(problem, Problem):
-        solver = Exact() if problem.is_exact else _Automatic(tolerance)
-        tolerance = None
-    ranks = problem.cost.ranks if isinstance(problem, Problem) and isinstance(problem.cost, Sharded) else Alone()
+    ranks = ranks_of(getattr(problem, "cost", None))
     with ranks.together():
-        check_tolerance(asked)
+        check_tolerance(tolerance)
+        if solver is None and isinstance(problem, Problem):
+            solver = Exact() if problem.is_exact else _Automatic(tolerance)
+            tolerance = None
         _check_arguments(problem, solver, gradient, init, tolerance)
     if isinstance(ranks, Ranks):
         ranks.agree(

@@ -34,6 +34,7 @@ __all__ = [
     "check_window",
     "common_batch",
     "default_tolerance",
+    "one_number",
     "rounding",
     "why_impossible",
 ]
@@ -398,13 +399,18 @@ def as_scalar(name: str, x: Any, *, hint: str) -> Scalar:
     """
     if isinstance(x, Tensor) and x.dim() > 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: must be a float or a tensor without dimensions ({hint}).")
-    try:
-        value = math.nan if isinstance(x, str | bytes) else number(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} = {x!r}: must be one number ({hint}).") from error
+    value = one_number(name, x, hint)
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} = {x!r}: must be one finite number >= 0, in the problem's units ({hint}).")
     return x if isinstance(x, Tensor) else value
+
+
+def one_number(name: str, x: Any, hint: str) -> float:
+    """The number that something is, NaN of a text; a ValueError if it is none."""
+    try:
+        return math.nan if isinstance(x, str | bytes) else number(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} = {x!r}: must be one number ({hint}).") from error
 
 
 def common_batch(cost: Cost, a: Tensor, b: Tensor) -> torch.Size:
