@@ -87,7 +87,8 @@ class Dense:
     def blocks(self) -> Iterator[tuple[slice, Dense]]:
         """The cost in blocks of rows: all of it where it is small, and else so that what is computed of it stays so."""
         n = self.matrix.shape[-2]
-        size = n if self.matrix.numel() <= _WHOLE else max(1, _BLOCK * n // self.matrix.numel())
+        whole, block = (_WHOLE, _BLOCK) if self.matrix.device.type == "cpu" else (_WHOLE_ON_DEVICE, _WHOLE_ON_DEVICE)
+        size = n if self.matrix.numel() <= whole else max(1, block * n // self.matrix.numel())
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             yield rows, self if size >= n else self.viewed(self.matrix[..., rows, :])
@@ -589,7 +590,7 @@ Cost = Dense | Points
 
 _WHOLE = 2**22  # entries of a matrix that is not cut
 _BLOCK = 2**18  # entries of a block: 2 MB in float64 stay in the cache; larger ones are three times slower
-_BLOCK_ON_DEVICE = 2**26  # where a block is a launch
+_WHOLE_ON_DEVICE, _BLOCK_ON_DEVICE = 2**24, 2**26  # where a block is a launch
 
 
 def calm(cost: Cost | Tensor) -> AbstractContextManager[None]:

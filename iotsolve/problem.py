@@ -715,13 +715,14 @@ def weighed_in_double(problem: Problem) -> Problem:
 
 
 def in_matrix(problem: Problem) -> Problem:
-    """Of points on a CPU, the cost as a matrix, for as long as somebody reads it many times: of few points, whose stored kernel
-    is swept in a tenth of the time, and of more that no compiled pass reads (euclidean distances, functions, batches).
+    """The cost of points as a matrix, for as long as somebody reads it many times: of few points, whose stored kernel a CPU sweeps
+    in a tenth of the time, and of more that no compiled pass reads (euclidean distances, functions, batches).
     """
     cost = problem.cost
-    if not isinstance(cost, Points) or cost.device.type != "cpu":
+    if not isinstance(cost, Points):
         return problem
-    if math.prod(cost.shape) > (_FEW if cost.is_bilinear else _MANY):
+    most = _FEW_ON_DEVICE if cost.device.type != "cpu" else _FEW if cost.is_bilinear else _MANY
+    if math.prod(cost.shape) > most:
         return problem
     mixed = cost.dtype == torch.float32 and problem.a.dtype == torch.float64
     if mixed and 2.0**-24 * float(cost.range().amax()) > _SEEN * number(problem.epsilon):
@@ -732,7 +733,7 @@ def in_matrix(problem: Problem) -> Problem:
     return problem.with_cost(Dense(matrix))
 
 
-_FEW, _MANY = 2**24, 2**27  # arcs
+_FEW, _MANY, _FEW_ON_DEVICE = 2**24, 2**27, 2**20  # arcs
 _SEEN = 1e-6  # relative error of a plan's entries from costs in float32, above which these are float64
 
 

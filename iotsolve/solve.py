@@ -415,17 +415,18 @@ _LOOSE, _ROUNDINGS, _WORTHLESS = 1e-5, 4.0, 0.1  # relative errors of marginals 
 
 
 def _held(problem: Problem) -> Problem:
-    """Of few arcs on a CPU, points as a matrix, and all in float64, where their own digits end and which costs no time; or the
-    problem as it is.
+    """Of few arcs, points as a matrix, and all in float64, where their own digits end and which costs no time; or the problem as
+    it is, as a device's batch of matrices is, which has a kernel of its own.
     """
-    cost = problem.cost
-    few = cost.device.type == "cpu" and math.prod(problem.shape) <= _HELD
-    if not few or not (isinstance(cost, Points) or cost.dtype == torch.float32):
+    cost, on_device = problem.cost, problem.cost.device.type != "cpu"
+    few = math.prod(problem.shape) <= (_HELD_ON_DEVICE if on_device else _HELD)
+    single = cost.dtype == torch.float32 and not (on_device and len(problem.a) > 1)
+    if not few or not (isinstance(cost, Points) or single):
         return problem
     return in_matrix(problem.to(torch.float64))
 
 
-_HELD = 2**18  # arcs
+_HELD, _HELD_ON_DEVICE = 2**18, 2**20  # arcs
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}
 _STIFF, _NEARLY = 250.0, 1e-3  # range of costs in epsilons, and error of marginals, from which on Newton's steps are quicker
 _BOOKKEEPING, _MANY = 200, 2**11  # sweeps of few bins, and arcs in all, from which on calling another solver costs less

@@ -120,15 +120,15 @@ def test_sums_and_derivatives(size, dtype, barred, even):
 def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
     """What points of many features are derived by, in more than one piece; and where one exponential cannot serve both sums."""
     monkeypatch.setattr(streamed, "_WIDE", 0)
-    monkeypatch.setattr(streamed, "_SCRATCH", 1)
+    monkeypatch.setattr(streamed, "_SCRATCH", (1, 1))
     pieces = []
-    make = streamed._product
-    monkeypatch.setattr(streamed, "_product", lambda *given: pieces.append(given) or make(*given))
+    make = streamed._add_product
+    monkeypatch.setattr(streamed, "_add_product", lambda *given: pieces.append(given) or make(*given))
     flags = []
     prepare = streamed._prepared
     monkeypatch.setattr(streamed, "_prepared", lambda *given: (found := prepare(*given), flags.append(float(found[1][2])))[0])
     for far in (1.0, 12.0):
-        x, y, u, v, mask = case(150, 70, 20, dtype, barred)
+        x, y, u, v, mask = case(300, 270, 20, dtype, barred)
         u, v = (z.clamp(min=-5.0) if far == 1 else z * far for z in (u, v))  # all bins, or some without weight
         if far > 1 and not even:  # as a point without weight may be, at any distance
             x[1] *= 1e4 if dtype == torch.float32 else 10.0
@@ -140,11 +140,12 @@ def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
         for needed in ((True, True), (False, True))[: 1 + (far == 1)]:
             asked = (*needed, False, False)
             exact = bilinear._pull(*wide, mask, expected, [w.double() for w in upstream], asked)
-            ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, asked, even=even)
+            halves = {"precise": dtype == torch.float32, "even": even}
+            ours = streamed.pull(x, y, u, v, mask, [s.float() for s in expected], upstream, asked, **halves)
             for one, other in zip(ours[:2], exact[:2], strict=True):
                 assert_near(one, other, KEPT[dtype])
         assert flags[-1] == (far == 1)  # whether one exponential served both
-    assert len(pieces) >= 3 * 2 * 2
+    assert len(pieces) >= 4 * 5 * (1 if dtype != torch.float32 else 3)
 
 
 @pytest.mark.parametrize("many", [False, True])

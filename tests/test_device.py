@@ -71,12 +71,24 @@ def test_solves_are_certified_and_equal_the_cpu(metric, sides):
 def test_a_small_epsilon_is_played_from_a_recording():
     x, y = (z.detach() for z in views(400, 3))
     cost = Points(x, y)
-    solver = Sinkhorn(tolerance=1e-5, annealing=None, max_steps=3000)
-    found = solve(Problem(cost, epsilon=0.2), solver)
-    exact = solve(Problem(Points(x.double().cpu(), y.double().cpu()), epsilon=0.2), solver)
-    assert found.steps > 50
-    assert found.steps == pytest.approx(exact.steps, rel=0.1)  # float32 against float64
-    assert float(found.value) == pytest.approx(float(exact.value), rel=1e-5)
+    for mixing in (0, 15):
+        solver = Sinkhorn(tolerance=1e-5, annealing=None, max_steps=3000, mixing=mixing)
+        found = solve(Problem(cost, epsilon=0.2), solver)
+        exact = solve(Problem(Points(x.double().cpu(), y.double().cpu()), epsilon=0.2), solver)
+        assert found.steps > (30 if mixing else 50)
+        assert found.steps == pytest.approx(exact.steps, rel=0.3 if mixing else 0.1)  # float32 against float64
+        assert float(found.value) == pytest.approx(float(exact.value), rel=1e-5)
+
+
+def test_a_recording_takes_no_memory_from_the_caller_and_none_twice():
+    x, y = (z.detach() for z in views(3000, 8))
+    torch.empty(2**28, dtype=torch.uint8, device="cuda")  # which torch keeps for whoever asks next
+    solver = Sinkhorn(tolerance=1e-6, annealing=None, max_steps=40)
+    held = []
+    for _ in range(4):
+        solve(Problem(Points(x, y), epsilon=0.05), solver, throw=False)
+        held.append(torch.cuda.memory_reserved())
+    assert held[0] > 2**28 and held[1] == held[2] == held[3]
 
 
 def test_a_sweep_never_waits_for_the_device():

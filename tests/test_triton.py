@@ -55,6 +55,7 @@ CASES = [  # pass, features of all products, terms (of one, points are about as 
     *(("sums", features, 3, 0) for features in (256, 384)),
     *(("both", features, 3, 0) for features in (256, 384)),
     *((kernel, 128, 1, barred) for kernel in ("sums", "both", "pull") for barred in (1, 2, 3)),
+    *(("weights", *case) for case in ((512, 1, 0), (1536, 3, 0), (512, 1, 1), (512, 1, 2), (1536, 3, 3))),
 ]
 
 
@@ -67,7 +68,7 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     from iotsolve.kernels import streamed, tiled
 
     kernel, features, terms, barred = case
-    function = {"sums": tiled.sums_kernel, "both": tiled.both_kernel, "pull": tiled.pull_kernel}[kernel]
+    function = getattr(tiled, f"{kernel}_kernel")
     cloud = SimpleNamespace(features=features, even=terms == 1)
     tiles = streamed._tiles("pull of three" if (kernel, terms) == ("pull", 3) else kernel, cloud, barred)
     depth = tiles.depth or features
@@ -82,20 +83,23 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     if kernel == "sums":
         few = features == 128  # whose potentials are read as they are, and many
         constants |= {"DOUBTED": False, "RAW": few, "AT": few, "WHOLE": few}
+    if kernel == "weights":
+        constants |= {"OF_ROWS": True, "OF_COLUMNS": True, "TERMS": terms}
     if kernel == "pull":
         each = features // terms if terms == 1 or features > 256 else 64
         width = min(tiles.width, each & -each)
         constants |= {"OF_ROWS": True, "OF_COLUMNS": True, "SPREAD": False, "TERMS": terms, "WIDTH": width}
         constants["OWN"] = depth == features == width
-    types = {"X": "*fp16", "Y": "*fp16", "ENDS": "*i32", "DOUBT": "*i32", "B": ["*fp16", "*u8", "*i64", "*i64"][barred]}
+    types = dict.fromkeys(("X", "Y", "HIGH", "LOW"), "*fp16") | dict.fromkeys(("ENDS", "DOUBT"), "*i32")
+    types["B"] = ["*fp16", "*u8", "*i64", "*i64"][barred]
     types["epsilon"] = "fp32"
     integers = ("n", "m", "d", "k", "stride_i", "stride_j", "share", "high_n", "high_m", "per_row", "per_column")
-    integers += ("high_half", "low_half")
+    integers += ("high_half", "low_half", "top", "left", "width")
     signature = {
         name: "constexpr" if name in constants else "i32" if name in integers else types.get(name, "*fp32")
         for name in function.arg_names
     }
-    even = ("d", "share", "high_n", "high_m", "per_row", "per_column", "high_half", "low_half")
+    even = ("d", "share", "high_n", "high_m", "per_row", "per_column", "high_half", "low_half", "top", "left", "width")
     sixteens = [k for k, name in enumerate(function.arg_names) if signature[name][0] == "*" or name in even]
     source = ASTSource(
         function, signature, constexprs=constants, attrs={(k,): [["tt.divisibility", 16]] for k in sixteens}
@@ -106,27 +110,6 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     said = ptxas(code, tmp_path)
     assert re.search(r"0 bytes spill stores, 0 bytes spill loads", said), said
     assert made.metadata.shared <= 227 * 1024
-
-
-@pytest.mark.parametrize("terms", [1, 3])
-@pytest.mark.parametrize("even", [False, True])
-def test_stored_weights_compile_without_spills(even, terms, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from iotsolve.kernels import streamed, tiled
-
-    function = tiled.weights_kernel
-    constants = {"OF_ROWS": True, "OF_COLUMNS": True, "EVEN": even, "BARRED": 2, "TERMS": terms}
-    constants |= dict(zip(("ROWS", "COLUMNS"), streamed._WEIGHTS, strict=True))
-    types = {"B": "*i64", "ENDS": "*i32", "HIGH": "*fp16", "LOW": "*fp16"}
-    signature = {
-        each: "constexpr" if each in constants else "i32" if each.islower() else types.get(each, "*fp32")
-        for each in function.arg_names
-    }
-    made = triton.compile(ASTSource(function, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
-    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", ptxas(made.asm["ptx"], tmp_path))
 
 
 @pytest.mark.parametrize("terms", [1, 3])

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["PADDED", "Halved", "directions", "halved", "pull_directions"]
 
 PADDED = 256  # rows come in multiples of this, as every tile divides it
-_WHOLE = 256  # features up to which their number is a power of two
+_WHOLE = 256, 128  # features up to which their number is a power of two: of one term, and of three
 _PART = 64  # of more features, what they are a multiple of
 _UNIT = tl.constexpr(2.0**13)  # brings numbers up to 1 into float16's range
 
@@ -96,7 +96,7 @@ def halved(x: Tensor, precise: bool, first: bool, even: bool) -> Halved:
 def _padded(d: int, terms: int) -> tuple[int, int]:
     """How many features a point of ``d`` has in each term, and in all of them."""
     width = triton.cdiv(d, 16) * 16
-    if (features := triton.next_power_of_2(terms * width)) <= _WHOLE:
+    if (features := triton.next_power_of_2(terms * width)) <= _WHOLE[terms == 3]:
         return features if terms == 1 else width, features
     width = triton.cdiv(d, _PART) * _PART
     return width, terms * width

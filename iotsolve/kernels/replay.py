@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -25,8 +26,20 @@ class Replayed:
     def __init__(self, step: Callable[[Any], Any], state: Any) -> None:
         self.state = _cloned(state)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may load data meanwhile
-            self._take(step(self.state))
+        device = next(_leaves(self.state)).device
+        known = _LAST.__dict__.setdefault("graphs", {})
+        last, aside = known.get(device) or (None, torch.cuda.Stream(device))
+        pool = {} if last is None else {"pool": last.pool()}
+        here = torch.cuda.current_stream(device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self.graph.capture_begin(**pool, capture_error_mode="thread_local")  # other threads may load data meanwhile
+            try:
+                self._take(step(self.state))
+            finally:
+                self.graph.capture_end()
+        here.wait_stream(aside)
+        known[device] = self.graph, aside
 
     def __call__(self, state: Any) -> Any:
         if state is not self.state:
@@ -37,6 +50,13 @@ class Replayed:
     def _take(self, state: Any) -> None:
         for own, new in zip(_leaves(self.state), _leaves(state), strict=True):
             own.copy_(new)
+
+
+_LAST = threading.local()
+"""Of every device the last recording of a thread and the stream that it was made on: the next one's intermediate results take its
+place in memory, which is nobody's once a solve has asked for its answer. ``torch.cuda.graph`` would give back all memory that torch
+has cached, the caller's too.
+"""
 
 
 def _leaves(state: Any) -> Iterator[Tensor]:

@@ -11,9 +11,11 @@ at three products for one. Nothing is ever rounded to tf32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -52,13 +54,12 @@ class _Tiles:
 _TABLE = {
     "sums": {
         128: _Tiles(128, 128, 0, 0, 8, 2, 2),
-        256: _Tiles(128, 64, 0, 0, 8, 1, 2),
         10**9: _Tiles(128, 256, 64, 0, 8, 3),
     },
     "both": {
-        128: _Tiles(64, 64, 0, 0, 4, 3, 3),
+        128: _Tiles(64, 128, 0, 0, 4, 3, 2),
         256: _Tiles(64, 64, 0, 0, 4, 2, 2),
-        10**9: _Tiles(128, 128, 64, 0, 8, 3),
+        10**9: _Tiles(128, 128, 64, 0, 8, 3, 2),
     },
     "pull": {
         128: _Tiles(64, 64, 0, 128, 4, 4, 2),
@@ -71,18 +72,18 @@ _TABLE = {
         1024: _Tiles(64, 64, 64, 128, 4, 4, 2),
         10**9: _Tiles(128, 32, 64, 256, 8, 3),
     },
+    "weights": {10**9: _Tiles(128, 128, 64, 0, 8, 3)},
 }
-_MASKED_TILES = {
-    "sums": (64, 64),
-    "both": (64, 64),
-    "pull": (64, 32),
-    "pull of three": (64, 32),
-}  # a mask takes registers
+_BARRED_TILES = (  # nothing barred, a mask, which takes registers, and lists
+    {},
+    {"sums": (64, 64), "both": (64, 64), "pull": (64, 32), "pull of three": (64, 32), "weights": (64, 64)},
+    *2 * ({"both": (64, 64)},),
+)
 _MOST = 8  # programs that share a row
 _ALONE = 2**15  # columns that one program can be left alone with
-_WIDE = 512  # features of one term beyond which derivatives are made of stored weights; of three terms, of all of them twice that
-_WEIGHTS = (16, 128)  # rows and columns of a tile of these
-_SCRATCH = 2**25  # weights stored at a time
+_WIDE = 256  # features of one term beyond which derivatives are made of stored weights; of three terms, of all of them twice that
+_SCRATCH = 2**25, 2**26  # weights stored at a time, of all but the largest matrices and of those
+_LARGE = 2**28  # entries of these
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
 _SAFE = 60.0  # exponents up to which, of either sign, plain exponentials and their sums stay in range
 
@@ -333,8 +334,8 @@ def _is_wide(x: Halved) -> bool:
 @cache
 def _stores_well(device: torch.device) -> bool:
     """Whether stored weights give there what tiles give; torch before 2.8 makes no float32 products of float16 matrices."""
-    draw = torch.Generator().manual_seed(0)
-    x, y, u, v, gr, gc = (torch.randn(size, generator=draw).to(device) for size in ((40, 9), (70, 9), 40, 70, 40, 70))
+    draw = torch.Generator("cpu").manual_seed(0)
+    x, y, u, v, gr, gc = (torch.randn(size, generator=draw, device="cpu").to(device) for size in ((40, 9), (70, 9), 40, 70, 40, 70))
     given = halved(x, True, True, False), halved(y, True, False, False)
     vectors = (u, v, *log_sums(x, y, u, v, None), gr, gc)
     try:
@@ -349,9 +350,13 @@ def _stores_well(device: torch.device) -> bool:
     return all(torch.allclose(a[0], b.sum(0), rtol=1e-4, atol=1e-5) for a, (b, _) in zip(found, expected, strict=True))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``into + a b`` of matrices in half precision, in place and in float32."""
     with in_full():
-        return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
+        if into.device.type == "cuda":
+            torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+        else:
+            into += a.float() @ b.float()
 
 
 def _wide_pull(
@@ -364,7 +369,7 @@ def _wide_pull(
     barred: _Barred,
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`_half_pull` of both sides, of points with many features: the weights of some rows are made once and for both, and
-    the products are torch's.
+    their products with points are torch's.
     """
     n, m, d = shape
     high_n, high_m = len(x.numbers), len(y.numbers)
@@ -384,35 +389,37 @@ def _wide_pull(
         return cut if share is None else [numbers * share.half()[:, None] for numbers in cut]
 
     own, others = parts_of(x, of_x), parts_of(y, None if x.even else of_y)
-    gx = x.unit.new_empty(1, n, d) if needed[0] else None
-    gy = x.unit.new_zeros(high_m, y.width) if needed[1] else None
-    size = min(high_n, max(PADDED, _SCRATCH // high_m // PADDED * PADDED))
-    high, low = (torch.empty(size, high_m, dtype=torch.float16, device=x.unit.device) for _ in range(2))
-    table = barred.tables(high_n, _WEIGHTS[0], x.unit)
-    for begin in range(0, high_n, size):
-        some = slice(begin, min(begin + size, high_n))
-        count = some.stop - begin
-        products = _product(x.numbers[some], y.numbers.mT)
-        tiled.weights_kernel[(high_m // _WEIGHTS[1], count // _WEIGHTS[0])](
-            products, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *table, high, low, n, m, *barred.strides, begin,
-            high_m, **which, BARRED=barred.kind, TERMS=x.terms, ROWS=_WEIGHTS[0], COLUMNS=_WEIGHTS[1],
+    gx, gy = (
+        z.unit.new_zeros(len(z.numbers), z.width) if wanted else None for z, wanted in zip((x, y), needed, strict=True)
+    )
+    down, across = _blocks(high_n, high_m)
+    high = torch.empty(down * across, dtype=torch.float16, device=x.unit.device)
+    low = torch.empty_like(high) if x.terms == 3 else high
+    tiles = _tiles("weights", x, barred.kind)
+    table = barred.tables(high_n, tiles.rows, x.unit)
+    for top, left in product(range(0, high_n, down), range(0, high_m, across)):
+        rows, columns = slice(top, min(top + down, high_n)), slice(left, min(left + across, high_m))
+        size = rows.stop - top, columns.stop - left
+        tiled.weights_kernel[(size[0] // tiles.rows, size[1] // tiles.columns)](
+            x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *table, high, low, n, m, *barred.strides,
+            top, left, size[1], **which, BARRED=barred.kind, TERMS=x.terms, D=x.features, DEPTH=min(tiles.depth, x.features),
+            ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
         )  # fmt: skip
-        weights = [high[:count], low[:count]]
-        if needed[0]:
-            found = _times(weights, others, x.terms)[: n - begin, :d]
-            torch.mul(found, back * scales[3], out=gx[0, begin : begin + len(found)])
-        if needed[1]:
-            gy += _times([w.mT for w in weights], [z[some] for z in own], x.terms)
-    return gx, None if gy is None else (gy[:m, :d] * (back * unit_x))[None]
+        weights = [w[: math.prod(size)].view(size) for w in (high, low)]
+        for k, w in ((0, 0), (0, 1), (1, 0))[: x.terms]:  # which halves; that of the two rests is nothing
+            if needed[0]:
+                _add_product(gx[rows], weights[w], others[k][columns])
+            if needed[1]:
+                _add_product(gy[columns], weights[w].mT, own[k][rows])
+    sides = (gx, scales[3], n), (gy, unit_x, m)
+    return tuple(None if z is None else z.mul_(back * unit)[:size, :d].contiguous()[None] for z, unit, size in sides)
 
 
-def _times(weights: list[Tensor], numbers: list[Tensor], terms: int) -> Tensor:
-    """The product of what is known by its halves."""
-    found = _product(weights[0], numbers[0])
-    if terms == 3:
-        found += _product(weights[1], numbers[0])
-        found += _product(weights[0], numbers[1])
-    return found
+def _blocks(n: int, m: int) -> tuple[int, int]:
+    """Rows and columns of a block of weights: so that what is added up is read as seldom as there is room for."""
+    count = triton.cdiv(n * m, _SCRATCH[n * m >= _LARGE])
+    down = min(max(1, round(math.sqrt(count * n / m))), count)
+    return tuple(triton.cdiv(size, parts * PADDED) * PADDED for size, parts in ((n, down), (m, triton.cdiv(count, down))))
 
 
 def _prepared(
@@ -465,13 +472,12 @@ def _half_pull(
 
 
 def _tiles(which: str, x: Halved, kind: int) -> _Tiles:
-    found = next(tiles for most, tiles in _TABLE[which].items() if x.features <= most)
-    if found.depth == 0 and x.features & (x.features - 1):  # not a power of two
-        found = _TABLE[which][10**9]
+    odd = x.features & (x.features - 1)  # no power of two, as numbers read at once have to be
+    found = next(tiles for most, tiles in _TABLE[which].items() if x.features <= most and (tiles.depth or not odd))
     if which == "both" and not x.even:  # a factor for each point takes registers
         found = replace(found, columns=min(64, found.columns))
-    if kind == _MASKED:
-        rows, columns = _MASKED_TILES[which]
+    if which in _BARRED_TILES[kind]:
+        rows, columns = _BARRED_TILES[kind][which]
         found = replace(found, rows=min(rows, found.rows), columns=min(columns, found.columns))
     return found
 

@@ -1,7 +1,7 @@
 """Triton kernels over tiles of a matrix of exponents, which exists in registers only: what ``streamed.py`` launches.
 
 The sums of rows (asked with the roles exchanged, of columns), those of both at once where exponentials stay in range, and the
-derivative; what prepares them and puts shares together; and the weights of a derivative alone, of products made elsewhere.
+derivative; what prepares them and puts shares together; and the weights of a derivative alone.
 """
 
 # ruff: noqa: SIM102, SIM108 - a branch on a constant is compiled or is not, and must stand alone
@@ -281,38 +281,36 @@ def pull_kernel(
 
 @triton.jit
 def weights_kernel(
-    S, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, HIGH, LOW, n, m, k, stride_i, stride_j, begin, high_m,
-    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, EVEN: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    X, Y, U, V, R, C, GR, UP, UNIT_X, UNIT_Y, SCALES, B, ENDS, HIGH, LOW, n, m, k, stride_i, stride_j, top, left, width,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr, EVEN: tl.constexpr,
+    D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weights of :func:`pull_kernel` as float16, and what that leaves, of products that are known for the rows from
-    ``begin`` on; 0 beyond the last point.
+    """The weights of :func:`pull_kernel` as float16, and what that leaves, of a block; 0 beyond the last point. Programs that
+    run together share rows and columns.
     """
-    here = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    i = begin + here
-    start = tl.program_id(0) * COLUMNS
-    j = start + tl.arange(0, COLUMNS)
-    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
-    norm = tl.where(size > 0, 4096.0 / size, 0.0)
+    first, start = top + tl.program_id(0) * ROWS, left + tl.program_id(1) * COLUMNS
+    i, j = first + tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
+    tile = _rest(tl.zeros((ROWS, COLUMNS), tl.float32), X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+    if EVEN:
+        tile = tile * (tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E)
+    else:
+        tile = tile * tl.load(UNIT_Y + j)[None, :] * (tl.load(UNIT_X + i) * _LOG2E)[:, None]
     low, high = 0, 0
     if BARRED >= 2:
-        tile_of_rows = begin // ROWS + tl.program_id(1)
-        low, high = tl.load(ENDS + 2 * tile_of_rows), tl.load(ENDS + 2 * tile_of_rows + 1)
+        low, high = tl.load(ENDS + 2 * (first // ROWS)), tl.load(ENDS + 2 * (first // ROWS) + 1)
+    tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
+    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
+    norm = tl.where(size > 0, 4096.0 / size, 0.0)
     rows, up_rows, u, ratio = _of_row(U, R, GR, i, n, norm, widest, together, OF_ROWS, OF_COLUMNS)
     v, up, spread = 0.0, 0.0, 0.0
     if OF_ROWS:
         v = tl.load(V + j)
     if OF_COLUMNS:
         up = tl.load(UP + j)
-    at = here[:, None].to(tl.int64) * high_m + j[None, :]
-    if EVEN:
-        tile = tl.load(S + at) * (tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E)
-    else:
-        tile = tl.load(S + at) * tl.load(UNIT_Y + j)[None, :] * (tl.load(UNIT_X + i) * _LOG2E)[:, None]
-    tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
     weights, spread = _weighed(tile, C + j, v, up, u, rows, up_rows, ratio, together, spread, OF_ROWS, OF_COLUMNS, False)
     weights = tl.where((i[:, None] < n) & (j[None, :] < m), weights, 0.0)
     half = weights.to(tl.float16)
+    at = (i - top)[:, None].to(tl.int64) * width + (j - left)[None, :]
     tl.store(HIGH + at, half)
     if TERMS == 3:
         tl.store(LOW + at, (weights - half.to(tl.float32)).to(tl.float16))
