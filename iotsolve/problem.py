@@ -706,17 +706,17 @@ def in_double(problem: Problem) -> Problem:
 
 
 def weighed_in_double(problem: Problem) -> Problem:
-    """The problem with weights, and so potentials, in float64, where that is a CPU's: these are vectors, and at a small epsilon
-    the digits that float32 lacks are theirs.
+    """The problem with weights, and so potentials, in float64: these are vectors, and at a small epsilon the digits that float32
+    lacks are theirs.
     """
-    if problem.cost.device.type != "cpu" or problem.a.dtype == torch.float64:
+    if problem.a.dtype == torch.float64:
         return problem
     return problem._viewed({**problem.tensors(), "a": problem.a.double(), "b": problem.b.double()})
 
 
 def in_matrix(problem: Problem) -> Problem:
-    """The cost of points as a matrix, for as long as somebody reads it many times: of few points, whose stored kernel a CPU sweeps
-    in a tenth of the time, and of more that no compiled pass reads (euclidean distances, functions, batches).
+    """The cost of points as a matrix, for as long as somebody reads it many times: of few points, whose stored kernel a CPU
+    sweeps in a tenth of the time, and of more that no compiled pass reads (euclidean distances, functions, batches).
     """
     cost = problem.cost
     if not isinstance(cost, Points):
@@ -733,7 +733,7 @@ def in_matrix(problem: Problem) -> Problem:
     return problem.with_cost(Dense(matrix))
 
 
-_FEW, _MANY, _FEW_ON_DEVICE = 2**24, 2**27, 2**20  # arcs
+_FEW, _MANY, _FEW_ON_DEVICE = 2**24, 2**27, 2**24  # arcs
 _SEEN = 1e-6  # relative error of a plan's entries from costs in float32, above which these are float64
 
 

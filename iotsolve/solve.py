@@ -91,7 +91,9 @@ def solve(
     given, attained = problem, attainable(problem)
     problem = attained.remembering()
     with torch.no_grad():
-        working = problem.working() if problem.is_exact else weighed_in_double(problem.working())
+        working = problem.working()
+        if not problem.is_exact and (working.cost.device.type == "cpu" or _is_held(working, solver.tolerance)):
+            working = weighed_in_double(working)
         start = None if init is None else _start(working, init)
         pinned = saturated(working)
         flat = pinned.flat()
@@ -131,6 +133,7 @@ def solve(
         solution = solution_of(outcome)
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.found, tolerance)
+    unjudged = unjudged or (flat.cost.device.type != "cpu" and not problem.is_exact and _is_coarse(flat, tolerance))
     if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful or missed:
         # nobody else has judged what the solvers claim
         solution = _told(solution, _judged(solution.status, solution.certificate))
@@ -154,12 +157,25 @@ def run(
     if not isinstance(solver, Exact) and solver.tolerance is None:
         solver = replace(solver, tolerance=default_tolerance(problem.dtype))  # which what they read may not have
     with quiet(problem.cost):
-        few = isinstance(solver, _Automatic) and _held(problem) is not problem
-        if isinstance(problem.cost, Points) and not (problem.cost.is_bilinear or problem.is_exact or few):
+        chosen = isinstance(solver, _Automatic) or problem.cost.device.type != "cpu"
+        if chosen and not problem.is_exact and _is_held(problem, solver.tolerance):
+            return _sharply(problem, solver, start)
+        if isinstance(problem.cost, Points) and not (problem.cost.is_bilinear or problem.is_exact):
             problem = in_matrix(problem)  # of metrics whose blocks take longer to make than to read
-        if isinstance(solver, Sinkhorn):
-            return iterate(problem, solver, start)
-        return solver.run(problem, start) if isinstance(solver, _Automatic | Newton) else solver.run(problem)
+        return _ran(problem, solver, start)
+
+
+def _ran(problem: Problem, solver: Solver, start: Potentials | None) -> Outcome:
+    if isinstance(solver, Sinkhorn):
+        return iterate(problem, solver, start)
+    return solver.run(problem, start) if isinstance(solver, _Automatic | Newton) else solver.run(problem)
+
+
+def _sharply(problem: Problem, solver: Solver, start: Potentials | None) -> Outcome:
+    """The outcome in the problem's precision of the same problem in float64, as a matrix."""
+    exact, begun = in_matrix(problem.to(torch.float64)), None if start is None else start.to(torch.float64)
+    found = _ran(exact, solver, begun)
+    return sobered(problem, replace(found, potentials=found.potentials.to(problem.a.dtype)), solver.tolerance)
 
 
 def _check_arguments(problem: Problem, solver: Any, gradient: Any, init: Any, tolerance: Any) -> None:
@@ -238,8 +254,12 @@ def _is_blunt(problem: Problem, p: Potentials, tolerance: float | None) -> bool:
 def _may_miss(problem: Problem, solver: Solver | None) -> bool:
     """Whether a flat problem's certificate, which is a few passes, may ask for more than the solver's rule: at a tiny epsilon."""
     cost = problem.cost
-    few = not isinstance(cost, Dense) and cost.device.type == "cpu" and math.prod(cost.shape) <= _FEW
-    quick = (few or (isinstance(cost, Dense) and cost.is_compiled)) and not problem.is_exact
+    if problem.is_exact:
+        return False
+    if cost.device.type != "cpu":
+        quick = _is_held(problem, solver.tolerance)
+    else:
+        quick = cost.is_compiled if isinstance(cost, Dense) else math.prod(cost.shape) <= _FEW
     if not quick or isinstance(solver, Interior) or not (spread(problem) > _TINY_EPSILON).any():
         return False
     if problem.is_full:
@@ -297,8 +317,6 @@ class _Automatic:
 
     def run(self, problem: Problem, start: Potentials | None) -> Outcome:
         """Solve every problem of a detached flat batch; a start that is good enough is the answer."""
-        if (exact := _held(problem)) is not problem:
-            return self._sharply(problem, exact, start)
         if start is None:
             return self._search(problem, None)
         judged = self._judged(problem, start, [0] * problem.batch_shape[0])
@@ -307,11 +325,6 @@ class _Automatic:
         done = _continued(problem, judged, self._search)
         # a start that leads nowhere is no reason to fail
         return _continued(problem, done, lambda left, _: self._search(left, None), (*_UNFINISHED, Status.NOT_FINITE))
-
-    def _sharply(self, problem: Problem, exact: Problem, start: Potentials | None) -> Outcome:
-        """The outcome in the problem's precision of the same problem in float64."""
-        found = self.run(exact, None if start is None else start.to(torch.float64))
-        return sobered(problem, replace(found, potentials=found.potentials.to(problem.a.dtype)), self.tolerance)
 
     def _judged(self, problem: Problem, start: Potentials, steps: list[int]) -> Outcome:
         """Which problems somebody's potentials solve."""
@@ -355,8 +368,10 @@ class _Automatic:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
             second, small = is_quick(problem.cost), n * m <= _FITS
-            done = _climbed(problem, replace(first, max_steps=_QUICK if second or small else _PATIENT), start)
-            if second or (isinstance(problem.cost, Points | Sharded) and not small):
+            played = isinstance(problem.cost, Dense) and count == 1 and problem.dtype == torch.float64
+            sweeps = _PLAYED if played else _QUICK if second or small else _PATIENT
+            done = _climbed(problem, replace(first, max_steps=sweeps), start)
+            if second or played or (isinstance(problem.cost, Points | Sharded) and not small):
                 done = _continued(problem, done, newton.run)
         if n * m <= _FITS and not isinstance(problem.cost, Sharded):
             done = _continued(problem, done, lambda left, _: interior.run(left))
@@ -414,19 +429,29 @@ _WORTH_CLIMBING_ON_DEVICE = 2**29  # where a sweep of fewer takes less time than
 _LOOSE, _ROUNDINGS, _WORTHLESS = 1e-5, 4.0, 0.1  # relative errors of marginals at which a cheaper precision stops
 
 
-def _held(problem: Problem) -> Problem:
-    """Of few arcs, points as a matrix, and all in float64, where their own digits end and which costs no time; or the problem as
-    it is, as a device's batch of matrices is, which has a kernel of its own.
+def _is_held(problem: Problem, tolerance: float | None) -> bool:
+    """Whether a problem is solved in float64, and points as a matrix: of few arcs, where their own digits end and which costs no
+    time; on a device also of more whose exponents float32 has not the digits for. Its batches of matrices have a kernel of their
+    own.
     """
-    cost, on_device = problem.cost, problem.cost.device.type != "cpu"
-    few = math.prod(problem.shape) <= (_HELD_ON_DEVICE if on_device else _HELD)
-    single = cost.dtype == torch.float32 and not (on_device and len(problem.a) > 1)
-    if not few or not (isinstance(cost, Points) or single):
-        return problem
-    return in_matrix(problem.to(torch.float64))
+    cost, entries = problem.cost, math.prod(problem.shape)
+    if not isinstance(cost, Points) and cost.dtype != torch.float32:
+        return False
+    if cost.device.type == "cpu":
+        return entries <= _HELD
+    if isinstance(cost, Sharded) or entries > math.prod(problem.shape[-2:]):
+        return False
+    return entries <= _HELD_ON_DEVICE or (entries <= _HELD_IF_COARSE and _is_coarse(problem, tolerance))
 
 
-_HELD, _HELD_ON_DEVICE = 2**18, 2**20  # arcs
+def _is_coarse(problem: Problem, tolerance: float | None) -> bool:
+    """Whether the rounding of exponents in float32 may exceed the tolerance."""
+    tolerance = default_tolerance(problem.dtype) if tolerance is None else tolerance
+    coarse = problem.cost.dtype != torch.float64
+    return coarse and float(spread(problem).max()) * torch.finfo(torch.float32).eps / 2 > tolerance
+
+
+_HELD, _HELD_ON_DEVICE, _HELD_IF_COARSE = 2**18, 2**20, 2**24  # arcs
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}
 _STIFF, _NEARLY = 250.0, 1e-3  # range of costs in epsilons, and error of marginals, from which on Newton's steps are quicker
 _BOOKKEEPING, _MANY = 200, 2**11  # sweeps of few bins, and arcs in all, from which on calling another solver costs less
@@ -458,6 +483,7 @@ _LAST = 200  # sweeps when nothing else has helped
 _FITS = 10**6  # arcs
 _QUICKLY_FACTORED = 2**17  # arcs up to which steps of systems that are factored cost less than those that are not
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
+_PLAYED = 500  # sweeps that a device plays without being asked
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 
 

@@ -125,6 +125,25 @@ def test_far_from_the_origin_and_in_other_units():
     assert float(scaled.value) * 1e6 == pytest.approx(float(plain.value), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "n, m, d, epsilon, side", [(400, 400, 2, 0.01, FIXED), (1000, 900, 2, 0.003, KL(1.0)), (1500, 1500, 5, 0.05, FIXED)], ids=str
+)
+def test_what_float32_has_not_the_digits_for(n, m, d, epsilon, side):
+    draw = torch.Generator().manual_seed(n)
+    x, y = torch.randn(n, d, generator=draw), 0.8 * torch.randn(m, d, generator=draw)
+    found = solve(Problem(Points(x.cuda(), y.cuda()), epsilon=epsilon, columns=side))
+    exact = solve(Problem(Points(x.double(), y.double()), epsilon=epsilon, columns=side), tolerance=1e-6)
+    assert found.status is Status.CONVERGED and found.certificate.holds
+    assert float(found.value) == pytest.approx(float(exact.value), rel=1e-5)
+
+
+def test_many_points_at_a_small_epsilon_say_what_they_are():
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9000, 8, generator=draw).cuda(), 0.8 * torch.randn(8000, 8, generator=draw).cuda()
+    found = solve(Problem(Points(x, y), epsilon=0.1), throw=False)
+    assert found.certificate.holds or found.status is not Status.CONVERGED
+
+
 def test_memory_is_that_of_the_points():
     n, d = 20_000, 64
     ours = views(n, d)

@@ -335,7 +335,8 @@ def _is_wide(x: Halved) -> bool:
 def _stores_well(device: torch.device) -> bool:
     """Whether stored weights give there what tiles give; torch before 2.8 makes no float32 products of float16 matrices."""
     draw = torch.Generator("cpu").manual_seed(0)
-    x, y, u, v, gr, gc = (torch.randn(size, generator=draw, device="cpu").to(device) for size in ((40, 9), (70, 9), 40, 70, 40, 70))
+    sizes = (40, 9), (70, 9), 40, 70, 40, 70
+    x, y, u, v, gr, gc = (torch.randn(size, generator=draw, device="cpu").to(device) for size in sizes)
     given = halved(x, True, True, False), halved(y, True, False, False)
     vectors = (u, v, *log_sums(x, y, u, v, None), gr, gc)
     try:
