@@ -206,17 +206,22 @@ def _tangent(g: Tensor, z: Tensor) -> Tensor:
 
 
 def passes(n: int, d: int) -> Iterator[Timed]:
-    """The kernels alone, from float16 unit vectors; those of the smallest as one launch."""
-    from iotsolve.kernels import streamed
+    """The kernels alone, from halved unit vectors, as losses call them, each piece of work as one launch."""
+    from iotsolve.kernels import halves, streamed
 
-    whole = replayed if n <= 8192 else (lambda work: work)
     for terms in (1, 3):
         precise, name = terms == 3, "iotsolve's kernels, fp32" if terms == 3 else "iotsolve's kernels, fp16"
         x, y = (z.float() for z in clouds(n, d, torch.float32 if precise else HALF))
         x = x / TAU
         even = x.new_full((n,), -math.log(n))
         up = x.new_full((n,), 1 / n)
-        sums = functools.partial(streamed.log_sums, x, y, even, even, None, precise=precise, even=True)
+        halved = halves.halved(x, precise, True, True), halves.halved(y, precise, False, True)
+
+        def sums(halved: tuple = halved, even: Tensor = even) -> tuple[Tensor, Tensor]:
+            found = torch.empty(2, len(even), device=even.device)
+            streamed._sums(*halved, even, even, None, *found, sure=True)
+            return tuple(found)
+
         found = sums()
         pull = functools.partial(
             streamed.pull,
@@ -231,15 +236,15 @@ def passes(n: int, d: int) -> Iterator[Timed]:
             precise=precise,
             even=True,
         )
-        ms, mib = clock(whole(sums))
+        ms, mib = clock(replayed(sums))
         yield Timed("sums of rows and of columns", n, d, name, ms, mib, same_bits=_alike(sums(), sums()))
-        ms, mib = clock(whole(lambda sums=sums, pull=pull: (sums(), pull())))
+        ms, mib = clock(replayed(lambda sums=sums, pull=pull: (sums(), pull())))
         yield Timed("the same, and derivatives", n, d, name, ms, mib, same_bits=_alike(pull(), pull()))
         if precise:
             continue
         for count in (5, 10, 50):
             work = functools.partial(_sinkhorn, x, y, even, up, count)
-            ms, mib = clock(whole(work), most=0.5)
+            ms, mib = clock(replayed(work), most=0.5)
             yield Timed(f"Sinkhorn, {count} iterations, with derivatives", n, d, name, ms, mib)
 
 
@@ -328,6 +333,22 @@ def _gradient(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Ten
     return found
 
 
+def members(n: int, d: int) -> Iterator[Timed]:
+    """Losses of other kinds than the pairs' InfoNCE, from float16 embeddings, with derivatives."""
+    from contrastive import DCLLoss, InfoNCELoss, NTXentLoss, SinkhornNCELoss, UnbalancedNCELoss
+
+    for kind in (InfoNCELoss, NTXentLoss, DCLLoss, SinkhornNCELoss, UnbalancedNCELoss):
+        x, y = (z.requires_grad_() for z in clouds(n, d, HALF))
+        loss = kind(TAU)
+
+        def work(x: Tensor = x, y: Tensor = y, loss: Callable = loss) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(loss(x, y), (x, y))
+
+        ms, mib = clock(work, most=0.3)
+        bits = all(torch.equal(a, b) for a, b in zip(work(), work(), strict=True))
+        yield Timed("other losses, with derivatives, fp16", n, d, f"iotsolve, {kind.__name__}", ms, mib, same_bits=bits)
+
+
 def many(count: int, n: int) -> Iterator[Timed]:
     """Many small problems at once, to the default tolerance, beside as many sweeps of a batch in torch as the slowest takes."""
     from iotsolve import Problem, certify, solve
@@ -394,6 +415,7 @@ def run(out: Path, *, seconds: float) -> dict[str, Any]:
         work.append(functools.partial(infonce, n, d, True))
     work[10:10] = [functools.partial(many, 1000, n) for n in (16, 64, 128)] + [large]
     work[14:14] = [functools.partial(transport, 8192, 64), functools.partial(transport, 32768, 64)]
+    work[14:14] = [functools.partial(members, 8192, 128)]
     for each in work:
         if time.perf_counter() - begin > seconds:
             break
