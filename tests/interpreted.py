@@ -395,3 +395,215 @@ def test_a_batch_through_the_front_door(monkeypatch):
     for epsilon in (0.3, 0.005):  # the second is left to others
         found = solve(Problem(cost, epsilon=epsilon))
         assert found.certificate.holds.all() and (found.steps > 0).all()
+
+
+# -- Anderson's mixing ---------------------------------------------------------------------------------------------------
+
+SAME = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def slow_map(b, n, dtype):
+    """A map that contracts slowly in a few directions, with weights of which some are 0."""
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
+    rates = 0.9 * torch.rand(b, n, generator=g, dtype=torch.float64) ** 3
+    shift, weights = (torch.rand(b, n, generator=g, dtype=torch.float64) for _ in "xx")
+    weights[:, 1::5] = 0.0
+    rates, shift, weights = (z.to(dtype) for z in (rates, shift, weights / weights.sum(-1, keepdim=True)))
+    return lambda at: rates * at + 0.1 * at.roll(1, -1) + shift, weights
+
+
+def noise(like, size, seed):
+    g = torch.Generator(like.device).manual_seed(seed)
+    return size * torch.randn(like.shape, generator=g, dtype=torch.float64).to(like.dtype)
+
+
+def mixed_both_ways(image_of, weights, window, steps, most=math.inf):
+    """The memories of torch after each step, each of which the kernels have as well, from the same images."""
+    from iotsolve.mixing import Mixing
+
+    ours, theirs = (Mixing.empty(weights, window) for _ in range(2))
+    for k in range(steps):
+        image, overwritten = image_of(k, theirs.at), {id(x) for x in vars(ours).values()}
+        ours, theirs = ours._by_kernels(image, weights, most), theirs._in_torch(image, weights, most)
+        assert [name for name, x in vars(ours).items() if id(x) not in overwritten] == ["at"]
+        for name, found in vars(ours).items():
+            expected, exactly = getattr(theirs, name), name in ("place", "known", "idle")
+            if name in ("dx", "dr", "gram"):  # what is not known is never read
+                found, expected = (torch.where(known(theirs).reshape(len(x), -1, 1), x, 0.0) for x in (found, expected))
+            if name == "gram":
+                found, expected = (torch.where(known(theirs).unsqueeze(1), x, 0.0) for x in (found, expected))
+            error = 0.0 if exactly else SAME[weights.dtype]
+            size = 1.0 if name == "place" else max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+            torch.testing.assert_close(
+                found, expected, rtol=error, atol=error * size, equal_nan=True, msg=lambda m, n=name, k=k: f"{n}, step {k}: {m}"
+            )
+        yield theirs
+
+
+def known(memory):
+    window = memory.dx.shape[1]
+    return (memory.place[:, None] - 1 - torch.arange(window)) % window < memory.known[:, None]
+
+
+@pytest.mark.parametrize("dtype", SAME, ids=str)
+@pytest.mark.parametrize(
+    "b, n, window, steps", [(1, 3, 5, 4), (2, 256, 1, 9), (3, 70, 5, 12), (1, 1030, 15, 18), (2, 300, 16, 19), (1, 520, 31, 34)]
+)
+def test_mixing_in_four_launches(b, n, window, steps, dtype, monkeypatch):
+    """What torch remembers, after every step, until the memory has been full for a while."""
+    from iotsolve.kernels import mixed
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return self.kernel[grid]
+
+    launches, (made, weights) = [], slow_map(b, n, dtype)
+    for name in [name for name in vars(mixed) if name.endswith("_kernel")]:
+        monkeypatch.setattr(mixed, name, Counted(getattr(mixed, name)))
+    *_, last = mixed_both_ways(lambda k, at: made(at) + noise(at, 0.1, k), weights, window, steps, 30.0)
+    assert len(launches) == 4 * steps
+    assert (last.known == min(window, steps - 1)).all()
+
+
+@pytest.mark.parametrize("dtype", SAME, ids=str)
+def test_mixing_to_the_end(dtype):
+    """Each its own way, to a fixed point."""
+    from iotsolve.mixing import Mixing
+
+    made, weights = slow_map(1, 200, dtype)
+    ours, theirs = (Mixing.empty(weights, 15) for _ in range(2))
+    for _ in range(40):
+        ours, theirs = ours.mixed(made(ours.at), weights), theirs._in_torch(made(theirs.at), weights, math.inf)
+    assert_near(made(ours.at), ours.at.double(), SAME[dtype])
+    assert_near(ours.at, theirs.at.double(), SAME[dtype])
+
+
+@pytest.mark.parametrize("dtype", SAME, ids=str)
+def test_mixing_where_numbers_are_not_finite(dtype):
+    """In one problem of three, now and then; where there is no weight, in another; and where differences overflow."""
+    made, weights = slow_map(3, 300, dtype)
+
+    def image_of(k, at):
+        image = made(at) + noise(at, 0.1, k)
+        image[0, 7] = (math.nan, 1.0, math.inf, -math.inf, 0.5)[k % 5]
+        image[0, 299] = math.inf
+        image[1, 1] = math.inf if k > 6 else 1.0
+        if k == 9:
+            image[2] = 0.6 * torch.finfo(dtype).max * torch.linspace(-1, 1, 300, dtype=dtype).sign()
+        return image
+
+    for k, memory in enumerate(mixed_both_ways(image_of, weights, 5, 14, 30.0)):
+        assert memory.at[0, 299] == math.inf and (k < 7 or memory.at[1, 1] == math.inf)
+        assert k != 10 or (memory.known[1] == 5 and memory.known[2] <= 1)
+
+
+@pytest.mark.parametrize("dtype", SAME, ids=str)
+def test_mixing_begins_again_is_given_up_and_goes_no_further(dtype):
+    from iotsolve.mixing import Mixing
+
+    made, weights = slow_map(3, 300, dtype)
+    jumps, stays = torch.tensor([[True], [False], [False]]), torch.tensor([[False], [False], [True]])
+
+    def image_of(k, at):
+        return torch.where(stays, at, made(at)) + noise(at, 0.1, k) + 100.0 * (jumps & (k >= 8))
+
+    ways = list(mixed_both_ways(image_of, weights, 2, 12, 30.0))
+    assert ways[8].known.tolist() == [1.0, 2.0, 2.0]
+    assert (ways[-1].idle > 8).tolist() == [False, False, True]
+    most = torch.tensor(0.01, dtype=dtype)  # which binds
+    image = image_of(12, ways[-1].at)
+    for limit in (float(most), most):
+        twin = Mixing(*(x.clone() for x in vars(ways[-1]).values()))
+        found, expected = twin._by_kernels(image, weights, limit), ways[-1]._in_torch(image, weights, limit)
+        assert_near(found.at, expected.at.double(), SAME[dtype])
+        longest = torch.where(weights > 0, found.at - image, 0.0).abs().amax(1)[:2]  # of those that are not given up
+        torch.testing.assert_close(longest, most.expand(2), rtol=0, atol=SAME[dtype] * float(image.abs().max()))
+    first, rest = torch.tensor([True, False, False]), torch.tensor([1, 2])
+    for change in (
+        lambda memory: memory.restarted(first),
+        lambda memory: memory.given_up(first),
+        lambda memory: memory.where(first, memory.restarted(~first)),
+        lambda memory: memory.select(rest),
+    ):
+        ours, theirs = (change(Mixing(*(x.clone() for x in vars(ways[-1]).values()))) for _ in range(2))
+        for k in range(3):
+            image, own = (z[-len(ours.at) :] for z in (made(ways[-1].at) + noise(ways[-1].at, 0.1, k), weights))
+            ours, theirs = ours._by_kernels(image, own, 30.0), theirs._in_torch(image, own, 30.0)
+            assert_near(ours.at, theirs.at.double(), SAME[dtype])
+            assert torch.equal(ours.known, theirs.known) and torch.equal(ours.idle, theirs.idle)
+
+
+def test_mixing_that_the_kernels_are_not_made_for(monkeypatch):
+    """A longer window, and iterates that autograd follows."""
+    from iotsolve.mixing import Mixing
+
+    made, weights = slow_map(1, 20, torch.float64)
+    live, shift = weights.clone().requires_grad_(), made(weights)
+    monkeypatch.setattr(Mixing, "_by_kernels", lambda *_: pytest.fail("launched"))
+    for window, given in ((32, shift), (5, live + shift)):
+        memory = Mixing.empty(weights, window).mixed(given, weights)
+        for _ in range(3):
+            memory = memory.mixed(0.5 * memory.at + given, weights)
+        assert memory.at.requires_grad == given.requires_grad
+
+
+def test_mixing_has_the_same_bits_twice():
+    made, weights = slow_map(2, 1000, torch.float32)
+    once, again = (
+        [memory.at for memory in mixed_both_ways(lambda k, at: made(at) + noise(at, 0.1, k), weights, 4, 6)] for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("given", [{"epsilon": 0.005}, {"epsilon": 0.02, "mass": 0.6}], ids=str)
+def test_a_solve_that_mixes_by_kernels(given, monkeypatch):
+    from iotsolve import AT_MOST, Points, Problem, Sinkhorn, mixing, solve
+
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
+    x, y = (torch.rand(k, 3, generator=g, dtype=torch.float64) for k in (60, 50))
+    sides = {"rows": AT_MOST, "columns": AT_MOST} if "mass" in given else {}
+    problem, solver, steps = Problem(Points(x, y), **given, **sides), Sinkhorn(), []
+    by_kernels = mixing.Mixing._by_kernels
+    monkeypatch.setattr(mixing.Mixing, "_by_kernels", lambda *given: steps.append(1) or by_kernels(*given))
+    found = solve(problem, solver)
+    assert steps  # those of a recording are played without us
+    monkeypatch.setattr(mixing, "usable", lambda *_: False)
+    expected = solve(problem, solver)
+    assert found.status is expected.status and abs(found.steps - expected.steps) <= 8
+    assert_near(found.value, expected.value, 1e-7)
+
+
+def test_a_step_that_overwrites_its_state_is_played():
+    """As from a recording: of a state that is kept, into it; with what a solver changes in between."""
+    from iotsolve import KL, Points, Problem, Sinkhorn
+    from iotsolve.kernels import replay
+
+    class Played(replay.Replayed):
+        def __init__(self, step, state):
+            self.state = replay._cloned(state)
+            self.graph = SimpleNamespace(replay=lambda: self._take(step(self.state)))
+
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
+    x, y = (torch.rand(k, 3, generator=g, dtype=torch.float64) for k in (40, 30))
+    method = Sinkhorn(annealing=None, mixing=4)
+    for side in ({}, {"columns": KL(1.0)}):
+        problem, found = Problem(Points(x, y), epsilon=0.01, **side).flat(), []
+        for kind in (Played, lambda step, _: step):
+            state = method.init(problem, None)
+            for k in range(40):
+                if k == 9:
+                    state = method.hasten(problem, state)
+                if k <= 10:
+                    play = kind(lambda given, problem=problem: method.step(problem, given, problem.epsilon), state)
+                state = play(state) if k >= 10 else method.step(problem, state, problem.epsilon)
+                if k % 8 == 0:
+                    state = method.settle(problem, state)
+                if k == 30:
+                    state = method.relent(state, torch.tensor([True]))
+            found.append(state.potentials)
+        assert_near(found[0].f, found[1].f, 1e-9)
+        assert_near(found[0].g, found[1].g, 1e-9)

@@ -98,12 +98,15 @@ def test_a_sweep_never_waits_for_the_device():
         method = Sinkhorn(annealing=None)
         with torch.no_grad():
             state = method.step(problem, method.init(problem, None), problem.epsilon)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(3):
-                    state = method.step(problem, state, problem.epsilon)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            for mixes in (False, True):
+                state = method.hasten(problem, state) if mixes else state
+                state = method.step(problem, state, problem.epsilon)
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    for _ in range(3):
+                        state = method.step(problem, state, problem.epsilon)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
         assert state.potentials.f.isfinite().all() and state.potentials.g.isfinite().all()
 
 

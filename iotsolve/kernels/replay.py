@@ -20,6 +20,7 @@ class Replayed:
 
     Args:
         step: makes a state of a state, of the same shapes, on a CUDA device and without waiting for it; it has been run before.
+            It may overwrite tensors of the given state and return them.
         state: a dataclass of tensors, of such, and of None.
     """
 
@@ -49,7 +50,8 @@ class Replayed:
 
     def _take(self, state: Any) -> None:
         for own, new in zip(_leaves(self.state), _leaves(state), strict=True):
-            own.copy_(new)
+            if own is not new:  # as of what the step has overwritten
+                own.copy_(new)
 
 
 _LAST = threading.local()
