@@ -201,8 +201,9 @@ class Problem:
             object.__setattr__(self, "as_numpy", as_numpy)
             object.__setattr__(self, "is_even", even)
             if even:
-                totals = [size * torch.tensor(1.0 / size, dtype=a.dtype, device="cpu").item() for size in (n, m)]
-                self.__dict__.update(is_full=True, amounts=np.stack([np.full(batch, total) for total in totals]))
+                each = np.float32 if a.dtype == torch.float32 else np.float64
+                totals = [size * float(each(1.0 / size)) for size in (n, m)]
+                self.__dict__.update(is_full=True, amounts=np.multiply.outer(totals, np.ones(batch)))
             with calm(cost):
                 check_problem(self)
         if isinstance(ranks, Ranks):
@@ -390,7 +391,7 @@ class Problem:
         if "known_logs" in self.__dict__:
             problem.__dict__["known_logs"] = {}
         known, batch = self.__dict__.get("amounts"), problem.a.shape[:-1]
-        if known is not None and problem.a.dtype == self.a.dtype and batch in (self.batch_shape, (math.prod(self.batch_shape),)):
+        if known is not None and problem.a.dtype == self.a.dtype and math.prod(batch) * 2 == known.size:
             problem.__dict__["amounts"] = known.reshape(2, *batch)
         if problem.dtype == self.dtype:
             problem.__dict__["memory"] = self.memory
@@ -402,9 +403,10 @@ class Problem:
         """
         n, m = self.shape[-2:]
         cost, twin = self.cost, object.__new__(Problem)
+        twin.__dict__.update(self.__dict__)
         # another solve's memory, and numbers of weights that are the caller's
-        past = {"_flat"} if self.is_even else {"_flat", "amounts", "mismatched", "_settled_totals"}
-        twin.__dict__.update((name, x) for name, x in self.__dict__.items() if name not in past)
+        for name in ("_flat",) if self.is_even else ("_flat", "amounts", "mismatched", "_settled_totals"):
+            twin.__dict__.pop(name, None)
         if isinstance(cost, Points):
             twin.__dict__["cost"] = replace(cost)
             return twin
