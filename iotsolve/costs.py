@@ -334,8 +334,11 @@ class Points:
     def _bilinear_form(self, epsilon: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = self.flattened
         if self.metric == "sqeuclidean":
-            x, y = (z - self._centre.flatten(0, -2) for z in (x, y))
-            return 2 * x / epsilon, y, -x.square().sum(-1) / epsilon, -y.square().sum(-1) / epsilon
+            both = torch.cat([x, y]).sub_(self._centre.flatten(0, -2))
+            levels = both.square().sum(-1) / -epsilon
+            n, traced = len(x), both.requires_grad or isinstance(epsilon, Tensor)
+            x, y = both[:n], both[n:]
+            return x * (2 / epsilon) if traced else x.mul_(2 / epsilon), y, levels[:n], levels[n:]
         if self.metric == "cosine":
             x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
         level = -_PRODUCTS.get(self.metric, 1.0) / epsilon
@@ -531,6 +534,32 @@ class Points:
         u, v = (None if log is None else log + own for log, own in ((log_rows, p), (log_columns, q)))
         s, t = bilinear.log_sums(x, y, u, v, self.barred, backend=self.backend, precise=self.precise)
         return None if s is None else -times(s + p, epsilon), None if t is None else -times(t + q, epsilon)
+
+    def pulled(
+        self, log_columns: Tensor, softmin: Tensor, carried: Tensor, epsilon: float, needed: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``sum_j P_ij dC_ij / dx_i`` and ``sum_i P_ij dC_ij / dy_j``, without derivatives, of a bilinear cost.
+
+        Args:
+            log_columns: ``log b + g / epsilon``.
+            softmin: over columns at these, ``s``.
+            carried: by the rows: ``P_ij = carried_i exp(log_columns_j + (s_i - C_ij) / epsilon)``, of any sign.
+            epsilon: positive, in cost units.
+            needed: which are asked for.
+
+        Returns:
+            Both, or None for what is not asked for; not of cosines, whose points have lengths beside.
+        """
+        x, y, p, q = self.bilinear_form(epsilon)
+        squared, how = self.metric == "sqeuclidean", {"precise": self.precise, "even": self.unit}
+        columns, sums = log_columns + q, torch.add(p, softmin, alpha=1.0 / epsilon).neg_()
+        needed = *needed, False, needed[1] and squared
+        gx, gy, _, total = bilinear.pull(x, y, columns, self.barred, sums, carried, needed, backend=self.backend, **how)
+        if not squared:
+            return None if gx is None else -gx, None if gy is None else gy * -epsilon
+        gx = None if gx is None else torch.addcmul(gx * -2.0, carried.unsqueeze(-1), x, value=epsilon)
+        gy = None if gy is None else torch.addcmul(gy * -epsilon, total.unsqueeze(-1), y, value=2.0)
+        return gx, gy
 
     def softmin_at(self, logs: Tensor, potential: Tensor, epsilon: float, *, axis: int) -> Tensor:
         """:meth:`softmin` at ``logs + potential / epsilon``, without derivatives; on kernels without anything beside a pass."""

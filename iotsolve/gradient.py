@@ -31,7 +31,7 @@ __all__ = ["Envelope", "Gradient", "Gradients", "Implicit", "Unroll"]
 
 
 class Gradient(Protocol):
-    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor: ...
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None, excess: Tensor | None = None) -> Tensor: ...
 
     def potentials(self, problem: Problem, p: Potentials) -> Potentials: ...
 
@@ -57,9 +57,9 @@ class Envelope:
         True
     """
 
-    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None, excess: Tensor | None = None) -> Tensor:
         names, tensors = _inputs(problem)
-        return _EnvelopeValue.apply(problem.detach(), p, plan, names, *tensors)
+        return _EnvelopeValue.apply(problem.detach(), p, plan, excess, names, *tensors)
 
     def potentials(self, problem: Problem, p: Potentials) -> Potentials:
         return _refuse(problem, p)
@@ -86,8 +86,8 @@ class Implicit:
         torch.Size([2, 2])
     """
 
-    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
-        return Envelope().value(problem, p, plan)
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None, excess: Tensor | None = None) -> Tensor:
+        return Envelope().value(problem, p, plan, excess)
 
     def potentials(self, problem: Problem, p: Potentials) -> Potentials:
         return _follow(problem, p, _pull_implicit)
@@ -131,8 +131,8 @@ class Unroll:
                 "how fast the sweeps contract; solution.steps says how many the solver took. Implicit() needs no such number."
             )
 
-    def value(self, problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
-        return Envelope().value(problem, p, plan)
+    def value(self, problem: Problem, p: Potentials, plan: Tensor | None, excess: Tensor | None = None) -> Tensor:
+        return Envelope().value(problem, p, plan, excess)
 
     def potentials(self, problem: Problem, p: Potentials) -> Potentials:
         return _follow(problem, p, lambda *arguments: _pull_sweeps(self.steps, *arguments))
@@ -180,19 +180,45 @@ def _refuse(problem: Problem, p: Potentials) -> Potentials:
 class _EnvelopeValue(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, problem: Problem, p: Potentials, plan: Tensor | None, names: tuple[str, ...], *tensors: Tensor
+        ctx,
+        problem: Problem,
+        p: Potentials,
+        plan: Tensor | None,
+        excess: Tensor | None,
+        names: tuple[str, ...],
+        *tensors: Tensor,
     ) -> Tensor:
         ctx.problem, ctx.p, ctx.plan, ctx.names = problem, _snapped(problem, p, p.f.dtype), plan, names
         ctx.save_for_backward(*tensors)
         with calm(problem.cost):
-            return _lagrangian(_read_at(problem, p), p, plan)
+            read = _read_at(problem, p)
+            known = _known_rows(read, p, excess) if plan is None else None
+            ctx.known = known if ctx.p.g is p.g and ctx.p.f is p.f else None
+            if known is None:
+                return _lagrangian(read, p, plan)
+            product = float(read.amounts.prod())  # of the one problem that a bilinear cost is of
+            return _dual_sides(read, p) - read.epsilon * (known[1].sum(-1) - product)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
+        needed, tensors = ctx.needs_input_grad[5:], ctx.saved_tensors
         if torch.is_grad_enabled() and ctx.plan is None:
-            return (None,) * 4 + _differentiable_gradient(ctx, upstream, needed, tensors)
-        return (None,) * 4 + final(_LINEAR, _gradient(ctx, upstream.detach(), needed, tensors), upstream, *tensors)
+            return (None,) * 5 + _differentiable_gradient(ctx, upstream, needed, tensors)
+        return (None,) * 5 + final(_LINEAR, _gradient(ctx, upstream.detach(), needed, tensors), upstream, *tensors)
+
+
+def _known_rows(problem: Problem, p: Potentials, excess: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The rows' soft-minima and marginals of a bilinear cost, where nothing is infinite: what its derivatives need as well."""
+    of_points = isinstance(problem.cost, Points) and streams(problem.cost) and not isinstance(problem.epsilon, Tensor)
+    if not (of_points and problem.is_plain):
+        return None
+    f = _lifted(problem, p)
+    s = problem.softmin(p.g, problem.epsilon, axis=-1) if excess is None else f - excess
+    return s, (problem.a.log() + (f - s if excess is None else excess) / problem.epsilon).exp()
+
+
+def _lifted(problem: Problem, p: Potentials) -> Tensor:
+    return p.f if problem.mass is None else p.f + p.lam.unsqueeze(-1)
 
 
 def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -200,7 +226,7 @@ def _gradient(ctx: Any, upstream: Tensor, needed: Sequence[bool], tensors: Seque
     p, plan, upstream = ctx.p, ctx.plan, upstream.to(ctx.p.f.dtype)
     wanted = {name for name, need in zip(ctx.names, needed, strict=True) if need}
     if plan is None:
-        found = _entropic(_read_at(ctx.problem, p), p, upstream, wanted)
+        found = _entropic(_read_at(ctx.problem, p), p, upstream, wanted, ctx.known)
         r, c = found.pop("r"), found.pop("c")
 
         def scalar(problem: Problem) -> Tensor:
@@ -313,8 +339,9 @@ def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
     A bin that nothing can reach pays for being empty, whatever its potential.
     """
     total = 0.0 if problem.mass is None else p.lam * problem.mass
+    plain = not (torch.is_grad_enabled() or problem.is_exact) and problem.is_plain
     for side, weights, f in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
-        if not (torch.is_grad_enabled() or problem.is_exact) and problem.is_plain:
+        if plain:
             total = total + (weights * side.conjugate(f)).sum(-1)
             continue
         reached = f.isfinite()
@@ -325,14 +352,18 @@ def _dual_sides(problem: Problem, p: Potentials) -> Tensor:
     return total
 
 
-def _entropic(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:
+def _entropic(
+    problem: Problem, p: Potentials, upstream: Tensor, needed: set[str], known: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Derivatives of the entropic term ``-eps (sum P - sum a sum b)`` at frozen potentials, with the marginals of P.
 
     In closed form and block by block, so that a backward pass costs one plan and keeps none. At an empty bin ``P 1 / a`` is
     the limit, by one more soft-min.
     """
     with calm(problem.cost), torch.no_grad():
-        eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), p.f + p.lam.unsqueeze(-1)
+        if known is not None and needed and needed <= {"x", "y"} and problem.cost.metric != "cosine":
+            return _of_known(problem, p, upstream, needed, *known)
+        eps, side, lifted = problem.epsilon, upstream.unsqueeze(-1), _lifted(problem, p)
         found = (_of_points if streams(problem.cost) else _of_blocks)(problem, p, upstream, needed)
         r, c = found["r"], found["c"]
         if "a" in needed:
@@ -371,6 +402,17 @@ def _of_blocks(problem: Problem, p: Potentials, upstream: Tensor, needed: set[st
         excess = r.sum(-1) - problem.a.sum(-1) * problem.b.sum(-1)
         found["epsilon"] = (upstream * (slack / problem.epsilon - excess)).sum().reshape(problem.epsilon.shape)
     return found | {"r": r, "c": c}
+
+
+def _of_known(
+    problem: Problem, p: Potentials, upstream: Tensor, needed: set[str], softmin: Tensor, r: Tensor
+) -> dict[str, Tensor]:
+    """The derivatives in points alone, in closed form, at what is known of the rows; nobody asks for the columns' marginal."""
+    logs = torch.add(problem.b.log(), p.g, alpha=1.0 / problem.epsilon).flatten()
+    carried, wanted = (r * upstream.unsqueeze(-1)).flatten(), ("x" in needed, "y" in needed)
+    cost = problem.cost
+    found = zip(("x", "y"), (cost.x, cost.y), cost.pulled(logs, softmin.flatten(), carried, problem.epsilon, wanted), strict=True)
+    return {name: slope.reshape(z.shape) for name, z, slope in found if slope is not None} | {"r": r, "c": None}
 
 
 def _of_points(problem: Problem, p: Potentials, upstream: Tensor, needed: set[str]) -> dict[str, Tensor]:

@@ -201,7 +201,9 @@ class Problem:
             object.__setattr__(self, "as_numpy", as_numpy)
             object.__setattr__(self, "is_even", even)
             if even:
-                self.__dict__["is_full"] = True
+                each = np.float32 if a.dtype == torch.float32 else np.float64
+                totals = [size * float(each(1.0 / size)) for size in (n, m)]
+                self.__dict__.update(is_full=True, amounts=np.multiply.outer(totals, np.ones(batch)))
             with calm(cost):
                 check_problem(self)
         if isinstance(ranks, Ranks):
@@ -303,6 +305,11 @@ class Problem:
     def _summed(self) -> tuple[Tensor, Tensor]:
         return self.a.sum(-1), self.b.sum(-1)
 
+    @cached_property
+    def amounts(self) -> np.ndarray:
+        """The totals of ``a`` and of ``b``, ``(2, ...)``, for whoever decides something by them: float64, on the host."""
+        return torch.stack([w.detach().sum(-1) for w in (self.a, self.b)]).cpu().double().numpy()
+
     @property
     def product(self) -> Tensor:
         """``sum a x b`` of each problem."""
@@ -381,6 +388,11 @@ class Problem:
             self.cost.viewed(problem.cost)
         if self.__dict__.get("is_full"):  # and so is every part
             problem.__dict__["is_full"] = True
+        if "known_logs" in self.__dict__:
+            problem.__dict__["known_logs"] = {}
+        known, batch = self.__dict__.get("amounts"), problem.a.shape[:-1]
+        if known is not None and problem.a.dtype == self.a.dtype and math.prod(batch) * 2 == known.size:
+            problem.__dict__["amounts"] = known.reshape(2, *batch)
         if problem.dtype == self.dtype:
             problem.__dict__["memory"] = self.memory
         return problem
@@ -391,15 +403,22 @@ class Problem:
         """
         n, m = self.shape[-2:]
         cost, twin = self.cost, object.__new__(Problem)
-        known = {name: x for name, x in self.__dict__.items() if name != "_flat"}  # which has another solve's memory
+        twin.__dict__.update(self.__dict__)
+        # another solve's memory, and numbers of weights that are the caller's
+        for name in ("_flat",) if self.is_even else ("_flat", "amounts", "mismatched", "_settled_totals"):
+            twin.__dict__.pop(name, None)
         if isinstance(cost, Points):
-            twin.__dict__.update(known, cost=replace(cost))
+            twin.__dict__["cost"] = replace(cost)
             return twin
-        if self.is_exact or not (isinstance(cost, Dense) and cost.matrix.numel() == n * m <= _REMEMBERED):
-            return self
-        if cost.dtype != torch.float64 or not cost.is_compiled:
-            return self
-        twin.__dict__.update(known, memory=Memory(), is_full=self.is_full)
+        few = isinstance(cost, Dense) and cost.matrix.numel() == n * m <= _REMEMBERED
+        if few and not self.is_exact and cost.dtype == torch.float64 and cost.is_compiled:
+            twin.__dict__.update(memory=Memory(), is_full=self.is_full)
+        return twin
+
+    def swept(self) -> Problem:
+        """The same problem for many sweeps, during which nobody changes its weights: their logarithms are taken once."""
+        twin = object.__new__(Problem)
+        twin.__dict__.update(self.__dict__, known_logs={})
         return twin
 
     def working(self) -> Problem:
@@ -421,7 +440,9 @@ class Problem:
     def select(self, index: Tensor | int) -> Problem:
         """The problems at ``index`` along the first batch dimension."""
         cost = {name: x[index] for name, x in self.cost.tensors().items()}
-        return self._viewed({**cost, "a": self.a[index], "b": self.b[index]})
+        chosen = self._viewed({**cost, "a": self.a[index], "b": self.b[index]})
+        chosen.__dict__.pop("amounts", None)
+        return chosen
 
     # -- the mathematics ---------------------------------------------------------------------------------------------
 
@@ -572,32 +593,33 @@ class Problem:
         return rows, columns, nothing if self.mass is None else (r.sum(-1) - self.mass).abs()
 
     def mismatch(self) -> Tensor:
-        """:attr:`_mismatch`, once for every problem."""
-        return self._mismatch
+        """:attr:`mismatched` as a tensor."""
+        return torch.as_tensor(self.mismatched, dtype=self.a.dtype, device=self.a.device)
 
     @cached_property
-    def _mismatch(self) -> Tensor:
+    def mismatched(self) -> np.ndarray:
         """By how much the totals the two sides and ``mass`` ask for differ, if that is rounding; 0 if it is more."""
         if self.mass is None and not (self.rows.is_hard or self.columns.is_hard):
-            return torch.zeros_like(self.a[..., 0])
+            return np.zeros(self.batch_shape)
         apart, most = self._totals_apart()
-        return torch.where(apart <= 2 * self.forgiven * most, apart, 0.0)
+        return np.where(apart <= 2 * self.forgiven * most, apart, 0.0)
 
     def contradicts_itself(self) -> Bool[Tensor, "*batch"]:
         """Whether the totals differ by more than rounding: construction refuses that, :meth:`with_tensors` cannot."""
         if self.is_checked:
             return torch.zeros(self.batch_shape, dtype=torch.bool, device=self.cost.device)
         apart, most = self._totals_apart()
-        return apart > 2 * self.forgiven * most
+        return torch.as_tensor(apart > 2 * self.forgiven * most, device=self.cost.device)
 
-    def _totals_apart(self) -> tuple[Tensor, Tensor]:
+    @np.errstate(over="ignore", invalid="ignore")  # infinite bounds
+    def _totals_apart(self) -> tuple[np.ndarray, np.ndarray]:
         """By how much the least total asked for exceeds the largest allowed, and the latter."""
-        rows, columns = self.a.sum(-1), self.b.sum(-1)
-        (lo_r, hi_r), (lo_c, hi_c) = self.rows.bounds, self.columns.bounds
-        lowest, highest = torch.maximum(lo_r * rows, lo_c * columns), torch.minimum(hi_r * rows, hi_c * columns)
+        (rows, columns), bounds = self.amounts, (self.rows.bounds, self.columns.bounds)
+        (lo_r, hi_r), (lo_c, hi_c) = (map(number, ends) for ends in bounds)
+        lowest, highest = np.maximum(lo_r * rows, lo_c * columns), np.minimum(hi_r * rows, hi_c * columns)
         if self.mass is not None:
-            lowest, highest = torch.maximum(lowest, self.mass + 0 * rows), torch.minimum(highest, self.mass + 0 * rows)
-        return (lowest - highest).clamp(min=0.0), highest
+            lowest, highest = np.maximum(lowest, number(self.mass)), np.minimum(highest, number(self.mass))
+        return np.maximum(lowest - highest, 0.0), highest
 
     def streams_everywhere(self, p: Potentials) -> bool:
         """Whether products of the plan of potentials have every derivative without the cost as a matrix: a bilinear cost, and no
@@ -610,16 +632,21 @@ class Problem:
         """The soft-minimum of the cost less a potential: over columns (axis -1, of theirs) or over rows."""
         plain = not (torch.is_grad_enabled() or isinstance(epsilon, Tensor)) and self.is_plain
         if plain and isinstance(self.cost, Points):
-            weights = self.b if axis == -1 else self.a
-            return self.cost.softmin_at(weights.log(), potential, epsilon, axis=axis)
+            return self.cost.softmin_at(self._logs(axis), potential, epsilon, axis=axis)
         return self.cost.softmin(self.log_scaled(potential, epsilon, axis=axis), epsilon, axis=axis)
 
     def log_scaled(self, potential: Tensor, epsilon: Scalar, *, axis: int) -> Tensor:
         """:func:`log_scaling` of the columns' weights (axis -1) or of the rows'."""
-        weights = self.b if axis == -1 else self.a
         if torch.is_grad_enabled() or isinstance(epsilon, Tensor) or not self.is_plain:
-            return log_scaling(weights, potential, epsilon)
-        return torch.add(weights.log(), potential, alpha=1.0 / epsilon)
+            return log_scaling(self.b if axis == -1 else self.a, potential, epsilon)
+        return torch.add(self._logs(axis), potential, alpha=1.0 / epsilon)
+
+    def _logs(self, axis: int) -> Tensor:
+        """The logarithms of the columns' weights (axis -1) or of the rows'."""
+        known, weights = self.__dict__.get("known_logs", {}), self.b if axis == -1 else self.a
+        if axis not in known:
+            known[axis] = weights.log()
+        return known[axis]
 
     def marginal_of(self, potential: Tensor, softmin: Tensor, *, axis: int) -> Tensor:
         """``a exp((f - s) / epsilon)`` of the rows (axis -1: of a soft-minimum over columns) or of the columns; 0 where nothing
@@ -627,19 +654,22 @@ class Problem:
         """
         weights = self.a if axis == -1 else self.b
         if not torch.is_grad_enabled() and self.is_plain:
-            return (weights.log() + (potential - softmin) / self.epsilon).exp()
+            if potential is softmin:
+                return weights
+            return (self._logs(-3 - axis) + (potential - softmin) / self.epsilon).exp()
         return log_marginal(weights, potential, softmin, self.epsilon).exp()
 
     def dual_sides_and_scale(self, p: Potentials) -> tuple[Tensor, Tensor]:
         """:meth:`dual_sides`, and the sum of the absolute values of its terms."""
         terms = [(self.a, self.rows.conjugate(p.f)), (self.b, self.columns.conjugate(p.g))]
-        terms = [w * x if self.is_full else _terms(w, x) for w, x in terms]
-        value = terms[0].sum(-1) + terms[1].sum(-1)
-        scale = sum(torch.linalg.vector_norm(x, 1, dim=-1) for x in terms)
-        mass = 0.0 if self.mass is None else p.lam * self.mass
-        return value + mass, scale + abs(mass)
+        terms = torch.cat([w * x if self.is_full else _terms(w, x) for w, x in terms], -1)
+        value, scale = terms.sum(-1), torch.linalg.vector_norm(terms, 1, dim=-1)
+        if self.mass is None:
+            return value, scale
+        mass = p.lam * self.mass
+        return value + mass, scale + mass.abs()
 
-    def magnitude(self, mass: Tensor) -> Tensor:
+    def magnitude(self, mass: Scalar) -> Tensor:
         """Size of the terms that a value near 0 may be the difference of: the price of no plan, and the entropy's."""
         return self._empty + self.epsilon * (mass + self.product)
 
@@ -654,9 +684,13 @@ class Problem:
             if not (self.rows.is_fixed and self.columns.is_fixed):
                 return p
             with calm(p.f):
-                dot = torch.linalg.vecdot if self.is_full else weighted
-                on_rows, on_columns = dot(self.a.to(p.f.dtype), p.f), dot(self.b.to(p.g.dtype), p.g)
-                shift = ((on_rows - on_columns) / (self._totals[0] + self._totals[1])).unsqueeze(-1)
+                on_rows, on_columns = (
+                    (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
+                )
+                known = None if self.a.requires_grad or self.b.requires_grad else self.__dict__.get("amounts")
+                one = known is not None and known.size == 2
+                both = float(known.sum()) if one else self._totals[0] + self._totals[1]
+                shift = ((on_rows - on_columns) / both).unsqueeze(-1)
             return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from iotsolve.costs import Points
 from iotsolve.distributed import Sharded
 from iotsolve.marginals import Marginal, Scalar, number
 from iotsolve.mixing import Mixing
@@ -45,6 +47,13 @@ class SinkhornState:
     def answer(self, problem: Problem) -> Potentials:
         """The potentials, those of empty bins brought up to date: no stopping rule waits for them, but gradients read them."""
         return self.potentials if problem.is_full else self.completed(problem)
+
+    def excess(self, problem: Problem) -> Tensor | None:
+        """``f + lam - s``, where a pass over points would be needed to know it."""
+        if self.s is None or not (isinstance(problem.cost, Points) and problem.is_plain):
+            return None
+        f = self.potentials.f - self.s
+        return f if problem.mass is None else f + self.potentials.lam.unsqueeze(-1)
 
     def completed(self, problem: Problem) -> Potentials:
         """The potentials, from the soft-minima those of empty bins, and of bins that reach no weight, where they are ``+inf``."""
@@ -128,7 +137,7 @@ class Sinkhorn:
     def threshold(self, problem: Problem) -> float:
         return default_tolerance(problem.dtype) if self.tolerance is None else self.tolerance
 
-    def schedule(self, problem: Problem, start: Potentials | None) -> tuple[list[Scalar], Tensor]:
+    def schedule(self, problem: Problem, start: Potentials | None) -> tuple[list[Scalar], np.ndarray]:
         """The epsilons of the annealing sweeps, and how many of them each problem leaves out; none on a warm start.
 
         They go up from the problem's own by powers of the ratio: a batch shares them, and a problem of a smaller cost range
@@ -136,14 +145,13 @@ class Sinkhorn:
         """
         one_sided = problem.rows.is_free or problem.columns.is_free
         if self.annealing is None or start is not None or one_sided:
-            return [], torch.zeros(problem.batch_shape, device=problem.cost.device)
-        target = number(problem.epsilon)
-        top = problem.cost.between(problem.a > 0, problem.b > 0).range().double()
-        hard = target < _EASY * top
-        count = torch.where(
-            hard, (torch.where(hard, top, target) / target).log() / -math.log(self.annealing), 0.0
-        ).floor()
-        count = count.clamp(max=self.max_steps - 1)
+            return [], np.zeros(problem.batch_shape)
+        target, cost = number(problem.epsilon), problem.cost
+        cost = cost if problem.is_full else cost.between(problem.a > 0, problem.b > 0)
+        top = cost.range().double().cpu().numpy()
+        with np.errstate(over="ignore"):
+            steps = np.log(np.where(target < _EASY * top, top, target) / target) / -math.log(self.annealing)
+        count = np.minimum(np.floor(steps), self.max_steps - 1)
         longest = int(count.max())
         return [target / self.annealing**k for k in range(longest, 0, -1)], longest - count
 

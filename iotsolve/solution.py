@@ -70,6 +70,8 @@ class Solution:
     exact_plan: Tensor | None = None
     tolerance: float | None = None
     watch: Watch = field(default=Watch(), repr=False, compare=False)
+    excess: Tensor | None = field(default=None, repr=False, compare=False)
+    """Of the potentials, as in an :class:`Outcome`."""
 
     @property
     def converged(self) -> Any:
@@ -91,7 +93,7 @@ class Solution:
     @cached_property
     def _value(self) -> Tensor:
         self.watch.check()
-        return self.differentiation.value(self.problem, self.found, self.exact_plan)
+        return self.differentiation.value(self.problem, self.found, self.exact_plan, self.excess)
 
     def _given(self, x: Tensor) -> Any:
         """Numbers and vectors as the caller is to have them: in memory of their own, to do with as one likes."""

@@ -114,7 +114,9 @@ def solve(
         status, steps = _shaped(outcome.status, batch, object), _shaped(outcome.steps, batch, np.int64)
         if plan is not None:
             plan = out_of_batch(plan) if plan.is_sparse else plan.reshape(problem.shape)
-        return Solution(problem, p, status, steps, gradient or Envelope(), plan, tolerance, watch)
+        excess, kept = outcome.excess, attained is given and pinned is working and working.dtype == p.f.dtype
+        excess = excess.reshape(p.f.shape) if kept and excess is not None and excess.dtype == p.f.dtype else None
+        return Solution(problem, p, status, steps, gradient or Envelope(), plan, tolerance, watch, excess)
 
     solution, missed, may_miss = solution_of(outcome), False, _may_miss(flat, solver)
     finer = default_tolerance(problem.dtype) if tolerance is None else tolerance

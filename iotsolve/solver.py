@@ -55,6 +55,8 @@ class State(Protocol):
 
     def answer(self, problem: Problem) -> Potentials: ...
 
+    def excess(self, problem: Problem) -> Tensor | None: ...
+
     def select(self, index: Tensor) -> State: ...
 
     def where(self, mine: Tensor, other: State) -> State: ...
@@ -66,7 +68,7 @@ class Method(Protocol):
 
     def threshold(self, problem: Problem) -> float: ...
 
-    def schedule(self, problem: Problem, start: Potentials | None) -> tuple[list[Scalar], Tensor]: ...
+    def schedule(self, problem: Problem, start: Potentials | None) -> tuple[list[Scalar], np.ndarray]: ...
 
     def init(self, problem: Problem, start: Potentials | None) -> Any: ...
 
@@ -81,44 +83,70 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver returns for a flat batch: potentials, a status and a step count per problem, at epsilon = 0 also the plan."""
+    """What a solver returns for a flat batch: potentials, a status and a step count per problem, at epsilon = 0 also the plan.
+
+    ``excess`` is ``f + lam - s`` of the rows, where a solver has their soft-minima ``s`` at these potentials: ``epsilon`` times
+    the logarithm of marginal over weight, in any gauge.
+    """
 
     potentials: Potentials
     status: list[Status]
     steps: list[int]
     plan: Tensor | None = None
+    excess: Tensor | None = None
 
 
 def judge(
     problem: Problem, p: Potentials, r: Tensor | None, c: Tensor | None, *, stationary: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Error, dual objective and its scale, from potentials and marginals alone; each of shape ``(B,)``.
+    """Error, dual objective and its scale, from potentials and marginals alone; each of shape ``(B,)``, on the host.
 
     The error is the larger of the relative violation (hard sides, mass) and the relative gap (all sides). A gap is of second
     order in the plan's error; ``stationary`` adds the first-order distance of every marginal from what its potential asks for.
     ``r`` or ``c`` is None for a free side, which is satisfied by any marginal.
     """
-    gap = violation = moved = nothing = torch.zeros_like(p.lam)
+    return tuple(torch.as_tensor(x, device="cpu") for x in _judged(problem, p, r, c, stationary=stationary))
+
+
+@np.errstate(all="ignore")  # infinite is infinite
+def _judged(
+    problem: Problem, p: Potentials, r: Tensor | None, c: Tensor | None, *, stationary: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`judge`, told at once: a device is waited for once, and is not asked to compute with single numbers."""
+    (sides, scale), violations, gaps, moved = problem.dual_sides_and_scale(p), [], [], None
     for side, weights, marginal, potential in ((problem.rows, problem.a, r, p.f), (problem.columns, problem.b, c, p.g)):
         if marginal is None:
             continue
-        moved = marginal.sum(-1)
+        moved = marginal
+        if marginal is weights:  # of a fixed side that has just been given its soft-minima
+            continue
         off = side.residual(marginal, potential, weights) if stationary else side.violation(marginal, weights)
-        violation = violation + (off if problem.is_full else torch.where(weights > 0, off, 0.0)).sum(-1)
+        violations.append((off if problem.is_full else torch.where(weights > 0, off, 0.0)).sum(-1))
         if not side.is_fixed:  # which pays nothing at the marginal it allows
             terms = side.fenchel_young(side.allowed(marginal, weights), potential, weights)
-            gap = gap + (terms if problem.is_full else torch.where(weights > 0, terms, 0.0)).sum(-1)
-    if problem.mass is not None:
-        violation = violation + (moved - problem.mass).abs()
-    violation = (violation - 2 * problem.mismatch()).clamp(min=0.0)
-    entropy = problem.epsilon * (moved - problem.a.sum(-1) * problem.b.sum(-1))
-    sides, scale = problem.dual_sides_and_scale(p)
-    scale = scale + entropy.abs()
-    error = torch.where(violation > 0, violation / moved, 0.0)
-    if gap is not nothing:
-        resolved = gap > 2 * torch.finfo(gap.dtype).eps * (scale + problem.magnitude(moved))  # a smaller one is rounding
-        error = torch.maximum(error, torch.where(resolved, gap / scale, 0.0))
+            gaps.append((terms if problem.is_full else torch.where(weights > 0, terms, 0.0)).sum(-1))
+    empty = [problem.magnitude(0.0)] if gaps else []
+    (sides, scale), offs, gaps, empty, moved = _told(
+        [sides, scale], violations, gaps, empty, [] if moved is weights else [moved.sum(-1)]
+    )
+    amounts, epsilon = problem.amounts, number(problem.epsilon)
+    moved = moved[0] if len(moved) else amounts[-1]
+    violation = offs.sum(0) + (0.0 if problem.mass is None else abs(moved - number(problem.mass)))
+    violation = np.maximum(violation - 2 * problem.mismatched, 0.0)
+    entropy = epsilon * (moved - amounts.prod(0))
+    scale = scale + abs(entropy)
+    error = np.where(violation > 0, violation / moved, 0.0)
+    if len(gaps):
+        gap, rounding = gaps.sum(0), 2 * torch.finfo(p.f.dtype).eps
+        resolved = gap > rounding * (scale + empty[0] + epsilon * moved)  # a smaller one is rounding
+        error = np.maximum(error, np.where(resolved, gap / scale, 0.0))
     return error, sides - entropy, scale
+
+
+def _told(*parts: list[Tensor]) -> list[np.ndarray]:
+    """Numbers of every problem, in float64, by one wait for the device."""
+    told = torch.stack([x for part in parts for x in part]).detach().cpu().double().numpy()
+    return np.split(told, np.cumsum([len(part) for part in parts])[:-1])
 
 
 def iterate(problem: Problem, method: Method, start: Potentials | None = None) -> Outcome:
@@ -129,15 +157,14 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     checks neither its error has fallen nor its dual risen: with bounds the error may rest while the potentials still travel. A
     method that was hastened goes on without haste first, for as many checks again.
     """
-    size = problem.batch_shape[0]
+    problem, size = problem.swept(), problem.batch_shape[0]
     (ladder, wait), tolerance = method.schedule(problem, start), method.threshold(problem)
     state = method.init(problem, start)
-    active = torch.arange(size, device=problem.cost.device)
-    final = Potentials(state.potentials.f.clone(), state.potentials.g.clone(), state.potentials.lam.clone())
+    active, final = np.arange(size), None
     status, steps = [Status.MAX_STEPS] * size, [method.max_steps] * size
-    best, patience = torch.full_like(final.lam, torch.inf), torch.zeros_like(final.lam)
-    highest, relented = torch.full_like(final.lam, -torch.inf), torch.zeros_like(final.lam, dtype=torch.bool)
-    on_device = problem.cost.device.type == "cuda"
+    best, highest, patience, relented = np.full(size, np.inf), np.full(size, -np.inf), np.zeros(size), np.zeros(size, bool)
+    device, precision = problem.cost.device, torch.finfo(problem.a.dtype).eps
+    on_device = device.type == "cuda"
     entries = math.prod(problem.shape[-2:])
     dear, cheap = entries >= (_DEAR_ON_DEVICE if on_device else _DEAR), on_device and entries < _CHEAP_ON_DEVICE
     replayed, least = None, float(wait.min())  # the fewest annealing steps that somebody has left out
@@ -151,42 +178,42 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
                 state = replayed(state)
             else:
                 fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
-                state = fresh.where(own > 0, state) if annealing else fresh
+                begun = own > 0
+                state = fresh if not annealing or begun.all() else fresh.where(torch.from_numpy(begun).to(device), state)
         due = _due(late, cheap)
         if (annealing and k) or not (dear or due or k - least >= method.max_steps):
             continue
         spent = own >= method.max_steps
-        error, dual, scale = judge(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
-        progress = (error < 0.999 * best) | (dual > highest + 8 * torch.finfo(dual.dtype).eps * scale)
-        patience = torch.where(progress, 0.0, patience + due)
-        best, highest = torch.minimum(best, error), torch.maximum(highest, dual)
-        broken = ~(dual + scale).isfinite()
+        error, dual, scale = _judged(problem, state.potentials, *state.marginals(problem), stationary=method.stationary)
+        with np.errstate(invalid="ignore"):  # infinite less infinite
+            progress = (error < 0.999 * best) | (dual > highest + 8 * precision * scale)
+        patience = np.where(progress, 0.0, patience + due)
+        best, highest = np.minimum(best, error), np.maximum(highest, dual)
+        broken = ~(np.isfinite(dual) & np.isfinite(scale))
         near, stuck = error <= tolerance / 2, patience >= _PATIENCE
         done = near | broken | stuck | spent
-        some = any(done.tolist())
-        if some and (calmer := method.relent(state, stuck)) is not None:
+        if stuck.any() and (calmer := method.relent(state, torch.from_numpy(stuck).to(device))) is not None:
             state, first = calmer, stuck & ~relented
-            best, highest = torch.where(first, torch.inf, best), torch.where(first, -torch.inf, highest)
-            patience, relented, stuck = torch.where(first, 0.0, patience), relented | stuck, stuck & ~first
+            best, highest = np.where(first, np.inf, best), np.where(first, -np.inf, highest)
+            patience, relented, stuck = np.where(first, 0.0, patience), relented | stuck, stuck & ~first
             done = near | broken | stuck | spent
-            some = any(done.tolist())
-        if some:  # potentials that nobody takes for an answer are not looked at
+        if done.any():  # potentials that nobody takes for an answer are not looked at
             usable, rounding = _soundness(problem, state.potentials)
             broken, blunt = broken | ~usable, rounding > tolerance
-            looked_at = torch.stack([active, own.to(active.dtype), near, stuck, blunt, broken, done | broken]).T.tolist()
-            for i, taken, is_near, is_stuck, is_blunt, is_broken, is_done in looked_at:
-                if is_done:
-                    verdict = Status.STALLED if is_near or is_stuck else Status.MAX_STEPS
-                    verdict = Status.CONVERGED if is_near and not is_blunt else verdict
-                    status[i], steps[i] = Status.NOT_FINITE if is_broken else verdict, taken
-            ended = [bool(x[-1]) for x in looked_at]
-            if k and all(ended) and len(ended) == size:  # nothing of others has been kept, and nothing is the caller's own
-                return Outcome(state.answer(problem), status, steps)
-            _store(final, state.answer(problem), active)
-            left = torch.as_tensor([k for k, x in enumerate(ended) if not x], device=active.device)
+            ended = done | broken
+            for j in np.flatnonzero(ended):
+                verdict = Status.STALLED if near[j] or stuck[j] else Status.MAX_STEPS
+                verdict = Status.CONVERGED if near[j] and not blunt[j] else verdict
+                status[active[j]], steps[active[j]] = Status.NOT_FINITE if broken[j] else verdict, int(own[j])
+            answer, left = state.answer(problem), np.flatnonzero(~ended)
+            if k and not len(left) and len(ended) == size:  # nothing of others was kept, and nothing is the caller's own
+                return Outcome(answer, status, steps, excess=state.excess(problem))
+            final = Potentials(*map(torch.empty_like, (answer.f, answer.g, answer.lam))) if final is None else final
+            _store(final, answer, torch.from_numpy(active).to(device))
             if not len(left):
                 return Outcome(final, status, steps)
-            problem, state, replayed = problem.select(left), state.select(left), None
+            chosen = torch.from_numpy(left).to(device)
+            problem, state, replayed = problem.select(chosen), state.select(chosen), None
             given = active, wait, best, highest, patience, relented
             active, wait, best, highest, patience, relented = (x[left] for x in given)
             least = float(wait.min())
@@ -269,14 +296,16 @@ def _due(k: int, cheap: bool) -> bool:
     return k == 4 or k % 8 == 0 or (not cheap and k in (1, 2))  # 0 too
 
 
-def _soundness(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
+@np.errstate(all="ignore")
+def _soundness(problem: Problem, p: Potentials) -> tuple[np.ndarray, np.ndarray]:
     """Whether potentials are: no NaN, no -inf, and no +inf where a hard side must place mass. And the relative error of a plan's
     entries from the rounding of potentials alone: digits lost in ``(f + g - C) / eps``, half the worst case, which entries of
     either sign do not reach together. An empty bin has no entries.
     """
+    half = torch.finfo(p.f.dtype).eps / 2
     if problem.is_plain:
-        size = sum(torch.linalg.vector_norm(x, torch.inf, dim=-1) for x in (p.f, p.g)) + p.lam.abs()
-        return size.isfinite(), size * (torch.finfo(p.f.dtype).eps / 2) / problem.epsilon
+        size = abs(_told([*(torch.linalg.vector_norm(x, torch.inf, dim=-1) for x in (p.f, p.g)), p.lam])[0]).sum(0)
+        return np.isfinite(size), size * half / number(problem.epsilon)
     usable, size = p.lam.isfinite(), p.lam.abs()
     for side, weights, x in ((problem.rows, problem.a, p.f), (problem.columns, problem.b, p.g)):
         bad = x.isnan() | (x == -torch.inf)
@@ -284,7 +313,8 @@ def _soundness(problem: Problem, p: Potentials) -> tuple[Tensor, Tensor]:
             bad = bad | (x.isinf() & (weights > 0))
         usable = usable & ~bad.any(-1)
         size = size + torch.where((weights > 0) & x.isfinite(), x, 0.0).abs().amax(-1)
-    return usable, torch.finfo(p.f.dtype).eps / 2 * size / problem.epsilon
+    usable, size = _told([usable.to(size.dtype), size])[0]
+    return usable > 0, half * size / number(problem.epsilon)
 
 
 def _store(final: Potentials, p: Potentials, index: Tensor) -> None:

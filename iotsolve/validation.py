@@ -156,10 +156,16 @@ def _as_points(cost: Points) -> tuple[Points, bool]:
     ).expand(batch)
     if callable(points.metric):
         _check_function(points)
-    elif not float(points.range().detach().max()) < math.inf:
+    elif not (_is_small(x, y, dtype) or float(points.range().detach().max()) < math.inf):
         _check_finite(x, y)
         raise ValueError(f"points so far apart that their {cost.metric} cost overflows {dtype}: rescale them.")
     return points, as_numpy
+
+
+def _is_small(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether points are finite, and so near 0 that no cost between them overflows: what is true of most, and told at once."""
+    reach = sum(torch.stack([torch.linalg.vector_norm(z.detach(), math.inf).to(x) for z in (x, y)]).tolist())
+    return 4 * x.shape[-1] * reach * reach <= torch.finfo(dtype).max
 
 
 def _check_finite(x: Tensor, y: Tensor) -> None:
@@ -317,7 +323,9 @@ def check_problem(problem: Problem) -> None:
     if problem.is_exact and isinstance(problem.cost, Sharded):
         raise ValueError("epsilon = 0 with a sharded cost: exact transport runs on one process. Use epsilon > 0.")
     _check_totals(problem)
-    if not (problem.is_exact or float(problem.product.detach().max()) < math.inf):
+    with np.errstate(over="ignore"):
+        product = 0.0 if problem.is_exact else problem.amounts.prod(0).max()
+    if not product <= torch.finfo(problem.a.dtype).max:
         a, b = (float(w.detach().sum(-1).max()) for w in (problem.a, problem.b))
         raise ValueError(
             f"a and b have totals of {a:.6g} and {b:.6g}, whose product overflows {problem.a.dtype}: the entropy is relative to "

@@ -310,6 +310,40 @@ def test_points_are_halved_once(monkeypatch):
     assert len(made) == 3
 
 
+def test_a_solve_of_points_asks_for_few_operations(monkeypatch):
+    """On a device, a solve of a few thousand points takes the time that it takes to ask for them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.interpreter import GridExecutor
+
+    from iotsolve import Points, Problem, Sinkhorn, solve
+
+    asked, launch, inside = [], GridExecutor.__call__, []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not (inside or func.is_view or func._schema.name == "aten::detach"):
+                asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def launched(self, *given, **named):
+        asked.append(self.fn.__name__)
+        inside.append(True)
+        try:
+            return launch(self, *given, **named)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(GridExecutor, "__call__", launched)
+    x, y, *_ = case(100, 120, 8, torch.float32)
+    with Counted():
+        x.requires_grad_()
+        solution = solve(Problem(Points(x, y, backend="triton"), epsilon=5.0), Sinkhorn(tolerance=1e-4, annealing=None))
+        torch.autograd.grad(solution.value, x)
+    sweeps = int(solution.steps)
+    assert asked.count("sums_kernel") == 1 + 2 * sweeps and asked.count("pull_kernel") == 1
+    assert len(asked) < 180 + 2 * sweeps  # on a CPU weights and potentials are float64, and are judged more often
+
+
 def test_the_same_bits_twice():
     x, y, u, v, _ = case(100, 150, 20, torch.float32)
     once, again = (streamed.log_sums(x, y, u, v, None) for _ in range(2))

@@ -29,6 +29,7 @@ from iotsolve import (
     inverse_loss,
     solve,
 )
+from iotsolve.kernels import bilinear
 from iotsolve.testing import check_gradient, reference
 from iotsolve.testing.laws import derivative, random_direction
 from iotsolve.testing.references import gibbs_plan, objective
@@ -914,3 +915,25 @@ def test_two_empty_bins_do_not_count_for_each_other_however_near(epsilon):
     torch.testing.assert_close(solution.g.detach(), torch.tensor([0.0, 1.0], dtype=torch.float64))
     found = torch.autograd.grad(solution.f[1], cost)[0]
     torch.testing.assert_close(found, torch.tensor([[-0.5, 0.0], [1.0, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sides", [{}, {"rows": KL(1.0)}, {"rows": KL(1.0), "columns": KL(2.0), "mass": 0.7}], ids=str)
+@pytest.mark.parametrize("metric", ["sqeuclidean", "sphere", "dot", "cosine"])
+def test_the_value_of_points_is_differentiated_without_another_soft_minimum(metric, sides, monkeypatch):
+    """The solver knows those at its potentials; of a cosine, whose points have lengths beside, there is one more pass."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(k, 3, generator=draw, dtype=torch.float64) + 0.1 for k in (12, 9))
+    passes, log_sums = [], bilinear._log_sums
+    monkeypatch.setattr(bilinear, "_log_sums", lambda *given: passes.append(given) or log_sums(*given))
+    for which in ((x,), (y,), (x, y)):
+        leaves = {id(z): z.clone().requires_grad_() for z in which}
+        cost = Points(*(leaves.get(id(z), z) for z in (x, y)), metric)
+        solution = solve(Problem(cost, epsilon=0.3, **sides), Sinkhorn(tolerance=1e-11))
+        passes.clear()
+        value = solution.value
+        found = torch.autograd.grad(3.0 * value, list(leaves.values()))
+        assert len(passes) == (metric == "cosine")
+        held = solve(Problem(cost.dense(), epsilon=0.3, **sides), Sinkhorn(tolerance=1e-11)).value
+        assert float(value.detach()) == pytest.approx(float(held.detach()), rel=1e-9)
+        for slope, expected in zip(found, torch.autograd.grad(3.0 * held, list(leaves.values())), strict=True):
+            torch.testing.assert_close(slope, expected, rtol=1e-7, atol=1e-9)

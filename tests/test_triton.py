@@ -113,7 +113,7 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("terms", [1, 3])
-@pytest.mark.parametrize("name", ["_directions_kernel", "_turn_kernel"])
+@pytest.mark.parametrize("name", ["_directions_kernel", "_turn_kernel", "_halve_kernel"])
 def test_directions_compile_without_spills(name, terms, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     from triton.backends.compiler import GPUTarget
@@ -125,11 +125,15 @@ def test_directions_compile_without_spills(name, terms, tmp_path, monkeypatch):
     constants = {"LIVE": False, "PART": halves._WIDEST, "ROWS": halves._TURNED}
     if name == "_turn_kernel":
         constants |= {"BOTH": True, "OF_X": True}
+    elif name == "_halve_kernel":
+        del constants["LIVE"]
+        constants |= {"D": 256 * terms, "WIDTH": 128, "TERMS": terms, "FIRST": True, "EVEN": False}
     else:
         constants |= {"D": 128 * terms, "WIDTH": 128, "TERMS": terms}
     points = "*fp16" if terms == 1 else "*fp32"
     types = {"EPSILON": "fp32", "X": points, "Y": points}
     types |= {"OUT_X": "*fp16", "OUT_Y": "*fp16"} if name == "_directions_kernel" else {"OUT_X": points, "OUT_Y": points}
+    types |= {"OUT": "*fp16"} if name == "_halve_kernel" else {}
     signature = {
         each: "constexpr" if each in constants else "i32" if each.islower() else types.get(each, "*fp32")
         for each in function.arg_names

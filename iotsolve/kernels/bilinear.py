@@ -22,7 +22,7 @@ from iotsolve.kernels.precision import in_full
 from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
 __all__ = [
-    *("log_sums", "plan_product", "plan_spread", "plan_sums"),
+    *("log_sums", "plan_product", "plan_spread", "plan_sums", "pull"),
     *("ONCE", "accumulators", "agrees", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
 ]
 
@@ -59,6 +59,24 @@ def log_sums(
         return _LogSums.apply(x, y, u, v, barred, backend, how)
     kernels = backends.chosen(backend, x, agrees)
     return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, **how)
+
+
+def pull(
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "m d"],
+    v: Float[Tensor, " m"],
+    barred: Tensor | None,
+    sums: Float[Tensor, " n"],
+    upstream: Float[Tensor, " n"],
+    needed: tuple[bool, bool, bool, bool],
+    *,
+    backend: str = "auto",
+    precise: bool = True,
+    even: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Derivatives of the rows' :func:`log_sums` in ``x, y, u, v``, as ``needed``, for whoever knows the sums."""
+    kernels, given = backends.chosen(backend, x, agrees), (x, y, None, v, barred, (sums, None), (upstream, None), needed)
+    return _pull(*given) if kernels is None else kernels.pull(*given, precise=precise, even=even)
 
 
 class _LogSums(torch.autograd.Function):

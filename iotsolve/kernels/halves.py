@@ -3,7 +3,6 @@
 One such number holds bfloat16 and float16 as they are; two hold 22 of float32's 24 bits, at three products for one.
 """
 
-# ruff: noqa: SIM108 - a branch on a constant is compiled or is not, and must stand alone
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -37,22 +36,30 @@ def _store_halves(x, into, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.c
 @triton.jit
 def _halve_kernel(
     X, LARGEST, OUT, UNIT, n, d,
-    EVEN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
+    EVEN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """``x`` times powers of two as float16, its second halves beside it, and what undoes them: one if EVEN, or of each row."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * 16 + tl.arange(0, 16)
+    row = i[:, None].to(tl.int64)
     if EVEN:
         largest = tl.load(LARGEST + tl.zeros((ROWS,), tl.int32))
     else:
-        largest = tl.load(LARGEST + i, mask=i < n, other=0.0)
+        largest = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, d, PART):
+            c = start + tl.arange(0, PART)[None, :]
+            x = tl.load(X + row * d + c, mask=(i[:, None] < n) & (c < d), other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), 1))
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     power = tl.minimum(tl.maximum(13 - exponent, -100), 100)
     scale = ((127 + power) << 23).to(tl.float32, bitcast=True)
-    x = tl.load(X + i[:, None].to(tl.int64) * d + c[None, :], mask=(i[:, None] < n) & (c[None, :] < d), other=0.0)
-    _store_halves(x.to(tl.float32) * scale[:, None], OUT + i[:, None].to(tl.int64) * D + c[None, :], WIDTH, TERMS, FIRST)
-    if tl.program_id(1) == 0:
-        tl.store(UNIT + i, ((127 - power) << 23).to(tl.float32, bitcast=True))
+    tl.store(UNIT + i, ((127 - power) << 23).to(tl.float32, bitcast=True))
+    for start in range(0, WIDTH, PART):
+        c = start + tl.arange(0, PART)[None, :]
+        x = tl.load(X + row * d + c, mask=(i[:, None] < n) & (c < d), other=0.0)
+        _store_halves(x.to(tl.float32) * scale[:, None], OUT + row * D + c, WIDTH, TERMS, FIRST)
+    for start in range(TERMS * WIDTH, D, 16):
+        tl.store(OUT + row * D + start + tl.arange(0, 16)[None, :], tl.zeros((ROWS, 16), tl.float16))
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,12 @@ def _made(x: Tensor, terms: int, first: bool, even: bool) -> Halved:
     width, features = _padded(d, terms)
     rows = triton.cdiv(n, PADDED) * PADDED
     out = torch.empty(rows, features, dtype=torch.float16, device=x.device)
-    if features > terms * width:
-        out[:, terms * width :] = 0.0
     unit = torch.empty(rows, dtype=torch.float32, device=x.device)
-    largest = torch.linalg.vector_norm(given, torch.inf, dim=None if even else 1, dtype=torch.float32)
-    _halve_kernel[(rows // 64, width // 16)](
-        given, largest, out, unit, n, d, EVEN=even, D=features, WIDTH=width, TERMS=terms, FIRST=first, ROWS=64
-    )
+    largest = torch.linalg.vector_norm(given, torch.inf, dtype=torch.float32) if even else given
+    _halve_kernel[(rows // _TURNED,)](
+        given, largest, out, unit, n, d, EVEN=even, D=features, WIDTH=width, TERMS=terms, FIRST=first,
+        PART=min(_WIDEST, width & -width), ROWS=_TURNED,
+    )  # fmt: skip
     return Halved(out, unit, width, terms, first, even)
 
 
