@@ -249,14 +249,17 @@ def passes(n: int, d: int) -> Iterator[Timed]:
 
 
 def _sinkhorn(x: Tensor, y: Tensor, even: Tensor, up: Tensor, count: int) -> None:
+    """As a solver asks for it, and the derivative of the rows' soft-minima."""
     from iotsolve.kernels import streamed
 
-    f, g = even, even
+    nothing, how = torch.zeros_like(even), {"precise": False, "even": True}
+    f = g = nothing
     for _ in range(count):
-        f = even - streamed.log_sums(x, y, None, g, None, precise=False, even=True)[0]
-        g = even - streamed.log_sums(x, y, f, None, None, precise=False, even=True)[1]
-    s, _ = streamed.log_sums(x, y, None, g, None, precise=False, even=True)
-    streamed.pull(x, y, None, g, None, (s, None), (up, None), (True, True, False, False), precise=False, even=True)
+        f = streamed.soft_minimum(x, y, even, g, nothing, nothing, None, 1.0, turned=False, **how)
+        g = streamed.soft_minimum(x, y, even, f, nothing, nothing, None, 1.0, turned=True, **how)
+    columns = even + g
+    s, _ = streamed.log_sums(x, y, None, columns, None, **how)
+    streamed.pull(x, y, None, columns, None, (s, None), (up, None), (True, True, False, False), **how)
 
 
 def _alike(once: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> bool:
