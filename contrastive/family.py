@@ -345,19 +345,28 @@ class IOTLoss(nn.Module):
 
     # -- where nothing has to be solved -----------------------------------------------------------------------------------
 
+    _decoupled = False  # whether positives are left out of the sum over candidates
+
     @property
     def is_cross_entropy(self) -> bool:
         """Whether of two views and their pairs alone one soft-minimum is the solution, and the loss the cross-entropy of it."""
+        return self._is_plain and type(self)._terms is IOTLoss._terms
+
+    @property
+    def _is_plain(self) -> bool:
         plain = self.mass is None and self.uniformity == 0 and self.watch is None and not self.gather_distributed
-        closed = self.rows.is_fixed and self.columns.is_free and self.negatives == "cross"
-        return plain and closed and type(self)._terms is IOTLoss._terms
+        return plain and self.rows.is_fixed and self.columns.is_free
 
     def _cross_entropy(self, x: Tensor, y: Tensor, logit_scale: Any) -> Tensor:
         """The loss by its closed form, which is :meth:`_terms` at the solution, without anything in between."""
         check_views((x, y))
-        check_batch(len(x), None)
+        stacked = self.negatives == "all"
+        check_batch(2 * len(x) if stacked else len(x), None)
         epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
-        found = cross_entropies(x, y, epsilon, both=self.symmetric, backend=self.backend)
+        how = {"both": self.symmetric, "stacked": stacked, "decoupled": self._decoupled, "backend": self.backend}
+        found = cross_entropies(x, y, epsilon, **how)
+        if self._decoupled and len(x) == 1:  # a pair alone has no negatives
+            found = found.masked_fill(found == -math.inf, 0.0)
         if self.reduction == "none":
             return found.flatten()
         return found.mean() if self.reduction == "mean" else found.sum()

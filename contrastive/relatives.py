@@ -83,10 +83,16 @@ class DCLLoss(IOTLoss):
     def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
         super().__init__(FIXED, FREE, temperature=temperature, negatives=options.pop("negatives", "all"), **options)
 
+    _decoupled = True
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        return self._is_plain and type(self)._terms is DCLLoss._terms
+
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
         s = _over_negatives(side, epsilon)
         weights = side.batch.own(side.weights)
-        seen = (weights > 0) & s.isfinite()
+        seen = (weights > 0) & (s != math.inf)
         log_total = torch.where(seen, _log_total(side, torch.where(seen, s, 0.0), epsilon), 0.0)
         return torch.where(seen, weights * log_total - similar(side) / epsilon, 0.0)
 

@@ -362,6 +362,38 @@ def test_dcl():
     assert_same(DCLLoss(0.2, negatives="cross", symmetric=True)(z0, z1), expected, (z0, z1))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("negatives", ["cross", "all"])
+@pytest.mark.parametrize("make", [InfoNCELoss, DCLLoss])
+def test_closed_forms_are_what_the_inner_problem_says(make, negatives, symmetric, reduction):
+    """Which is asked where somebody watches."""
+    options = {"negatives": negatives, "symmetric": symmetric, "reduction": reduction, "learn_temperature": True}
+    closed, open_ = make(0.3, **options).double(), make(0.3, watch=lambda _: None, **options).double()
+    assert closed.is_cross_entropy and not open_.is_cross_entropy
+    inputs = [torch.cat([z, torch.zeros_like(z[:1])]).detach().requires_grad_() for z in views()]  # one has no length
+    found, expected = closed(*inputs), open_(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    weights = torch.linspace(-1.0, 1.0, found.numel(), dtype=torch.float64).reshape(found.shape) + 0.3
+    ours, theirs = (
+        torch.autograd.grad((value * weights).sum(), (*inputs, loss.log_temperature))
+        for loss, value in ((closed, found), (open_, expected))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("watch", [None, lambda _: None], ids=["closed", "open"])
+def test_dcl_of_what_has_no_negatives_and_of_what_is_no_number(watch):
+    z0, z1 = (z[:1].detach().requires_grad_() for z in views())
+    found = DCLLoss(0.3, watch=watch)(z0, z1)
+    assert float(found.detach()) == 0.0
+    assert not any(g.any() for g in torch.autograd.grad(found, (z0, z1)))
+    z0, z1 = (z.detach().clone() for z in views())
+    z0[3, 2] = math.nan
+    assert DCLLoss(0.3, watch=watch)(z0, z1).isnan()
+
+
 def test_hard_negatives():
     z0, z1 = views()
     off = torch.eye(8, dtype=torch.bool)

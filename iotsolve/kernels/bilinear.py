@@ -8,9 +8,9 @@ again. Costs that are a scalar product up to terms of ``i`` and of ``j`` alone c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from iotsolve.kernels.precision import in_full
 from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
 __all__ = [
-    *("log_sums", "plan_product", "plan_spread", "plan_sums"),
+    *("log_sums", "plan_product", "plan_spread", "plan_sums", "pull"),
     *("ONCE", "accumulators", "agrees", "each_block", "exponential", "in_slabs", "is_worth_compiling", "shifted"),
 ]
 
@@ -54,11 +54,10 @@ def log_sums(
         The rows' sums, shape ``(n,)``, and the columns', shape ``(m,)``; ``-inf`` where everything is left out. Differentiable
         once in ``x, y, u, v``; what autograd keeps for it is these and the sums.
     """
-    how = {"precise": precise, "even": even}
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, u, v)):
-        return _LogSums.apply(x, y, u, v, barred, backend, how)
+        return _LogSums.apply(x, y, u, v, barred, {"backend": backend, "precise": precise, "even": even})
     kernels = backends.chosen(backend, x, agrees)
-    return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, **how)
+    return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, precise=precise, even=even)
 
 
 class _LogSums(torch.autograd.Function):
@@ -70,14 +69,9 @@ class _LogSums(torch.autograd.Function):
         u: Tensor | None,
         v: Tensor | None,
         barred: Tensor | None,
-        backend: str,
-        how: dict[str, bool],
+        how: dict[str, Any],
     ):
-        kernels = backends.chosen(backend, x, agrees)
-        log_sums, ctx.pull = _log_sums, _pull
-        if kernels is not None:
-            log_sums, ctx.pull = partial(kernels.log_sums, **how), partial(kernels.pull, **how)
-        sums = log_sums(x, y, u, v, barred)
+        sums, ctx.how = log_sums(x, y, u, v, barred, **how), how
         ctx.save_for_backward(x, y, u, v, barred, *sums)
         return sums
 
@@ -85,8 +79,27 @@ class _LogSums(torch.autograd.Function):
     def backward(ctx, *upstream: Tensor | None):
         x, y, u, v, barred, *sums = ctx.saved_tensors
         with torch.no_grad():
-            found = ctx.pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4])
-        return *final(ONCE, found, x, y, u, v, *upstream), None, None, None
+            found = pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4], **ctx.how)
+        return *final(ONCE, found, x, y, u, v, *upstream), None, None
+
+
+def pull(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    sums: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    *,
+    backend: str = "auto",
+    **how: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Derivatives of :func:`log_sums` in ``x, y, u, v``, those that are ``needed``, at its results and upstream derivatives."""
+    kernels = backends.chosen(backend, x, agrees)
+    given = x, y, u, v, barred, sums, upstream, needed
+    return _pull(*given) if kernels is None else kernels.pull(*given, **how)
 
 
 ONCE = (
