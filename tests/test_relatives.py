@@ -32,6 +32,7 @@ from contrastive import (
     balanced_assignment,
     rankme,
 )
+from contrastive.family import Side
 from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Envelope, Implicit, Unroll
 
 TIGHT = dict(tolerance=1e-12, max_steps=5000)
@@ -381,6 +382,42 @@ def test_closed_forms_are_what_the_inner_problem_says(make, negatives, symmetric
     )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit(), Unroll(4)], ids=lambda how: type(how).__name__)
+@pytest.mark.parametrize(
+    "views_and_options",
+    [(2, {}), (2, {"symmetric": True}), (2, {"negatives": "all"}), (3, {"negatives": "all", "symmetric": True})],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (FIXED, FIXED, None),
+        (FREE, FREE, 1.0),
+        (KL(0.5), KL(0.8), 1.0),
+        (KL(0.5), KL(0.8), None),
+        (AT_MOST, AT_MOST, 0.7),
+        (FIXED, KL(0.5), None),
+        (KL(0.5), FREE, None),
+        (ChiSquared(0.5), FREE, 0.8),
+    ],
+    ids=str,
+)
+def test_pairs_alone_are_told_of_by_fewer_terms(sides, views_and_options, gradient, monkeypatch):
+    """Which are those of any target: where every anchor has as many positives, and every bin the same weight."""
+    count, options = views_and_options
+    inputs = views(count=count)
+    rows, columns, mass = sides
+    found = []
+    for uniform in (Side.is_uniform, property(lambda side: False)):
+        monkeypatch.setattr(Side, "is_uniform", uniform)
+        how = {"learn_temperature": True, "gradient": gradient, "tolerance": 1e-12, "watch": lambda _: None, **options}
+        loss = IOTLoss(rows, columns, mass, temperature=0.3, **how).double()
+        value = loss(*inputs)
+        found.append((value, *torch.autograd.grad(value, (*inputs, loss.log_temperature))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("watch", [None, lambda _: None], ids=["closed", "open"])
