@@ -52,7 +52,10 @@ from iotsolve.solve import run
 from iotsolve.solver import Outcome, Status
 from iotsolve.validation import why_impossible
 
-__all__ = ["Batch", "Found", "IOTLoss", "Side", "log_ratio", "settled", "similar", "target_entropy", "uniformity_penalty"]
+__all__ = [
+    *("Batch", "Found", "IOTLoss", "Side"),
+    *("cross_entropy", "log_ratio", "log_total", "settled", "similar", "uniformity_penalty"),
+]
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,14 @@ class Side:
     share: float | Tensor = 1.0
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether every anchor has as many positives, and every bin the same weight."""
+        return self.batch.matches.inside and self.batch.matches.partners is not None and self.batch.filled is None
+
+    @property
     def is_even(self) -> bool:
-        """Whether every anchor has as many positives, every bin the same weight, and one soft-minimum is the solution."""
-        known = self.batch.matches.inside and self.batch.matches.partners is not None and self.batch.filled is None
-        return known and self.mass is None and self.anchors.is_fixed and self.others.is_free
+        """Whether moreover one soft-minimum is the solution."""
+        return self.is_uniform and self.mass is None and self.anchors.is_fixed and self.others.is_free
 
     @property
     def weights(self) -> Tensor:
@@ -134,6 +141,12 @@ class Side:
     @property
     def other_weights(self) -> Tensor:
         return self.b if self.by_rows else self.a
+
+    @property
+    def log_each(self) -> float | Tensor:
+        """Logarithm of the weight of a candidate that exists."""
+        filled = self.batch.filled
+        return -math.log(len(self.other_weights)) if filled is None else -filled.sum().to(self.a.dtype).log()
 
     def problem(self, epsilon: Any, cost: Any = None) -> Problem:
         """The inner problem over all ranks' rows, or with another cost."""
@@ -168,6 +181,9 @@ class Side:
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Of the target over all ranks: this rank's anchors', and all candidates'."""
+        if self.is_uniform:
+            sides = self.batch.own(self.weights), self.other_weights
+            return sides if self.mass in (None, 1.0) else (sides[0] * self.mass, sides[1] * self.mass)
         rows = self.target.sums(self.target.values, 0)
         columns = self.batch.ranks.sum(self.target.sums(self.target.values, 1))
         return (rows, columns) if self.by_rows else (self.batch.own(columns), self.batch.ranks.gather(rows))
@@ -267,9 +283,11 @@ class IOTLoss(nn.Module):
     @property
     def temperature(self) -> float | Tensor:
         """The ``epsilon`` in force."""
+        if "constant_temperature" in self.__dict__:  # a module takes its time to say what it does not have
+            return self.constant_temperature
         if hasattr(self, "log_temperature"):
             return _Floored.apply(self.log_temperature, math.log(COLDEST)).exp()
-        return getattr(self, "shared_temperature", getattr(self, "constant_temperature", None))
+        return self.shared_temperature
 
     @uncompiled
     def forward(
@@ -345,19 +363,28 @@ class IOTLoss(nn.Module):
 
     # -- where nothing has to be solved -----------------------------------------------------------------------------------
 
+    _decoupled = False  # whether positives are left out of the sum over candidates
+
     @property
     def is_cross_entropy(self) -> bool:
         """Whether of two views and their pairs alone one soft-minimum is the solution, and the loss the cross-entropy of it."""
+        return self._is_plain and type(self)._terms is IOTLoss._terms
+
+    @property
+    def _is_plain(self) -> bool:
         plain = self.mass is None and self.uniformity == 0 and self.watch is None and not self.gather_distributed
-        closed = self.rows.is_fixed and self.columns.is_free and self.negatives == "cross"
-        return plain and closed and type(self)._terms is IOTLoss._terms
+        return plain and self.rows.is_fixed and self.columns.is_free
 
     def _cross_entropy(self, x: Tensor, y: Tensor, logit_scale: Any) -> Tensor:
         """The loss by its closed form, which is :meth:`_terms` at the solution, without anything in between."""
         check_views((x, y))
-        check_batch(len(x), None)
+        stacked = self.negatives == "all"
+        check_batch(2 * len(x) if stacked else len(x), None)
         epsilon = self.temperature if logit_scale is None else temperature_of(logit_scale)
-        found = cross_entropies(x, y, epsilon, both=self.symmetric, backend=self.backend)
+        how = {"both": self.symmetric, "stacked": stacked, "decoupled": self._decoupled, "backend": self.backend}
+        found = cross_entropies(x, y, epsilon, **how)
+        if self._decoupled and len(x) == 1:  # a pair alone has no negatives
+            found = found.masked_fill(found == -math.inf, 0.0)
         if self.reduction == "none":
             return found.flatten()
         return found.mean() if self.reduction == "mean" else found.sum()
@@ -381,9 +408,9 @@ class IOTLoss(nn.Module):
         (epsilon,) = found
         precise = any(z.dtype in (torch.float32, torch.float64) for z in views)
         wide = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
-        views = tuple(ranks.scaled(normalised(z.to(wide))) for z in views)
-        epsilon = epsilon.to(views[0].dtype) if isinstance(epsilon, Tensor) else epsilon
-        batches = self._batches(views, choice, queue, ranks)
+        epsilon = epsilon.to(wide) if isinstance(epsilon, Tensor) else epsilon
+        stacked = (torch.cat(views),) if self.negatives == "all" else views
+        batches = self._batches([ranks.scaled(normalised(z.to(wide))) for z in stacked], len(views), choice, queue, ranks)
         return epsilon, [batch.of(replace(batch.points, precise=precise, unit=True)) for batch in batches]
 
     def _check(self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None) -> None:
@@ -408,10 +435,10 @@ class IOTLoss(nn.Module):
             )
 
     def _batches(
-        self, views: tuple[Tensor, ...], choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks
+        self, views: list[Tensor], count: int, choice: Choice, queue: FeatureQueue | None, ranks: Alone | Ranks
     ) -> Iterator[Batch]:
         if self.negatives == "all":
-            yield self._batch(torch.cat(views), None, choice, queue, ranks, len(views))
+            yield self._batch(views[0], None, choice, queue, ranks, count)
             return
         for k, z in enumerate(views):
             for other in views[k + 1 :]:
@@ -450,13 +477,9 @@ class IOTLoss(nn.Module):
                 labels = (labels[0], torch.cat([labels[1], queue.ids.to(x.device)]))
         m, total = len(candidates), batch
         check_batch(total, queue)
-        own, each = torch.arange(anchors, device=x.device)[:, None], anchors // repeat
-        steps = torch.arange(1, repeat, device=x.device) * each if stacked else torch.zeros_like(own[0])
-        partners = first + (own + steps) % anchors
         diagonal = not stacked and isinstance(ranks, Alone) and anchors == total
         if choice.is_pairs:
-            itself = first if stacked else None
-            found = paired(partners, total, m, stacked_from=itself, mirrored=mirrored, diagonal=diagonal, like=x)
+            found = paired(anchors, first, total, m, repeat, stacked, mirrored, diagonal, like=x)
         else:
             found = matches(
                 choice,
@@ -465,7 +488,7 @@ class IOTLoss(nn.Module):
                 stacked=stacked,
                 mirrored=mirrored,
                 labels=labels,
-                partners=partners,
+                repeat=repeat,
                 ranks=ranks,
                 like=x,
             )
@@ -508,11 +531,11 @@ class IOTLoss(nn.Module):
         found = [None if shut else self._potentials(side, epsilon) for side, shut in zip(sides, closed, strict=True)]
         logs: list[Tensor | None] = [None, None]
         for side, p in zip(sides, found, strict=True):
-            weights = side.other_weights
-            if side.is_even:
-                log = weights.new_full((len(weights),), -math.log(len(weights)))
+            weights, other = side.other_weights, None if p is None else side.split(p)[1]
+            if not side.is_uniform:
+                log = weights.log() if p is None else log_scaling(weights, other, epsilon)
             else:
-                log = weights.log() if p is None else log_scaling(weights, side.split(p)[1], epsilon)
+                log = torch.full_like(weights, side.log_each) if p is None else other / epsilon + side.log_each
             logs[1 if side.by_rows else 0] = log
         if logs[0] is not None:
             logs[0] = batch.own(logs[0])
@@ -540,26 +563,19 @@ class IOTLoss(nn.Module):
         It is ``primal(target) - dual`` at any potentials, frozen or live, and at the plan's own potentials the loss; where the
         target violates a hard side it is the divergence from the plan alone.
         """
-        if side.is_even:  # the terms below, with what is known of them
-            n, m, each = len(side.weights), len(side.other_weights), side.batch.matches.partners.shape[1]
-            nearest = side.batch.pairs if side.target.is_diagonal else similar(side) * n
-            return (found.s + nearest) / (-n * epsilon) + (1.0 / epsilon + math.log(m / each)) / n
-        own, other, lam = found.own, found.other, found.lam
-        weights = side.batch.own(side.weights)
-        r, c = side.marginals()
-        moved = _moved(weights, own + lam, found.s, epsilon)
-        log_scale = torch.where(weights > 0, log_scaling(weights, own + lam, epsilon), 0.0)
-        terms = moved - r + log_ratio(side, other, epsilon) - r * log_scale
-        terms = terms + (r - similar(side)) / epsilon
+        terms = (_uniform_divergence if side.is_uniform else _divergence)(side, found, epsilon)
+        if all(marginal.is_fixed or marginal.is_free for marginal in (side.anchors, side.others)):
+            return terms
+        weights, (r, c) = side.batch.own(side.weights), side.marginals()
         inside = side.batch.matches.inside or not _is_outside(side, c)
         for marginal, mine in ((side.anchors.at(weights), True), (side.others.at(side.other_weights), False)):
             if marginal.is_fixed or marginal.is_free or (marginal.is_hard and not inside):
                 continue
             if mine:
-                terms = terms + marginal.fenchel_young(r, own, weights) / epsilon
+                terms = terms + marginal.fenchel_young(r, found.own, weights) / epsilon
             else:
-                paid = marginal.fenchel_young(c, other, side.other_weights).sum() / epsilon
-                terms = terms + paid * _share(r, c.sum())
+                paid = marginal.fenchel_young(c, found.other, side.other_weights).sum() / epsilon
+                terms = terms + paid * (weights if side.is_uniform else _share(r, c.sum()))
         return terms
 
     def _potentials(self, side: Side, epsilon: Any) -> Potentials:
@@ -629,7 +645,7 @@ class IOTLoss(nn.Module):
         """The inner problem, live in the views and the temperature, and the sparse target plan."""
         epsilon, batches = self.read(*views, **given)
         side = next(self._sides(batches[0]))
-        return side.problem(epsilon), side.target.sparse()
+        return side.problem(epsilon), side.target.sparse().clone()  # what is remembered of it is nobody's to change
 
     def coupling(self, *views: Tensor, **given: Any) -> Float[Tensor, "n m"]:
         """The plan the inner problem gives this batch, detached: what the loss compares with the positive pairs."""
@@ -727,6 +743,28 @@ def _moved(weights: Tensor, potential: Tensor, s: Tensor, epsilon: Any) -> Tenso
     return weights * torch.where(carries, torch.where(carries, potential - s, 0.0) / epsilon, 0.0).exp()
 
 
+def _divergence(side: Side, found: Found, epsilon: Any) -> Tensor:
+    """``KL(target | P_fg)`` anchor by anchor."""
+    weights, potential = side.batch.own(side.weights), found.own + found.lam
+    r, _ = side.marginals()
+    log_scale = torch.where(weights > 0, log_scaling(weights, potential, epsilon), 0.0)
+    terms = _moved(weights, potential, found.s, epsilon) - r + log_ratio(side, found.other, epsilon) - r * log_scale
+    return terms + (r - similar(side)) / epsilon
+
+
+def _uniform_divergence(side: Side, found: Found, epsilon: Any) -> Tensor:
+    """The same where every anchor has as many positives, and every bin the same weight."""
+    n, m, mass = len(side.weights), len(side.other_weights), 1.0 if side.mass is None else side.mass
+    partners, paired = side.batch.matches.partners, side.target.is_diagonal
+    nearest = side.batch.pairs if paired else similar(side) * (n / mass)
+    level = math.log(mass * m / partners.shape[1])
+    if side.is_even:  # then the anchors' potentials are the soft-minima, and the others' 0
+        return (found.s + nearest) / (-n * epsilon) + (1.0 / epsilon + level) / n
+    potential, other = found.own + found.lam, found.other if paired else found.other[partners].mean(1)
+    moved = ((potential - found.s) / epsilon).exp()
+    return (moved + mass * ((1.0 - nearest - other - potential) / epsilon + (level - 1.0))) / n
+
+
 def similar(side: Side) -> Tensor:
     """``sum_j Q_ij cos_ij`` for every anchor of this rank, Q the target."""
     points = side.batch.points
@@ -805,9 +843,15 @@ def _census(points: Points, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tens
     return of_rows, of_columns, of_rows.sum() - similar
 
 
-def target_entropy(side: Side) -> Tensor:
-    """What a cross-entropy has over a divergence: of every anchor ``-sum_j w_ij log(w_ij / r_i)``, a constant."""
-    target, ranks = side.target, side.batch.ranks
-    r, _ = side.marginals()
-    known = target.sums(target.values * target.values.log(), 0 if side.by_rows else 1)
-    return torch.special.xlogy(r, r) - (known if side.by_rows else side.batch.own(ranks.sum(known)))
+def cross_entropy(side: Side, s: Tensor, epsilon: Any) -> Tensor:
+    """``-sum_j Q_ij log(exp(cos_ij / eps) / sum_k exp(cos_ik / eps))`` for every anchor of this rank, Q the target, its sums the
+    weights, and the sum over k known by its soft-minimum: of one that has no positives, or sees nothing, 0.
+    """
+    weights = side.batch.own(side.weights)
+    seen = (weights > 0) & (s != math.inf)
+    return torch.where(seen, weights * log_total(side, torch.where(seen, s, 0.0), epsilon) - similar(side) / epsilon, 0.0)
+
+
+def log_total(side: Side, s: Tensor, epsilon: Any) -> Tensor:
+    """``log sum_j exp(cos_ij / eps)`` over the candidates, from a soft-minimum with their even weights."""
+    return (1.0 - s) / epsilon - side.log_each

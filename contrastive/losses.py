@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive.arguments import with_labels
-from contrastive.family import Batch, Found, IOTLoss, Side, target_entropy
+from contrastive.family import Batch, Found, IOTLoss, Side, cross_entropy
 from contrastive.queue import FeatureQueue
 from contrastive.targets import Choice
 from iotsolve.kernels.uncompiled import uncompiled
@@ -134,7 +134,7 @@ class SupConLoss(IOTLoss):
         return super().forward(*views, labels=labels, **given)
 
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
-        return super()._terms(side, found, epsilon) + target_entropy(side)
+        return cross_entropy(side, found.s, epsilon)
 
 
 class ClipLoss(IOTLoss):

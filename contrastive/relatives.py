@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive.family import Batch, Found, IOTLoss, Side, log_ratio, settled, similar, target_entropy
+from contrastive.family import Batch, Found, IOTLoss, Side, cross_entropy, log_ratio, log_total, settled, similar
 from contrastive.targets import Entries, Matches
 from iotsolve.costs import Dense, Points
 from iotsolve.distributed import Alone
@@ -61,8 +61,8 @@ class RINCELoss(IOTLoss):
                 "temperature (0.5 in the paper) or lower q."
             )
         weights = side.batch.own(side.weights)
-        log_total = _log_total(side, torch.where(weights > 0, found.s, 0.0), epsilon)
-        outer = torch.where(weights > 0, (self.q * (log_total + math.log(self.lam))).exp(), 0.0)
+        total = log_total(side, torch.where(weights > 0, found.s, 0.0), epsilon)
+        outer = torch.where(weights > 0, (self.q * (total + math.log(self.lam))).exp(), 0.0)
         return (weights * outer - _powers(side, self.q, epsilon)) / self.q
 
 
@@ -83,12 +83,14 @@ class DCLLoss(IOTLoss):
     def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
         super().__init__(FIXED, FREE, temperature=temperature, negatives=options.pop("negatives", "all"), **options)
 
+    _decoupled = True
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        return self._is_plain and type(self)._terms is DCLLoss._terms
+
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
-        s = _over_negatives(side, epsilon)
-        weights = side.batch.own(side.weights)
-        seen = (weights > 0) & s.isfinite()
-        log_total = torch.where(seen, _log_total(side, torch.where(seen, s, 0.0), epsilon), 0.0)
-        return torch.where(seen, weights * log_total - similar(side) / epsilon, 0.0)
+        return cross_entropy(side, _over_negatives(side, epsilon), epsilon)
 
 
 class HardNegativeLoss(IOTLoss):
@@ -249,7 +251,7 @@ class SwAVLoss(IOTLoss):
             return self._reduced(losses, batches)
 
     def _terms(self, side: Side, found: Found, epsilon: Any) -> Tensor:
-        return super()._terms(side, found, epsilon) + target_entropy(side)
+        return cross_entropy(side, found.s, epsilon)
 
 
 def _check_epsilon(epsilon: Any) -> None:
@@ -298,17 +300,11 @@ def balanced_assignment(z: Tensor, prototypes: Tensor, *, epsilon: float = 0.05,
 _ROOM = 8.0  # below the largest exponent whose exponential a dtype holds: for the sum over a batch
 
 
-def _log_total(side: Side, s: Tensor, epsilon: Any) -> Tensor:
-    """``log sum_j exp(cos_ij / epsilon)`` over the candidates, from a soft-minimum with their even weights."""
-    each = side.other_weights.max()
-    return (1.0 - s) / epsilon - torch.where(each > 0, each, 1.0).log()
-
-
 def _over_negatives(side: Side, epsilon: Any) -> Tensor:
     """The soft-minima of this rank's anchors over their negatives."""
     batch, ranks = side.batch, side.batch.ranks
     points = replace(batch.points, barred=batch.matches.all_but_negatives(batch.points))
-    log_weights = log_scaling(side.other_weights, torch.zeros_like(side.other_weights), epsilon)
+    log_weights = side.other_weights.log()
     if side.by_rows:
         return points.soft_minima(None, log_weights, epsilon)[0]
     t = points.soft_minima(batch.own(log_weights), None, epsilon)[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iotsolve.costs import Points
 from iotsolve.distributed import Alone, Ranks
+from iotsolve.kernels.directions import remembered
 
 __all__ = ["Choice", "Entries", "Matches", "matches", "paired"]
 
@@ -137,11 +138,13 @@ class Matches:
     inside: bool
     partners: Tensor | None = None
     """The columns of every row's positives, shape ``(n, k)``, where each row has as many."""
+    no_negatives: Tensor | None = None
+    """And then those of all that is barred or positive."""
 
     def all_but_negatives(self, points: Points) -> Tensor:
         """The arcs that are barred or positive."""
-        if self.partners is not None and (points.barred is None or points.barred.dtype != torch.bool):
-            return self.partners if points.barred is None else torch.cat([points.barred, self.partners], 1)
+        if self.no_negatives is not None and points.barred is self.barred:
+            return self.no_negatives
         mask = torch.zeros(points.shape, dtype=torch.bool, device=points.device)
         if points.barred is not None:
             mask = points.barred.clone() if points.barred.dtype == torch.bool else mask.scatter(1, points.barred, True)
@@ -157,7 +160,7 @@ def matches(
     stacked: bool,
     mirrored: bool,
     labels: tuple[Tensor, Tensor] | None,
-    partners: Tensor,
+    repeat: int,
     ranks: Alone | Ranks,
     like: Tensor,
 ) -> Matches:
@@ -170,7 +173,7 @@ def matches(
         stacked: the anchors are themselves candidates, which must not be seen.
         mirrored: also the target with candidates as anchors.
         labels: of the anchors and of the candidates, gathered; None if the caller gave none.
-        partners: the columns of each row's pairs, shape ``(n, k)``: the positives where the caller says nothing else.
+        repeat: number of views that are stacked, of which the pairs are made where the caller says nothing else.
         ranks: who else has anchors.
         like: a tensor of the dtype and device wanted.
 
@@ -182,14 +185,15 @@ def matches(
     if any(x is not None for x in (choice.positive_mask, choice.target, choice.negative_mask)):
         with ranks.together():
             choice.check((n, m))
-    own = torch.arange(n, device=like.device)[:, None] + first if stacked else None
+    pairs = paired(n, first, total, m, repeat, stacked, mirrored, False, like=like)
+    own = pairs.barred
     if choice.target is not None:
         target = _plan(choice.target, ranks, like)
         return Matches(target, target if mirrored else None, _barred(choice, target, own), False)
     if labels is not None:
         positive = labels[0][:, None] == labels[1][None, :]
     elif choice.positive_mask is None:
-        positive = torch.zeros(n, m, dtype=torch.bool, device=like.device).scatter_(1, partners, True)
+        positive = torch.zeros(n, m, dtype=torch.bool, device=like.device).scatter_(1, pairs.partners, True)
     else:
         positive = choice.positive_mask
     if own is not None:
@@ -204,24 +208,44 @@ def matches(
     return Matches(target, backward, _barred(choice, target, own), False)
 
 
+@remembered
 def paired(
-    partners: Tensor,
+    n: int,
+    first: int,
     total: int,
     m: int,
-    *,
-    stacked_from: int | None,
+    repeat: int,
+    stacked: bool,
     mirrored: bool,
     diagonal: bool,
-    like: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Matches:
-    """The target in which row ``i`` has the positives ``partners[i]``, shape ``(n, k)``; ``diagonal``: the column ``i``."""
-    n, k = partners.shape
-    partners = partners if k == 1 else partners.sort(1).values
-    i = torch.arange(n, device=like.device)[:, None].expand(n, k)
-    index = torch.stack([i.flatten(), partners.flatten()])
-    target = Entries(index, like.new_full((n * k,), 1.0 / (total * k)), (n, m), diagonal)
-    barred = None if stacked_from is None else torch.arange(n, device=like.device)[:, None] + stacked_from
-    return Matches(target, target if mirrored else None, barred, True, partners)
+    """The target of pairs alone; ``diagonal``: row ``i`` has the column ``i``.
+
+    Args:
+        n: number of this rank's anchors.
+        first: the first one's column.
+        total: number of all ranks' anchors.
+        m: number of candidates.
+        repeat: number of views that are stacked.
+        stacked: the anchors are themselves candidates, which must not be seen.
+        mirrored: also with candidates as anchors.
+        diagonal: row ``i`` has the one positive ``i``.
+        dtype: of the target.
+        device: where to.
+    """
+    rows = torch.arange(n, device=device)[:, None]
+    own, partners = rows + first, rows + first
+    if stacked:
+        partners = first + ((rows + torch.arange(1, repeat, device=device) * (n // repeat)) % n).sort(1).values
+    k = partners.shape[1]
+    index = torch.stack([rows.expand(n, k).flatten(), partners.flatten()])
+    values = torch.full((n * k,), 1.0 / (total * max(k, 1)), dtype=dtype, device=device)
+    target = Entries(index, values, (n, m), diagonal)
+    left_out = torch.cat([own, partners], 1) if stacked else partners
+    return Matches(target, target if mirrored else None, own if stacked else None, True, partners, left_out)
 
 
 def _barred(choice: Choice, target: Entries, own: Tensor | None) -> Tensor | None:

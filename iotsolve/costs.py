@@ -554,7 +554,8 @@ class Points:
         squared, how = self.metric == "sqeuclidean", {"precise": self.precise, "even": self.unit}
         columns, sums = log_columns + q, torch.add(p, softmin, alpha=1.0 / epsilon).neg_()
         needed = *needed, False, needed[1] and squared
-        gx, gy, _, total = bilinear.pull(x, y, columns, self.barred, sums, carried, needed, backend=self.backend, **how)
+        given = x, y, None, columns, self.barred, (sums, None), (carried, None), needed
+        gx, gy, _, total = bilinear.pull(*given, backend=self.backend, **how)
         if not squared:
             return None if gx is None else -gx, None if gy is None else gy * -epsilon
         gx = None if gx is None else torch.addcmul(gx * -2.0, carried.unsqueeze(-1), x, value=epsilon)

@@ -1,6 +1,7 @@
 """The Triton kernels against eager float64: in the interpreter, run by test_triton.py in a process of its own with
 TRITON_INTERPRET=1; or without that on a GPU."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iotsolve.kernels import bilinear, halves, streamed
 from iotsolve.kernels.directions import cross_entropies
@@ -268,6 +270,90 @@ def test_cross_entropies_from_points_of_any_length(size, dtype, both):
         assert one.dtype == (torch.float32 if one.dim() == 0 else dtype)
         lengths = 1.0 if one.dim() == 0 else exact[0 if one is mine[0] else 1].detach().norm(dim=1, keepdim=True)
         assert_near(one.double() * lengths, other * lengths, backward, 1.0 if size[1] == 1 else 0.0)  # on a line all is rounding
+
+
+@pytest.mark.parametrize(
+    "stacked, decoupled, both",
+    [(True, False, False), (True, True, False), (False, True, False), (False, True, True)],
+    ids=["stacked", "stacked, decoupled", "decoupled", "decoupled, both"],
+)
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_cross_entropies_without_oneself_or_the_match(dtype, stacked, decoupled, both):
+    """Against a matrix in float64; one point has no length."""
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
+    x, y = (torch.randn(150, 20, generator=g, dtype=torch.float64) for _ in range(2))
+    x[-1] = 0.0
+    given = [z.to(dtype).requires_grad_() for z in (x, y)] + [torch.full((1,), 0.2).requires_grad_()]
+    exact = [z.detach().double().requires_grad_() for z in given]
+    one, other = (torch.nn.functional.normalize(z) for z in exact[:2])
+    one, other = (torch.cat([one, other]), torch.cat([other, one])) if stacked else (one, other)
+    cosines = one @ other.mT / exact[2]
+    left_out = torch.eye(len(one), dtype=torch.bool).roll(150, 1) if stacked else torch.zeros(150, 150, dtype=torch.bool)
+    left_out = left_out | torch.eye(len(one), dtype=torch.bool) if decoupled else left_out
+    seen = cosines.masked_fill(left_out, -math.inf)
+    expected = torch.stack([seen.logsumexp(1), seen.logsumexp(0)][: 1 + both]) - cosines.diagonal()
+    found = cross_entropies(*given, both=both, stacked=stacked, decoupled=decoupled, backend="triton")
+    up = torch.randn(found.shape, generator=g)
+    mine, theirs = torch.autograd.grad(found, given, up), torch.autograd.grad(expected, exact, up.double())
+    assert not mine[0][-1].any()
+    forward, backward = (1e-6, 1e-5) if dtype == torch.float32 else (2.0**-11 / 0.2, 5e-3 if dtype == torch.float16 else 1e-2)
+    assert_near(found.detach(), expected.detach(), forward, 1 / 0.2)
+    for ours, other, at in zip(mine, theirs, exact, strict=True):
+        lengths = at.detach().norm(dim=1, keepdim=True) if at.dim() == 2 else 1.0
+        assert_near(ours.double() * lengths, other * lengths, backward)
+
+
+class Asked(TorchDispatchMode):
+    """What is asked of a device, without what the interpreter asks for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.launches = [], 0
+
+    def __enter__(self):
+        from triton.runtime.interpreter import GridExecutor
+
+        self.patch, launch = pytest.MonkeyPatch(), GridExecutor.__call__
+
+        def counted(*given, **named):
+            before, self.launches = len(self.names), self.launches + 1
+            launch(*given, **named)
+            del self.names[before:]
+
+        self.patch.setattr(GridExecutor, "__call__", counted)
+        return super().__enter__()
+
+    def __exit__(self, *given):
+        self.patch.undo()
+        super().__exit__(*given)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+MOST = {  # operations, views not counted, and launches, forward and backward
+    "ClipLoss": (10, 8),
+    "NTXentLoss": (36, 6),
+    "DCLLoss": (36, 6),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are counted by the interpreter")
+@pytest.mark.parametrize("name", MOST)
+def test_a_loss_asks_a_device_for_little_and_never_waits(name):
+    import contrastive
+
+    free = ("view", "unsafe_view", "expand", "detach", "alias", "empty", "new_empty", "unsqueeze", "squeeze", "t", "transpose")
+    free += ("split", "slice", "select", "permute", "as_strided", "promote_types", "lift_fresh", "unbind", "view_dtype")
+    loss = getattr(contrastive, name)(backend="triton")
+    inputs = [torch.randn(256, 32, dtype=torch.float16, requires_grad=True) for _ in range(2)]
+    for asked in (None, Asked()):  # once for what is made once
+        with asked or contextlib.nullcontext():
+            torch.autograd.grad(loss(*inputs), inputs)
+    counted = [word for word in asked.names if word.strip("_") not in free]
+    assert not {"_local_scalar_dense", "nonzero", "is_nonzero"} & set(counted)
+    assert (len(counted) <= MOST[name][0]) and (asked.launches <= MOST[name][1]), (counted, asked.launches)
 
 
 def test_only_what_is_asked_for_is_derived():

@@ -32,6 +32,7 @@ from contrastive import (
     balanced_assignment,
     rankme,
 )
+from contrastive.family import Side
 from iotsolve import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSquared, Envelope, Implicit, Unroll
 
 TIGHT = dict(tolerance=1e-12, max_steps=5000)
@@ -360,6 +361,74 @@ def test_dcl():
     off = logits.masked_fill(torch.eye(8, dtype=torch.bool), -math.inf)
     expected = (off.logsumexp(1) + off.logsumexp(0)).mean() / 2 - logits.diagonal().mean()
     assert_same(DCLLoss(0.2, negatives="cross", symmetric=True)(z0, z1), expected, (z0, z1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("negatives", ["cross", "all"])
+@pytest.mark.parametrize("make", [InfoNCELoss, DCLLoss])
+def test_closed_forms_are_what_the_inner_problem_says(make, negatives, symmetric, reduction):
+    """Which is asked where somebody watches."""
+    options = {"negatives": negatives, "symmetric": symmetric, "reduction": reduction, "learn_temperature": True}
+    closed, open_ = make(0.3, **options).double(), make(0.3, watch=lambda _: None, **options).double()
+    assert closed.is_cross_entropy and not open_.is_cross_entropy
+    inputs = [torch.cat([z, torch.zeros_like(z[:1])]).detach().requires_grad_() for z in views()]  # one has no length
+    found, expected = closed(*inputs), open_(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    weights = torch.linspace(-1.0, 1.0, found.numel(), dtype=torch.float64).reshape(found.shape) + 0.3
+    ours, theirs = (
+        torch.autograd.grad((value * weights).sum(), (*inputs, loss.log_temperature))
+        for loss, value in ((closed, found), (open_, expected))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit(), Unroll(4)], ids=lambda how: type(how).__name__)
+@pytest.mark.parametrize(
+    "views_and_options",
+    [(2, {}), (2, {"symmetric": True}), (2, {"negatives": "all"}), (3, {"negatives": "all", "symmetric": True})],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (FIXED, FIXED, None),
+        (FREE, FREE, 1.0),
+        (KL(0.5), KL(0.8), 1.0),
+        (KL(0.5), KL(0.8), None),
+        (AT_MOST, AT_MOST, 0.7),
+        (FIXED, KL(0.5), None),
+        (KL(0.5), FREE, None),
+        (ChiSquared(0.5), FREE, 0.8),
+    ],
+    ids=str,
+)
+def test_pairs_alone_are_told_of_by_fewer_terms(sides, views_and_options, gradient, monkeypatch):
+    """Which are those of any target: where every anchor has as many positives, and every bin the same weight."""
+    count, options = views_and_options
+    inputs = views(count=count)
+    rows, columns, mass = sides
+    found = []
+    for uniform in (Side.is_uniform, property(lambda side: False)):
+        monkeypatch.setattr(Side, "is_uniform", uniform)
+        how = {"learn_temperature": True, "gradient": gradient, "tolerance": 1e-12, "watch": lambda _: None, **options}
+        loss = IOTLoss(rows, columns, mass, temperature=0.3, **how).double()
+        value = loss(*inputs)
+        found.append((value, *torch.autograd.grad(value, (*inputs, loss.log_temperature))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("watch", [None, lambda _: None], ids=["closed", "open"])
+def test_dcl_of_what_has_no_negatives_and_of_what_is_no_number(watch):
+    z0, z1 = (z[:1].detach().requires_grad_() for z in views())
+    found = DCLLoss(0.3, watch=watch)(z0, z1)
+    assert float(found.detach()) == 0.0
+    assert not any(g.any() for g in torch.autograd.grad(found, (z0, z1)))
+    z0, z1 = (z.detach().clone() for z in views())
+    z0[3, 2] = math.nan
+    assert DCLLoss(0.3, watch=watch)(z0, z1).isnan()
 
 
 def test_hard_negatives():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from contrastive import ClipLoss, InfoNCELoss, NTXentLoss, SinkhornNCELoss
+from contrastive import ClipLoss, DCLLoss, InfoNCELoss, NTXentLoss, SinkhornNCELoss, SupConLoss
 from iotsolve import KL, Points, Problem, Sinkhorn, solve
+from iotsolve.kernels.directions import remembered
 
 SOLVERS = [None, Sinkhorn(annealing=None)]
 
@@ -226,6 +227,52 @@ def test_points_are_solved_in_inference_mode(n):
         found = solve(Problem(Points(z, z + 0.1), epsilon=0.5), Sinkhorn(tolerance=1e-5))
         assert float(found.value) == pytest.approx(float(expected.value), rel=1e-6)
         assert found.certificate.holds
+
+
+@pytest.mark.parametrize("kind", [NTXentLoss, DCLLoss, SupConLoss, SinkhornNCELoss])
+@pytest.mark.parametrize("n", [13, 14])
+def test_what_follows_from_sizes_serves_training_after_evaluation(n, kind):
+    """Also where it was first asked for in inference mode, whose tensors no derivative may need."""
+    z0, z1 = (torch.from_numpy(draw(n, 4) - shift).float().requires_grad_() for shift in (0.5, 0.4))
+    loss = kind(0.2, watch=(lambda _: None) if n == 14 else None)
+    given = {"labels": torch.arange(n) // 2} if kind is SupConLoss else {}
+    with torch.inference_mode():
+        found = loss(z0, z1, **given)
+    again = loss(z0, z1, **given)
+    again.backward()
+    assert float(found) == pytest.approx(float(again.detach()), rel=1e-6)
+    assert z0.grad.isfinite().all() and z0.grad.any()
+
+
+def test_sizes_have_tables_of_their_own():
+    made = []
+
+    @remembered
+    def table(n, *, dtype, device):
+        made.append(n)
+        return torch.arange(n, dtype=dtype, device=device)
+
+    class Own(torch.Tensor):
+        pass
+
+    like = torch.zeros(1)
+    assert table(3, like=like) is table(3, like=like) and made == [3]
+    assert table(3, like=like.double()).dtype == torch.float64 and len(table(4, like=like)) == 4 and made == [3, 3, 4]
+    table(3, like=like.as_subclass(Own))  # a tensor that is none, as where only shapes are asked for
+    assert made == [3, 3, 4, 3]
+
+
+@pytest.mark.parametrize("kind", [NTXentLoss, SinkhornNCELoss])
+def test_a_target_of_pairs_is_made_once_and_is_nobodys_to_change(kind):
+    z0, z1 = (torch.from_numpy(draw(12, 4) - shift).requires_grad_() for shift in (0.5, 0.4))
+    loss = kind(0.2, watch=lambda _: None)
+    (one,), (other,), (third,) = (loss.read(*given)[1] for given in ((z0, z1), (z1, z0), (z0[:11], z1[:11])))
+    assert one.matches is other.matches is not third.matches
+    before = float(loss(z0, z1).detach())
+    _, target = loss.problem(z0, z1)
+    target.values().mul_(2.0)
+    target.indices().zero_()
+    assert float(loss(z0, z1).detach()) == before
 
 
 @pytest.mark.parametrize("kind", [InfoNCELoss, ClipLoss, NTXentLoss, SinkhornNCELoss])

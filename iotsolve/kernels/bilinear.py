@@ -8,9 +8,9 @@ again. Costs that are a scalar product up to terms of ``i`` and of ``j`` alone c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,29 +54,10 @@ def log_sums(
         The rows' sums, shape ``(n,)``, and the columns', shape ``(m,)``; ``-inf`` where everything is left out. Differentiable
         once in ``x, y, u, v``; what autograd keeps for it is these and the sums.
     """
-    how = {"precise": precise, "even": even}
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, u, v)):
-        return _LogSums.apply(x, y, u, v, barred, backend, how)
+        return _LogSums.apply(x, y, u, v, barred, {"backend": backend, "precise": precise, "even": even})
     kernels = backends.chosen(backend, x, agrees)
-    return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, **how)
-
-
-def pull(
-    x: Float[Tensor, "n d"],
-    y: Float[Tensor, "m d"],
-    v: Float[Tensor, " m"],
-    barred: Tensor | None,
-    sums: Float[Tensor, " n"],
-    upstream: Float[Tensor, " n"],
-    needed: tuple[bool, bool, bool, bool],
-    *,
-    backend: str = "auto",
-    precise: bool = True,
-    even: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Derivatives of the rows' :func:`log_sums` in ``x, y, u, v``, as ``needed``, for whoever knows the sums."""
-    kernels, given = backends.chosen(backend, x, agrees), (x, y, None, v, barred, (sums, None), (upstream, None), needed)
-    return _pull(*given) if kernels is None else kernels.pull(*given, precise=precise, even=even)
+    return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, precise=precise, even=even)
 
 
 class _LogSums(torch.autograd.Function):
@@ -88,14 +69,9 @@ class _LogSums(torch.autograd.Function):
         u: Tensor | None,
         v: Tensor | None,
         barred: Tensor | None,
-        backend: str,
-        how: dict[str, bool],
+        how: dict[str, Any],
     ):
-        kernels = backends.chosen(backend, x, agrees)
-        log_sums, ctx.pull = _log_sums, _pull
-        if kernels is not None:
-            log_sums, ctx.pull = partial(kernels.log_sums, **how), partial(kernels.pull, **how)
-        sums = log_sums(x, y, u, v, barred)
+        sums, ctx.how = log_sums(x, y, u, v, barred, **how), how
         ctx.save_for_backward(x, y, u, v, barred, *sums)
         return sums
 
@@ -103,8 +79,27 @@ class _LogSums(torch.autograd.Function):
     def backward(ctx, *upstream: Tensor | None):
         x, y, u, v, barred, *sums = ctx.saved_tensors
         with torch.no_grad():
-            found = ctx.pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4])
-        return *final(ONCE, found, x, y, u, v, *upstream), None, None, None
+            found = pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4], **ctx.how)
+        return *final(ONCE, found, x, y, u, v, *upstream), None, None
+
+
+def pull(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    barred: Tensor | None,
+    sums: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    *,
+    backend: str = "auto",
+    **how: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Derivatives of :func:`log_sums` in ``x, y, u, v``, those that are ``needed``, at its results and upstream derivatives."""
+    kernels = backends.chosen(backend, x, agrees)
+    given = x, y, u, v, barred, sums, upstream, needed
+    return _pull(*given) if kernels is None else kernels.pull(*given, **how)
 
 
 ONCE = (

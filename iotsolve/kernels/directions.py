@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +15,7 @@ from torch import Tensor
 from iotsolve.kernels import backends, bilinear
 from iotsolve.kernels.once import final
 
-__all__ = ["cross_entropies", "normalised"]
+__all__ = ["cross_entropies", "normalised", "remembered"]
 
 
 def normalised(z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -43,14 +46,20 @@ class _Direction(torch.autograd.Function):
 
 def _direction(z: Tensor) -> tuple[Tensor, Tensor]:
     """``z`` over its length, and that: infinite for a zero vector."""
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    length = length.masked_fill(length == 0, math.inf)
+    length = torch.threshold(torch.linalg.vector_norm(z, dim=1, keepdim=True), 0.0, math.inf)
     return z / length, length
 
 
 def cross_entropies(
-    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], epsilon: float | Tensor, *, both: bool, backend: str = "auto"
-) -> Float[Tensor, "sides n"]:
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "n d"],
+    epsilon: float | Tensor,
+    *,
+    both: bool,
+    stacked: bool = False,
+    decoupled: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "sides k"]:
     """``log sum_j exp(cos(x_i, y_j) / epsilon) - cos(x_i, y_i) / epsilon`` for every row and, if ``both``, with the roles
     exchanged for every column: of each pair the cross-entropy of its match, in nats (InfoNCE, van den Oord et al., 2018).
 
@@ -59,22 +68,99 @@ def cross_entropies(
         y: the same shape.
         epsilon: positive; a tensor of one entry may require grad.
         both: also of the columns.
+        stacked: of all points of ``x`` and ``y`` in a row, each against all others (NT-Xent, Chen et al., 2020).
+        decoupled: the match is not in the sum (Yeh et al., 2022); ``-inf`` where nothing else is.
         backend: see :func:`iotsolve.kernels.backends.chosen`. Of half-precision inputs Triton's kernels multiply 11 bits.
 
     Returns:
-        Shape ``(1, n)`` or ``(2, n)``, in float32 at least. Differentiable once; no matrix is kept for it.
+        Shape ``(1, k)`` or ``(2, k)``, ``k`` being ``n``, or ``2 n`` if ``stacked``; in float32 at least. Differentiable once; no
+        matrix is kept for it.
     """
     common = torch.promote_types(x.dtype, y.dtype)
     common = common if common.is_floating_point else torch.float32
-    x, y = x.to(common), y.to(common)
-    kernels = backends.chosen(backend, x, agrees)
-    if kernels is not None:
-        return _CrossEntropies.apply(x, y, epsilon, both, kernels)
+    if not (stacked or decoupled):
+        x, y = x.to(common), y.to(common)
+        kernels = backends.chosen(backend, x, agrees)
+        if kernels is not None:
+            return _CrossEntropies.apply(x, y, epsilon, both, kernels)
+        backend = "eager"
+    how = {"backend": backend, "precise": common == torch.float32, "even": True}
+    if stacked:
+        found = _Among.apply(_wide(torch.cat([x, y])), epsilon, decoupled, how)[None]
+        return found.expand(2, -1) if both else found  # the roles are the same
     x, y = normalised(x), normalised(y)
     epsilon = epsilon.to(x).reshape(()) if isinstance(epsilon, Tensor) else epsilon
     even = x.new_zeros(len(x))
-    sums = bilinear.log_sums(x / epsilon, y, even if both else None, even, backend="eager")
-    return torch.stack([s for s in sums if s is not None]) - (x * y).sum(1) / epsilon
+    left_out = _left_out(len(x), False, True, like=x) if decoupled else None
+    rows, columns = bilinear.log_sums(x / epsilon, y, even if both else None, even, left_out, **how)
+    return (torch.stack([rows, columns]) if both else rows[None]) - (x * y).sum(1) / epsilon
+
+
+def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of sizes, and of the dtype and device of ``like``, whose tensors nobody changes: those of the last few are kept.
+
+    A CUDA graph has its own, as has each stream, which nobody waits for another one in.
+    """
+
+    @lru_cache(maxsize=16)
+    def known(stream: int, *sizes: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        with torch.inference_mode(False):
+            return make(*sizes, dtype=dtype, device=device)
+
+    @wraps(make)
+    def found(*sizes: Any, like: Tensor) -> Any:
+        place, stream = {"dtype": like.dtype, "device": like.device}, 0
+        if type(like) is not Tensor or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return make(*sizes, **place)
+        if like.is_cuda:
+            stream = torch.cuda.current_stream(like.device).cuda_stream
+        return known(stream, *sizes, **place)
+
+    return found
+
+
+@remembered
+def _left_out(n: int, stacked: bool, decoupled: bool, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The columns each row does not see: of all points its own, and decoupled its match's."""
+    own = torch.arange(n, device=device)[:, None]
+    if not stacked:
+        return own
+    return torch.cat([own, own.roll(n // 2, 0)], 1) if decoupled else own
+
+
+class _Among(torch.autograd.Function):
+    """Cross-entropies of all points in a row, the second half of which are the matches of the first.
+
+    What point i gives to the sum of j is what j gives to that of i, so that one pass makes the derivative in both roles.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, epsilon: float | Tensor, decoupled: bool, how: dict[str, Any]) -> Tensor:
+        live = isinstance(epsilon, Tensor)
+        ctx.rate = rate = epsilon.detach().to(z).reshape(()) if live else epsilon
+        x, length = _direction(z)
+        scaled, even = x / rate, x.new_zeros(len(x))
+        ctx.barred, ctx.how = _left_out(len(x), True, decoupled, like=x), how
+        sums = bilinear.log_sums(scaled, x, None, even, ctx.barred, **how)[0]
+        ctx.save_for_backward(z, epsilon if live else None, x, length, scaled, even, sums)
+        one, other = x.chunk(2)
+        return (sums.view(2, -1) - (one * other).sum(1) / rate).flatten()
+
+    @staticmethod
+    def backward(ctx, up: Tensor):
+        z, epsilon, x, length, scaled, even, sums = ctx.saved_tensors
+        rate, half = ctx.rate, len(x) // 2
+        with torch.no_grad():
+            up = up.contiguous()
+            given = scaled, x, even, even, ctx.barred, (sums, sums), (up, up)
+            g = bilinear.pull(*given, (True, False, False, False), **ctx.how)[0]
+            g = torch.addcmul(g, x.roll(half, 0), (up + up.roll(half))[:, None], value=-1.0)
+            along = (x * g).sum(1, keepdim=True)
+            gz = torch.addcmul(g, x, along, value=-1.0) / (length * rate)
+            of_epsilon = None
+            if ctx.needs_input_grad[1]:  # every product has been seen from both of its points
+                of_epsilon = (along.sum() / (-2.0 * rate * rate)).reshape(epsilon.shape).to(epsilon)
+        return *final(bilinear.ONCE, (gz, of_epsilon), z, epsilon, up), None, None
 
 
 class _CrossEntropies(torch.autograd.Function):

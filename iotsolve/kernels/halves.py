@@ -13,12 +13,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["PADDED", "Halved", "directions", "halved", "pull_directions"]
+__all__ = ["PADDED", "Halved", "cdiv", "directions", "halved", "power_of_2", "pull_directions"]
 
 PADDED = 256  # rows come in multiples of this, as every tile divides it
 _WHOLE = 256, 128  # features up to which their number is a power of two: of one term, and of three
 _PART = 64  # of more features, what they are a multiple of
 _UNIT = tl.constexpr(2.0**13)  # brings numbers up to 1 into float16's range
+
+
+def cdiv(whole: int, part: int) -> int:
+    """How many parts make up the whole. Triton's own functions of sizes take a CPU longer than some launches."""
+    return -(-whole // part)
+
+
+def power_of_2(size: int) -> int:
+    """The least that is no less than the size."""
+    return 1 << (size - 1).bit_length()
 
 
 @triton.jit
@@ -102,10 +112,10 @@ def halved(x: Tensor, precise: bool, first: bool, even: bool) -> Halved:
 
 def _padded(d: int, terms: int) -> tuple[int, int]:
     """How many features a point of ``d`` has in each term, and in all of them."""
-    width = triton.cdiv(d, 16) * 16
-    if (features := triton.next_power_of_2(terms * width)) <= _WHOLE[terms == 3]:
+    width = cdiv(d, 16) * 16
+    if (features := power_of_2(terms * width)) <= _WHOLE[terms == 3]:
         return features if terms == 1 else width, features
-    width = triton.cdiv(d, _PART) * _PART
+    width = cdiv(d, _PART) * _PART
     return width, terms * width
 
 
@@ -113,7 +123,7 @@ def _made(x: Tensor, terms: int, first: bool, even: bool) -> Halved:
     given = x.detach().contiguous()
     n, d = given.shape
     width, features = _padded(d, terms)
-    rows = triton.cdiv(n, PADDED) * PADDED
+    rows = cdiv(n, PADDED) * PADDED
     out = torch.empty(rows, features, dtype=torch.float16, device=x.device)
     unit = torch.empty(rows, dtype=torch.float32, device=x.device)
     largest = torch.linalg.vector_norm(given, torch.inf, dtype=torch.float32) if even else given
@@ -243,7 +253,7 @@ def directions(x: Tensor, y: Tensor, epsilon: float | Tensor, precise: bool) -> 
     """
     (n, d), terms = x.shape, 3 if precise else 1
     width, features = _padded(d, terms)
-    rows = triton.cdiv(n, PADDED) * PADDED
+    rows = cdiv(n, PADDED) * PADDED
     out = torch.empty(2, rows, features, dtype=torch.float16, device=x.device)
     units, less, pairs = torch.empty(3 * n + 2, dtype=torch.float32, device=x.device).split([2, 2 * n, n])
     _directions_kernel[(rows // _TURNED,)](
@@ -274,11 +284,11 @@ def pull_directions(
     out_x, out_y = None if gx is None else torch.empty_like(x), None if gy is None else torch.empty_like(y)
     rates = None if gx is None else torch.empty_like(pairs)
     fill = pairs  # for what nobody reads
-    _turn_kernel[(triton.cdiv(n, _TURNED), (gx is not None) + (gy is not None))](
+    _turn_kernel[(cdiv(n, _TURNED), (gx is not None) + (gy is not None))](
         x, y, *(fill if z is None else z for z in (gx, gy)), less, pairs, up, epsilon,
         *(fill if z is None else z for z in (out_x, out_y, rates)), n, d, *(1 if z is None else len(z) for z in (gx, gy)),
         LIVE=isinstance(epsilon, Tensor), BOTH=len(up) == 2, OF_X=gx is not None,
-        PART=min(_WIDEST, triton.next_power_of_2(d)), ROWS=_TURNED,
+        PART=min(_WIDEST, power_of_2(d)), ROWS=_TURNED,
     )  # fmt: skip
     return out_x, out_y, rates
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iotsolve.kernels.halves import cdiv, power_of_2
+
 if TYPE_CHECKING:
     from iotsolve.mixing import Mixing
 
@@ -192,7 +194,7 @@ def mixed(
     (b, window, n), new = memory.dx.shape, image.new_empty
     at, image, weights = memory.at.contiguous(), image.contiguous(), weights.contiguous()
     most = most.to(image) if isinstance(most, Tensor) else image.new_full((), most)
-    blocks, width = triton.cdiv(n, _BLOCK), triton.next_power_of_2(window + 1)
+    blocks, width = cdiv(n, _BLOCK), power_of_2(window + 1)
     sums, notes = (new(b, size, dtype=torch.float64) for size in (blocks * 2 * width, _SHARES.value + window))
     peaks, following = new(b, blocks), torch.empty_like(image)
     tiles = {"WINDOW": window, "WIDTH": width, "BLOCK": _BLOCK}

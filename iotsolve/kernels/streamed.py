@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from iotsolve.kernels import tiled
-from iotsolve.kernels.halves import PADDED, Halved, directions, halved, pull_directions
+from iotsolve.kernels.halves import PADDED, Halved, cdiv, directions, halved, pull_directions
 from iotsolve.kernels.precision import in_full
 
 __all__ = ["cross_entropies", "log_sums", "pull", "pull_cross_entropies", "soft_minimum"]
@@ -174,7 +174,7 @@ def _row_sums(
     """The sums of rows into ``out``, or ``at`` potentials, with what comes to these and epsilon, soft-minima."""
     found, n, m = _Barred.of(barred, turned), len(out), len(v)
     tiles = _tiles("sums", x, found.kind)
-    down, doubted = _cdiv(n, tiles.rows), doubt is not None
+    down, doubted = cdiv(n, tiles.rows), doubt is not None
     share, shares = (len(y.numbers), 1) if doubted else _shared(m, tiles, down, v.device)
     parts, raw = out if shares == 1 else out.new_empty(shares, n), doubted or m <= _ALONE
     doubt = doubt if doubted else x.unit
@@ -191,7 +191,7 @@ def _row_sums(
         DOUBTED=doubted, RAW=raw, AT=at is not None, WHOLE=shares == 1, ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
     )  # fmt: skip
     if shares > 1:
-        tiled.merge_kernel[(_cdiv(n, 256),)](parts, p, out, n, shares, epsilon, AT=at is not None, ROWS=256)
+        tiled.merge_kernel[(cdiv(n, 256),)](parts, p, out, n, shares, epsilon, AT=at is not None, ROWS=256)
 
 
 def _both_sums(
@@ -213,14 +213,10 @@ def _both_sums(
         DEPTH=tiles.depth or x.features, EVEN=x.even, BARRED=found.kind, ROWS=tiles.rows, COLUMNS=tiles.columns,
         **tiles.options,
     )  # fmt: skip
-    tiled.finish_kernel[(_cdiv(max(n, m), 256), 2)](
+    tiled.finish_kernel[(cdiv(max(n, m), 256), 2)](
         of_rows, of_columns, rows, columns, doubt, n, m, high_n, high_m, across, down, ROWS=256
     )
     return doubt
-
-
-def _cdiv(whole: int, part: int) -> int:  # Triton's own takes longer than some operations on a device
-    return -(-whole // part)
 
 
 @cache
@@ -231,15 +227,15 @@ def _processors(device: torch.device) -> int:
 def _shared(columns: int, tiles: _Tiles, programs: int, device: torch.device) -> tuple[int, int]:
     """The columns of a program, and how many share a row, where there are few rows for a whole device."""
     each, shares = _shares(
-        _cdiv(columns, tiles.columns), max(1, min(_MOST, tiles.resident * _processors(device) // programs))
+        cdiv(columns, tiles.columns), max(1, min(_MOST, tiles.resident * _processors(device) // programs))
     )
     return each * tiles.columns, shares
 
 
 def _shares(tiles: int, programs: int) -> tuple[int, int]:
     """Tiles for each of about so many programs, and how many those are."""
-    each = _cdiv(tiles, min(tiles, programs))
-    return each, _cdiv(tiles, each)
+    each = cdiv(tiles, min(tiles, programs))
+    return each, cdiv(tiles, each)
 
 
 def pull(
@@ -421,9 +417,9 @@ def _wide_pull(
 
 def _blocks(n: int, m: int) -> tuple[int, int]:
     """Rows and columns of a block of weights: so that what is added up is read as seldom as there is room for."""
-    count = _cdiv(n * m, _SCRATCH[n * m >= _LARGE])
+    count = cdiv(n * m, _SCRATCH[n * m >= _LARGE])
     down = min(max(1, round(math.sqrt(count * n / m))), count)
-    return tuple(_cdiv(size, parts * PADDED) * PADDED for size, parts in ((n, down), (m, _cdiv(count, down))))
+    return tuple(cdiv(size, parts * PADDED) * PADDED for size, parts in ((n, down), (m, cdiv(count, down))))
 
 
 def _prepared(
@@ -462,7 +458,7 @@ def _half_pull(
     which = {"OF_ROWS": parts[0], "OF_COLUMNS": parts[1], "EVEN": x.even}
     tiles = _tiles("pull" if x.terms == 1 else "pull of three", x, barred.kind)
     depth, width = tiles.depth or x.features, min(tiles.width, y.width & -y.width)  # a divisor
-    grid = _cdiv(n, tiles.rows), _cdiv(d, width)
+    grid = cdiv(n, tiles.rows), cdiv(d, width)
     share, shares = _shared(m, tiles, grid[0] * grid[1], x.unit.device)
     gx, gu = x.unit.new_empty(shares, n, d), x.unit.new_empty(shares, n)
     (u, log_v, r, less_c, gr, up, each), scales = _prepared(x, y, (n, m), vectors, which)
@@ -530,7 +526,7 @@ class _Barred:
         own, other = (lister, self.table) if self.kind == _LISTED_OWN else (self.table, lister)
         tile, other = (own // rows).flatten(), other.flatten()
         ends = (
-            torch.full((_cdiv(n, rows),), start, device=own.device).scatter_reduce(0, tile, other, how)
+            torch.full((cdiv(n, rows),), start, device=own.device).scatter_reduce(0, tile, other, how)
             for start, how in ((2**31 - 1, "amin"), (-1, "amax"))
         )
         return torch.stack(list(ends), 1).int()
