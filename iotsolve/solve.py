@@ -443,7 +443,9 @@ def _is_held(problem: Problem, tolerance: float | None) -> bool:
         return entries <= _HELD
     if isinstance(cost, Sharded) or entries > math.prod(problem.shape[-2:]):
         return False
-    return entries <= _HELD_ON_DEVICE or (entries <= _HELD_IF_COARSE and _is_coarse(problem, tolerance))
+    if entries <= _HELD_ON_DEVICE or entries > _HELD_IF_FINE:
+        return entries <= _HELD_ON_DEVICE
+    return cost.dtype == torch.float64 or _is_coarse(problem, tolerance)
 
 
 def _is_coarse(problem: Problem, tolerance: float | None) -> bool:
@@ -453,7 +455,7 @@ def _is_coarse(problem: Problem, tolerance: float | None) -> bool:
     return coarse and float(spread(problem).max()) * torch.finfo(torch.float32).eps / 2 > tolerance
 
 
-_HELD, _HELD_ON_DEVICE, _HELD_IF_COARSE = 2**18, 2**20, 2**24  # arcs
+_HELD, _HELD_ON_DEVICE, _HELD_IF_FINE = 2**18, 2**20, 2**24  # arcs
 _MORE = {Status.CONVERGED: Status.MAX_STEPS}
 _STIFF, _NEARLY = 250.0, 1e-3  # range of costs in epsilons, and error of marginals, from which on Newton's steps are quicker
 _BOOKKEEPING, _MANY = 200, 2**11  # sweeps of few bins, and arcs in all, from which on calling another solver costs less

@@ -150,6 +150,12 @@ def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
     assert len(pieces) >= 4 * 5 * (1 if dtype != torch.float32 else 3)
 
 
+def test_stored_weights_are_tried_under_any_default_device():
+    here = torch.empty(0).device
+    with torch.device("meta"):
+        assert streamed._stores_well.__wrapped__(here)
+
+
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("side", ["rows", "columns", "both"])
 def test_of_few_points_and_of_many(side, many, monkeypatch):

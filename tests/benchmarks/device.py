@@ -62,7 +62,7 @@ def clouds(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.to(dtype), functional.normalize(x + noise, dim=1).to(dtype)
 
 
-def clock(work: Callable[[], Any], *, most: float = 1.0) -> tuple[float, float]:
+def clock(work: Callable[[], Any], *, most: float = 0.4) -> tuple[float, float]:
     """Median milliseconds, and the peak of the device's memory above what was held, in MiB."""
     work()
     torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def our_infonce(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return ClipLoss(TAU, **options)
 
 
-def infonce(n: int, d: int, peers: bool) -> Iterator[Timed]:
+def infonce(n: int, d: int, peers: bool = True) -> Iterator[Timed]:
     """Forward and backward, from vectors in their precision to their derivatives, the normalisation included."""
     group = "InfoNCE both ways, with derivatives"
     who: dict[str, tuple[torch.dtype, Callable[[], Callable[[Tensor, Tensor], Tensor]]]] = {
@@ -412,13 +412,10 @@ def run(out: Path, *, seconds: float) -> dict[str, Any]:
     known = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     rows: list[Timed] = []
     begin = time.perf_counter()
-    work: list[Callable[[], Iterator[Timed]]] = []
-    for n, d in SIZES:
-        work.append(functools.partial(passes, n, d))
-        work.append(functools.partial(infonce, n, d, True))
-    work[10:10] = [functools.partial(many, 1000, n) for n in (16, 64, 128)] + [large]
-    work[14:14] = [functools.partial(transport, 8192, 64), functools.partial(transport, 32768, 64)]
-    work[14:14] = [functools.partial(members, 8192, 128)]
+    of_sizes = [functools.partial(kind, *size) for size in SIZES for kind in (passes, infonce)]
+    of_fewer = [functools.partial(members, 8192, 128), functools.partial(transport, 8192, 64)]
+    of_fewer += [functools.partial(many, 1000, n) for n in (16, 64, 128)] + [large]
+    work = [*of_sizes[:4], *of_fewer, *of_sizes[4:10], functools.partial(transport, 32768, 64), *of_sizes[10:]]
     for each in work:
         if time.perf_counter() - begin > seconds:
             break
