@@ -370,7 +370,7 @@ class _Automatic:
             done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
             second, small = is_quick(problem.cost), n * m <= _FITS
-            played = isinstance(problem.cost, Dense) and count == 1 and problem.dtype == torch.float64
+            played = isinstance(problem.cost, Dense) and problem.dtype == torch.float64 and n * m > _FEW_ENTRIES
             sweeps = _PLAYED if played else _QUICK if second or small else _PATIENT
             done = _climbed(problem, replace(first, max_steps=sweeps), start)
             if second or played or (isinstance(problem.cost, Points | Sharded) and not small):
@@ -488,6 +488,7 @@ _FITS = 10**6  # arcs
 _QUICKLY_FACTORED = 2**17  # arcs up to which steps of systems that are factored cost less than those that are not
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 _PLAYED = 500  # sweeps that a device plays without being asked
+_FEW_ENTRIES = 2**14  # with which interior points are quick even there
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 
 
