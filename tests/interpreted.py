@@ -121,7 +121,7 @@ def test_sums_and_derivatives(size, dtype, barred, even):
 @pytest.mark.parametrize("dtype, barred", [(dtype, barred) for _, dtype, barred in COMBINED[9:18]], ids=str)
 def test_derivatives_by_stored_weights(dtype, barred, even, monkeypatch):
     """What points of many features are derived by, in more than one piece; and where one exponential cannot serve both sums."""
-    monkeypatch.setattr(streamed, "_WIDE", 0)
+    monkeypatch.setattr(streamed, "_WIDE", (0, 0))
     monkeypatch.setattr(streamed, "_SCRATCH", (1, 1))
     pieces = []
     make = streamed._add_product

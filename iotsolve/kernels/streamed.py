@@ -80,9 +80,10 @@ _BARRED_TILES = (  # nothing barred, a mask, which takes registers, and lists
 )
 _MOST = 8  # programs that share a row
 _ALONE = 2**15  # columns that one program can be left alone with
-_WIDE = 256  # features of one term beyond which derivatives are made of stored weights; of three terms, of all of them twice that
-_SCRATCH = 2**25, 2**26  # weights stored at a time, of all but the largest matrices and of those
-_LARGE = 2**28  # entries of these
+_JOINED = 2**14  # columns up to which a potential is read where exponents are made
+_WIDE = 512, 256  # features beyond which derivatives are made of stored weights; the second of large matrices of one term
+_SCRATCH = 2**25, 2**26  # weights stored at a time; the second of large matrices
+_LARGE = 2**28  # entries of these, with which a device is longer at work than a CPU at asking
 _STRIPES = 32  # of columns, for each of which a sum of every row is kept
 _SAFE = 60.0  # exponents up to which, of either sign, plain exponentials and their sums stay in range
 
@@ -154,7 +155,7 @@ def soft_minimum(
     if turned:
         given, p, q = given[::-1], q, p
     out = torch.empty_like(p)
-    if len(logs) > _ALONE:
+    if len(logs) > min(_JOINED, _ALONE):
         _row_sums(*given, _single(torch.add(logs, potential, alpha=1.0 / epsilon).add_(q)), barred, turned, out, None)
         return out.add_(p).mul_(-epsilon)
     _row_sums(*given, _single(logs), barred, turned, out, None, (_single(potential), p, q, epsilon))
@@ -313,7 +314,7 @@ def _pulled(
         parts: whether these have a part of the rows' sums, and of the columns'.
     """
     n, m = sizes
-    if _is_wide(x) and any(parts) and not any(of_weights):
+    if _is_wide(x, n * m) and any(parts) and not any(of_weights):
         return *_wide_pull(x, y, (n, m, d), vectors, parts, of_points, _Barred.of(barred, False)), None, None
     u, v, r, c, gr, gc = vectors
     gx = gy = gu = gv = None
@@ -325,9 +326,9 @@ def _pulled(
     return gx, gy, gu, gv
 
 
-def _is_wide(x: Halved) -> bool:
-    """Whether a tile cannot hold what the derivatives of so many features add up to."""
-    return x.features > (_WIDE if x.terms == 1 else 2 * _WIDE) and _stores_well(x.numbers.device)
+def _is_wide(x: Halved, entries: int) -> bool:
+    """Whether a tile cannot well hold what the derivatives of so many features add up to."""
+    return x.features > _WIDE[x.terms == 1 and entries >= _LARGE] and _stores_well(x.numbers.device)
 
 
 @cache
@@ -352,11 +353,10 @@ def _stores_well(device: torch.device) -> bool:
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
     """``into + a b`` of matrices in half precision, in place and in float32."""
-    with in_full():
-        if into.device.type == "cuda":
-            torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
-        else:
-            into += a.float() @ b.float()
+    if into.device.type == "cuda":
+        torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+    else:
+        into += a.float() @ b.float()
 
 
 def _wide_pull(
@@ -397,20 +397,21 @@ def _wide_pull(
     low = torch.empty_like(high) if x.terms == 3 else high
     tiles = _tiles("weights", x, barred.kind)
     table = barred.tables(high_n, tiles.rows, x.unit)
-    for top, left in product(range(0, high_n, down), range(0, high_m, across)):
-        rows, columns = slice(top, min(top + down, high_n)), slice(left, min(left + across, high_m))
-        size = rows.stop - top, columns.stop - left
-        tiled.weights_kernel[(size[0] // tiles.rows, size[1] // tiles.columns)](
-            x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *table, high, low, n, m, *barred.strides,
-            top, left, size[1], **which, BARRED=barred.kind, TERMS=x.terms, D=x.features, DEPTH=min(tiles.depth, x.features),
-            ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
-        )  # fmt: skip
-        weights = [w[: math.prod(size)].view(size) for w in (high, low)]
-        for k, w in ((0, 0), (0, 1), (1, 0))[: x.terms]:  # which halves; that of the two rests is nothing
-            if needed[0]:
-                _add_product(gx[rows], weights[w], others[k][columns])
-            if needed[1]:
-                _add_product(gy[columns], weights[w].mT, own[k][rows])
+    with in_full():
+        for top, left in product(range(0, high_n, down), range(0, high_m, across)):
+            rows, columns = slice(top, min(top + down, high_n)), slice(left, min(left + across, high_m))
+            size = rows.stop - top, columns.stop - left
+            tiled.weights_kernel[(size[0] // tiles.rows, size[1] // tiles.columns)](
+                x.numbers, y.numbers, u, log_v, r, less_c, gr, up, x.unit, y.unit, scales, *table, high, low, n, m,
+                *barred.strides, top, left, size[1], **which, BARRED=barred.kind, TERMS=x.terms, D=x.features,
+                DEPTH=min(tiles.depth, x.features), ROWS=tiles.rows, COLUMNS=tiles.columns, **tiles.options,
+            )  # fmt: skip
+            weights = [w[: math.prod(size)].view(size) for w in (high, low)]
+            for k, w in ((0, 0), (0, 1), (1, 0))[: x.terms]:  # which halves; that of the two rests is nothing
+                if needed[0]:
+                    _add_product(gx[rows], weights[w], others[k][columns])
+                if needed[1]:
+                    _add_product(gy[columns], weights[w].mT, own[k][rows])
     sides = (gx, scales[3], n), (gy, unit_x, m)
     return tuple(None if z is None else z.mul_(back * unit)[:size, :d].contiguous()[None] for z, unit, size in sides)
 

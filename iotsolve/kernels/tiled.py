@@ -94,14 +94,17 @@ def sums_kernel(
     top = tl.full((ROWS,), _NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     lost = tl.zeros((ROWS,), tl.float32)  # by rounding (Kahan)
+    rate = _LOG2E / epsilon
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         if RAW:
             v = tl.load(V + j, mask=j < m, other=float("-inf"))
             if AT:
-                v += tl.load(G + j, mask=j < m, other=0.0) / epsilon + tl.load(Q + j, mask=j < m, other=0.0)
+                v += tl.load(Q + j, mask=j < m, other=0.0)
             v = v * _LOG2E
+            if AT:
+                v += tl.load(G + j, mask=j < m, other=0.0) * rate
         else:
             v = tl.load(V + j)
         tile = tl.zeros((ROWS, COLUMNS), tl.float32)
