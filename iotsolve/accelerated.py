@@ -204,7 +204,7 @@ def _stays_in_cache(problem: Problem) -> bool:
 
 def _priced(problem: Problem, p: Potentials, status: list[Status], tolerance: float) -> list[Status]:
     """The status where a marginal's error has a price of its own, by which a small one may cost much."""
-    double, p = in_double(problem), p.to(torch.float64)
+    double, p = in_double(problem, costs=False), p.to(torch.float64)
     error, dual, _ = judge(double, p, *plan_of(double, p, lazy=True).marginals(), stationary=False)
     dear = ~((error <= tolerance / 2) & dual.isfinite())
     return [

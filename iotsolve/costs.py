@@ -160,8 +160,11 @@ class Dense:
             top = float(log_rows.amax()) + float(log_columns.amax()) - self.surveyed().ends[0] / float(epsilon)
             if top < math.log(torch.finfo(dtype).max):  # else, and if something is NaN, torch has the word
                 return self._written(log_rows, log_columns, float(epsilon), dtype)
-        exponent = self._less_cost(log_rows.unsqueeze(-1) + log_columns.unsqueeze(-2), epsilon)
-        return exponent.exp_()
+        exponent = log_rows.unsqueeze(-1) + log_columns.unsqueeze(-2)
+        inside = exponent.shape == self.matrix.shape and torch.promote_types(self.dtype, exponent.dtype) == exponent.dtype
+        if inside and not isinstance(epsilon, Tensor):
+            return exponent.sub_(self.matrix, alpha=1.0 / epsilon).exp_()
+        return self._less_cost(exponent, epsilon).exp_()
 
     def _written(self, log_rows: Tensor, log_columns: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
         """:meth:`gibbs` by a compiled pass, computed in float64."""

@@ -542,7 +542,7 @@ def plan_of(problem: Problem, p: Potentials, exact: Tensor | None = None, *, laz
             blocks = zip(problem.plan_blocks(p), problem.cost.blocks(), strict=True)
             yield from (Chunk(values, cost.dense(), part) for (part, values), (_, cost) in blocks)
 
-        return Plan(problem, _kept(gibbs) if "cost" in problem.cost.tensors() else gibbs)
+        return Plan(problem, _kept(gibbs) if "cost" in problem.cost.tensors() and not lazy else gibbs)
     if exact.is_sparse:
         exact = exact.coalesce()
         index = tuple(exact.indices())

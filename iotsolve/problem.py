@@ -729,10 +729,12 @@ _REMEMBERED = 2**18  # entries of a plan that is kept for whoever asks for it ne
 OVERFLOWN = 1e300  # total of a plan one of whose entries may have: exponentials end there and are not infinite
 
 
-def in_double(problem: Problem) -> Problem:
-    """The problem in float64, but for a cost that compiled passes read in float64 anyway."""
+def in_double(problem: Problem, *, costs: bool = True) -> Problem:
+    """The problem in float64, but for a matrix that compiled passes read in float64 anyway, or for any if ``costs`` are what is
+    only subtracted from potentials.
+    """
     named = problem.tensors()
-    if isinstance(problem.cost, Dense) and problem.cost.is_compiled:
+    if isinstance(problem.cost, Dense) and (problem.cost.is_compiled or not costs):
         del named["cost"]
     if all(x.dtype == torch.float64 for x in named.values()):
         return problem

@@ -227,7 +227,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
 def sobered(problem: Problem, outcome: Outcome, tolerance: float) -> Outcome:
     """The outcome, in which nothing has converged whose potentials cannot say so: not finite, or with too few digits."""
     p, status = outcome.potentials, list(outcome.status)
-    size = sum(_largest(x) for x in (p.f, p.g, p.lam))
+    size = _largest(p.f, p.g, p.lam)
     if size * torch.finfo(p.f.dtype).eps / 2 <= tolerance * number(problem.epsilon):  # of all of them
         return outcome
     usable, rounding = _soundness(problem, p)
@@ -265,9 +265,11 @@ def dearness(problem: Problem) -> np.ndarray:
     return np.clip(spread(problem) / 16, 1.0, 5.0)
 
 
-def _largest(x: Tensor) -> float:
-    """``max |x|``, which torch would wake its threads for."""
-    return float(np.abs(x.numpy()).max() if x.device.type == "cpu" else x.abs().max())
+def _largest(*vectors: Tensor) -> float:
+    """The sum of ``max |x|``, which torch would wake its threads for, and a device has to be waited for."""
+    if vectors[0].device.type == "cpu":
+        return float(sum(np.abs(x.numpy()).max() for x in vectors))
+    return float(torch.stack([torch.linalg.vector_norm(x.flatten(), math.inf) for x in vectors]).sum())
 
 
 _PATIENCE = 30  # checks without progress

@@ -277,10 +277,10 @@ def transport(n: int, d: int) -> Iterator[Timed]:
     fine = solve(Problem(Points(x.double(), y.double()), epsilon=epsilon), Sinkhorn(tolerance=1e-9, annealing=None))
     exact = _gradient(x, y, fine.f, fine.g, epsilon)
 
-    def ours() -> Tensor:
+    def ours(precise: bool = True) -> Tensor:
         z = x.clone().requires_grad_()
-        problem = Problem(Points(z, y), epsilon=epsilon)
-        return torch.autograd.grad(solve(problem, Sinkhorn(tolerance=1e-4, annealing=None)).value, z)[0]
+        problem = Problem(Points(z, y, precise=precise), epsilon=epsilon)
+        return torch.autograd.grad(solve(problem, Sinkhorn(tolerance=1e-4, annealing=None), throw=precise).value, z)[0]
 
     steps = solve(Problem(Points(x, y), epsilon=epsilon), Sinkhorn(tolerance=1e-4, annealing=None)).steps
 
@@ -309,6 +309,7 @@ def transport(n: int, d: int) -> Iterator[Timed]:
 
     who: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "iotsolve, fp32": lambda: ours,
+        "iotsolve, 11 bits": lambda: functools.partial(ours, False),
         "flash-sinkhorn, tf32": lambda: flash(allow_tf32=True),
         "flash-sinkhorn, fp32": lambda: flash(allow_tf32=False),
     }
