@@ -442,6 +442,15 @@ def test_dcl_of_what_has_no_negatives_and_of_what_is_no_number(watch):
     assert DCLLoss(0.3, watch=watch)(z0, z1).isnan()
 
 
+@pytest.mark.filterwarnings("ignore:the balanced assignment did not converge")
+@pytest.mark.parametrize("k", [3, 7], ids=["few prototypes", "more"])
+def test_an_assignment_that_is_no_number_is_not_left_out(k):
+    z0, z1 = (z.detach().clone() for z in views())
+    prototypes = views(k)[0].detach()
+    z0[3, 2] = z1[3, 1] = math.nan  # the same image's
+    assert SwAVLoss(0.3)(z0, z1, prototypes).isnan()
+
+
 def test_hard_negatives():
     z0, z1 = views()
     off = torch.eye(8, dtype=torch.bool)
