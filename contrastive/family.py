@@ -644,8 +644,11 @@ class IOTLoss(nn.Module):
     def problem(self, *views: Tensor, **given: Any) -> tuple[Problem, Tensor]:
         """The inner problem, live in the views and the temperature, and the sparse target plan."""
         epsilon, batches = self.read(*views, **given)
-        side = next(self._sides(batches[0]))
-        return side.problem(epsilon), side.target.sparse().clone()  # what is remembered of it is nobody's to change
+        batch, points = batches[0], batches[0].points
+        if points.barred is not None:  # what is remembered of sizes is nobody's to change, nor is the target
+            batch = batch.of(replace(points, barred=points.barred.clone()))
+        side = next(self._sides(batch))
+        return side.problem(epsilon), side.target.sparse().clone()
 
     def coupling(self, *views: Tensor, **given: Any) -> Float[Tensor, "n m"]:
         """The plan the inner problem gives this batch, detached: what the loss compares with the positive pairs."""

@@ -92,9 +92,9 @@ class Entries:
 
     @classmethod
     def of(cls, plan: Tensor) -> Entries:
-        """The positive entries of a matrix, dense or sparse."""
+        """The positive entries of a matrix, dense or sparse, and those that are NaN, which nobody is to overlook."""
         plan = (plan if plan.is_sparse else plan.to_sparse()).coalesce()
-        kept = plan.values() > 0
+        kept = ~(plan.values() <= 0)
         return cls(plan.indices()[:, kept], plan.values()[kept], tuple(plan.shape))
 
     def times(self, factor: float) -> Entries:

@@ -384,6 +384,17 @@ def test_closed_forms_are_what_the_inner_problem_says(make, negatives, symmetric
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("negatives", ["cross", "all"])
+@pytest.mark.parametrize("make", [InfoNCELoss, DCLLoss])
+def test_views_of_two_precisions_are_read_in_the_higher_one(make, negatives, symmetric):
+    z0, z1 = views()
+    single = z1.detach().float().requires_grad_()
+    loss = make(0.3, negatives=negatives, symmetric=symmetric)
+    for given, wide in (((z0, single), (z0, single.double())), ((single, z0), (single.double(), z0))):
+        assert_same(loss(*given), loss(*wide), given)
+
+
 @pytest.mark.parametrize("gradient", [Envelope(), Implicit(), Unroll(4)], ids=lambda how: type(how).__name__)
 @pytest.mark.parametrize(
     "views_and_options",
@@ -429,6 +440,15 @@ def test_dcl_of_what_has_no_negatives_and_of_what_is_no_number(watch):
     z0, z1 = (z.detach().clone() for z in views())
     z0[3, 2] = math.nan
     assert DCLLoss(0.3, watch=watch)(z0, z1).isnan()
+
+
+@pytest.mark.filterwarnings("ignore:the balanced assignment did not converge")
+@pytest.mark.parametrize("k", [3, 7], ids=["few prototypes", "more"])
+def test_an_assignment_that_is_no_number_is_not_left_out(k):
+    z0, z1 = (z.detach().clone() for z in views())
+    prototypes = views(k)[0].detach()
+    z0[3, 2] = z1[3, 1] = math.nan  # the same image's
+    assert SwAVLoss(0.3)(z0, z1, prototypes).isnan()
 
 
 def test_hard_negatives():

@@ -78,8 +78,9 @@ def cross_entropies(
     """
     common = torch.promote_types(x.dtype, y.dtype)
     common = common if common.is_floating_point else torch.float32
-    if not (stacked or decoupled):
+    if not stacked:
         x, y = x.to(common), y.to(common)
+    if not (stacked or decoupled):
         kernels = backends.chosen(backend, x, agrees)
         if kernels is not None:
             return _CrossEntropies.apply(x, y, epsilon, both, kernels)
