@@ -62,6 +62,31 @@ CASES = [  # pass, features of all products, terms (of one, points are about as 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    made = compiled(case, 90)
+    code = made.asm["ptx"]
+    assert "wgmma" in code
+    said = ptxas(code, tmp_path)
+    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", said), said
+    assert made.metadata.shared <= 227 * 1024
+
+
+SMALL = [
+    *((kernel, features, 1, 0) for kernel in ("sums", "both", "pull", "weights") for features in (128, 512)),
+    *((kernel, features, 3, 0) for kernel in ("sums", "both", "pull", "weights") for features in (96, 1536)),
+    *((kernel, 256, 1, barred) for kernel in ("sums", "pull") for barred in (1, 2)),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_tiles_of_smaller_devices_fit(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from iotsolve.kernels import streamed
+
+    monkeypatch.setattr(streamed, "_is_small", lambda device: True)
+    assert compiled(case, 89).metadata.shared <= 99 * 1024
+
+
+def compiled(case, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -69,7 +94,7 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
 
     kernel, features, terms, barred = case
     function = getattr(tiled, f"{kernel}_kernel")
-    cloud = SimpleNamespace(features=features, even=terms == 1)
+    cloud = SimpleNamespace(features=features, even=terms == 1, numbers=torch.empty(0))
     tiles = streamed._tiles("pull of three" if (kernel, terms) == ("pull", 3) else kernel, cloud, barred)
     depth = tiles.depth or features
     constants = {
@@ -104,12 +129,7 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path, monkeypatch):
     source = ASTSource(
         function, signature, constexprs=constants, attrs={(k,): [["tt.divisibility", 16]] for k in sixteens}
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=tiles.options)
-    code = made.asm["ptx"]
-    assert "wgmma" in code
-    said = ptxas(code, tmp_path)
-    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", said), said
-    assert made.metadata.shared <= 227 * 1024
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
 
 
 @pytest.mark.parametrize("terms", [1, 3])

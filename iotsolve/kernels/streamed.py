@@ -73,6 +73,14 @@ _TABLE = {
     },
     "weights": {10**9: _Tiles(128, 128, 64, 0, 8, 3)},
 }
+_ROOM = 224 * 1024  # bytes that the programs of a multiprocessor share, which these tiles need; and for any less:
+_SMALL_TABLE = {
+    "sums": {128: _Tiles(64, 64, 0, 0, 4, 2, 2), 10**9: _Tiles(64, 64, 64, 0, 4, 2, 2)},
+    "both": {128: _Tiles(64, 64, 0, 0, 4, 2, 2), 10**9: _Tiles(64, 64, 64, 0, 4, 2, 2)},
+    "pull": {128: _Tiles(64, 64, 0, 128, 4, 2), 10**9: _Tiles(64, 64, 64, 128, 4, 2)},
+    "pull of three": {128: _Tiles(64, 64, 0, 64, 4, 2), 10**9: _Tiles(64, 64, 64, 64, 4, 2)},
+    "weights": {10**9: _Tiles(64, 64, 64, 0, 4, 2)},
+}
 _BARRED_TILES = (  # nothing barred, a mask, which takes registers, and lists
     {},
     {"sums": (64, 64), "both": (64, 64), "pull": (64, 32), "pull of three": (64, 32), "weights": (64, 64)},
@@ -474,13 +482,23 @@ def _half_pull(
 
 def _tiles(which: str, x: Halved, kind: int) -> _Tiles:
     odd = x.features & (x.features - 1)  # no power of two, as numbers read at once have to be
-    found = next(tiles for most, tiles in _TABLE[which].items() if x.features <= most and (tiles.depth or not odd))
+    table = (_SMALL_TABLE if _is_small(x.numbers.device) else _TABLE)[which]
+    found = next(tiles for most, tiles in table.items() if x.features <= most and (tiles.depth or not odd))
     if which == "both" and not x.even:  # a factor for each point takes registers
         found = replace(found, columns=min(64, found.columns))
     if which in _BARRED_TILES[kind]:
         rows, columns = _BARRED_TILES[kind][which]
         found = replace(found, rows=min(rows, found.rows), columns=min(columns, found.columns))
     return found
+
+
+@cache
+def _is_small(device: torch.device) -> bool:
+    """Whether the larger tiles do not fit, as on GPUs that are not a data centre's."""
+    if device.type != "cuda":
+        return False
+    known = torch.cuda.get_device_properties(device)
+    return getattr(known, "shared_memory_per_block_optin", _ROOM if known.major in (9, 10) else 0) < _ROOM
 
 
 def _single(x: Tensor) -> Tensor:
