@@ -407,6 +407,8 @@ class Problem:
         # another solve's memory, and numbers of weights that are the caller's
         for name in ("_flat",) if self.is_even else ("_flat", "amounts", "mismatched", "_settled_totals"):
             twin.__dict__.pop(name, None)
+        if self.a.is_inference() or self.b.is_inference():  # nobody tells whether they were changed
+            twin.__dict__.update(rows=self.sides[0].at(self.a), columns=self.sides[1].at(self.b))
         if isinstance(cost, Points):
             twin.__dict__["cost"] = replace(cost)
             return twin
