@@ -407,6 +407,8 @@ class Problem:
         # another solve's memory, and numbers of weights that are the caller's
         for name in ("_flat",) if self.is_even else ("_flat", "amounts", "mismatched", "_settled_totals"):
             twin.__dict__.pop(name, None)
+        if self.a.is_inference() or self.b.is_inference():  # nobody tells whether they were changed
+            twin.__dict__.update(rows=self.sides[0].at(self.a), columns=self.sides[1].at(self.b))
         if isinstance(cost, Points):
             twin.__dict__["cost"] = replace(cost)
             return twin
@@ -422,8 +424,14 @@ class Problem:
         return twin
 
     def working(self) -> Problem:
-        """The detached problem in the arithmetic it is solved in: half precision is solved in float32."""
-        return self.detach().to(self.working_dtype)
+        """The detached problem in the arithmetic it is solved in: half precision is solved in float32. The sides' parameters keep
+        their digits: potentials rest exactly at their kinks, and are read there by whoever has all of these.
+        """
+        problem, dtype = self.detach(), self.working_dtype
+        named = {k: v for k, v in problem.tensors().items() if not k.startswith(("rows.", "columns."))}
+        if all(x.dtype == dtype for x in named.values()):
+            return problem
+        return problem._viewed({k: v.to(dtype) for k, v in named.items()})
 
     def flat(self) -> Problem:
         """The same problems with exactly one batch dimension."""

@@ -168,18 +168,20 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
     entries = math.prod(problem.shape[-2:])
     dear, cheap = entries >= (_DEAR_ON_DEVICE if on_device else _DEAR), on_device and entries < _CHEAP_ON_DEVICE
     replayed, least = None, float(wait.min())  # the fewest annealing steps that somebody has left out
+    begun = 0  # when the problems at work became those they are: what a step of theirs remembers it finds out in its first
 
     for k in count(1 if start is None else 0):  # a start that is good enough takes no step
         annealing, late, own = k <= len(ladder), k - len(ladder), k - wait
         if k:
-            if replayed is None and on_device and not dear and late >= _WORTH_RECORDING and late % 8 == 2:
+            waited = late >= _WORTH_RECORDING and late % 8 == 2 and k > begun + 1
+            if replayed is None and on_device and not dear and waited:
                 replayed = _recorded(problem, method, state)
             if replayed is not None:
                 state = replayed(state)
             else:
                 fresh = method.step(problem, state, ladder[k - 1] if annealing else problem.epsilon)
-                begun = own > 0
-                state = fresh if not annealing or begun.all() else fresh.where(torch.from_numpy(begun).to(device), state)
+                joined = own > 0
+                state = fresh if not annealing or joined.all() else fresh.where(torch.from_numpy(joined).to(device), state)
         due = _due(late, cheap)
         if (annealing and k) or not (dear or due or k - least >= method.max_steps):
             continue
@@ -213,7 +215,7 @@ def iterate(problem: Problem, method: Method, start: Potentials | None = None) -
             if not len(left):
                 return Outcome(final, status, steps)
             chosen = torch.from_numpy(left).to(device)
-            problem, state, replayed = problem.select(chosen), state.select(chosen), None
+            problem, state, replayed, begun = problem.select(chosen), state.select(chosen), None, k
             given = active, wait, best, highest, patience, relented
             active, wait, best, highest, patience, relented = (x[left] for x in given)
             least = float(wait.min())

@@ -22,6 +22,7 @@ from iotsolve import (
     Envelope,
     Implicit,
     Interior,
+    Newton,
     Points,
     Problem,
     Sinkhorn,
@@ -937,3 +938,18 @@ def test_the_value_of_points_is_differentiated_without_another_soft_minimum(metr
         assert float(value.detach()) == pytest.approx(float(held.detach()), rel=1e-9)
         for slope, expected in zip(found, torch.autograd.grad(3.0 * held, list(leaves.values())), strict=True):
             torch.testing.assert_close(slope, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [None, Sinkhorn(), Newton()], ids=["automatic", "sinkhorn", "newton"])
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("price", [0.3, 0.7, 0.9, 1.1])
+def test_a_parameter_may_have_more_digits_than_the_costs(price, side, solver):
+    """At the kink of its side the value is neither infinite nor constant, whichever way its rounding would go."""
+    cost = torch.tensor([[0.0, 5.0, 5.0], [5.0, 9.0, 5.0]])
+    cost = cost if side == "columns" else cost.T.contiguous()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        rho = torch.tensor(price, dtype=torch.float64, requires_grad=True)
+        value = solve(Problem(cost.to(dtype), epsilon=0.1, **{side: TV(rho)}), solver).value
+        found.append((float(value), float(torch.autograd.grad(value, rho)[0])))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)

@@ -281,6 +281,32 @@ def test_without_triton_auto_warns_and_force_raises(fresh, monkeypatch):
         fresh.chosen("triton", on("cuda", torch.float64), lambda *_: True)
 
 
+def test_what_is_recorded_has_been_run_before(monkeypatch):
+    """Steps of the problems that are left too, whose number of steps ends between two checks: what a first step remembers would
+    be memory that a recording which fails has never written.
+    """
+    from iotsolve import Dense, Problem, Sinkhorn, solver
+
+    class Place(str):
+        type = "cuda"  # as the loop asks for it
+
+    known = []
+
+    def recorded(problem, method, _):
+        known.append(set(problem.__dict__["known_logs"]))
+        return lambda state: method.step(problem, state, problem.epsilon)
+
+    monkeypatch.setattr(Dense, "device", property(lambda self: Place("cpu")))
+    monkeypatch.setattr(Dense, "is_compiled", property(lambda self: False))
+    monkeypatch.setattr(solver, "_recorded", recorded)
+    cost = torch.rand(3, 12, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = Problem(cost * torch.tensor([1.0, 40.0, 200.0])[:, None, None], epsilon=0.5)
+    with torch.no_grad():
+        for most in range(16, 34):
+            solver.iterate(problem, Sinkhorn(tolerance=1e-13, max_steps=most))
+    assert known and all(axes == {-1, -2} for axes in known)
+
+
 def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(monkeypatch):
     """It may have to wait for the device, which a recording forbids."""
     from iotsolve import Problem, Sinkhorn, solver

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contrastive import ClipLoss, DCLLoss, InfoNCELoss, NTXentLoss, SinkhornNCELoss, SupConLoss
-from iotsolve import KL, Points, Problem, Sinkhorn, solve
+from iotsolve import KL, L2, Points, Problem, Sinkhorn, solve
 from iotsolve.kernels.directions import remembered
 
 SOLVERS = [None, Sinkhorn(annealing=None)]
@@ -284,3 +284,16 @@ def test_losses_are_evaluated_in_inference_mode(kind):
     with torch.inference_mode():
         found = kind(0.2)(z0.clone(), z1.clone())
     assert float(found) == pytest.approx(float(kind(0.2)(z0, z1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=["automatic", "sinkhorn"])
+@pytest.mark.parametrize("rows", [KL(0.5), L2(0.5)], ids=["kl", "l2"])
+def test_a_penalty_is_of_the_weights_as_they_are_in_inference_mode_too(rows, solver):
+    with torch.inference_mode():
+        cost, a = torch.from_numpy(draw(6, 5)), torch.tensor([0.05, 0.1, 0.1, 0.2, 0.25, 0.3], dtype=torch.float64)
+        problem = Problem(cost, a, epsilon=0.1, rows=rows)
+        before = float(solve(problem, solver).value)
+        a.copy_(a.flip(-1).clone())
+        again, anew = solve(problem, solver), solve(Problem(cost, a.clone(), epsilon=0.1, rows=rows), solver)
+        assert float(again.value) == pytest.approx(float(anew.value), rel=1e-9)
+        assert again.certificate.holds and abs(float(anew.value) - before) > 1e-3
