@@ -187,3 +187,19 @@ def test_a_product_under_autocast_is_in_full_and_leaves_the_context_as_it_was():
             with in_full():
                 assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_half_precision_are_certified_whose_totals_rounding_has_set_apart(dtype):
+    apart = []
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        drawn = draw.random((5, 7)), draw.dirichlet(np.ones(5)), draw.dirichlet(np.ones(7))
+        cost, a, b = (torch.tensor(x, dtype=dtype) for x in drawn)
+        found = solve(Problem(cost, a, b, epsilon=0.2))
+        assert found.status.name == "CONVERGED" and found.certificate.holds
+        exact = solve(Problem(cost.double(), a.double() / a.double().sum(), b.double() / b.double().sum(), epsilon=0.2))
+        unit = torch.finfo(dtype).eps
+        assert float(found.value) == pytest.approx(float(exact.value), rel=4 * unit, abs=4 * unit)
+        apart.append(found.certificate.mismatch)
+    assert max(apart) > 1e-4
