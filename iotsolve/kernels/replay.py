@@ -29,9 +29,10 @@ class Replayed:
         self.graph = torch.cuda.CUDAGraph()
         device = next(_leaves(self.state)).device
         known = _LAST.__dict__.setdefault("graphs", {})
-        last, aside = known.get(device) or (None, torch.cuda.Stream(device))
-        pool = {} if last is None else {"pool": last.pool()}
         here = torch.cuda.current_stream(device)
+        last, aside, there = known.get(device) or (None, torch.cuda.Stream(device), here)
+        pool = {} if last is None else {"pool": last.pool()}
+        here.wait_stream(there)  # for what somebody has left half done
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             self.graph.capture_begin(**pool, capture_error_mode="thread_local")  # other threads may load data meanwhile
@@ -40,7 +41,7 @@ class Replayed:
             finally:
                 self.graph.capture_end()
         here.wait_stream(aside)
-        known[device] = self.graph, aside
+        known[device] = self.graph, aside, here
 
     def __call__(self, state: Any) -> Any:
         if state is not self.state:
@@ -55,9 +56,9 @@ class Replayed:
 
 
 _LAST = threading.local()
-"""Of every device the last recording of a thread and the stream that it was made on: the next one's intermediate results take
-its place in memory, which is nobody's once a solve has asked for its answer. ``torch.cuda.graph`` would give back all memory that
-torch has cached, the caller's too.
+"""Of every device the last recording of a thread, and the streams that it was made on and for: the next one's intermediate
+results take its place in memory, which is nobody's once a solve has asked for its answer. ``torch.cuda.graph`` would give back all
+memory that torch has cached, the caller's too.
 """
 
 
