@@ -57,8 +57,8 @@ class Replayed:
 
 _LAST = threading.local()
 """Of every device the last recording of a thread, and the streams that it was made on and for: the next one's intermediate
-results take its place in memory, which is nobody's once a solve has asked for its answer. ``torch.cuda.graph`` would give back all
-memory that torch has cached, the caller's too.
+results take its place in memory, which is nobody's once a solve has asked for its answer. ``torch.cuda.graph`` would give back
+all memory that torch has cached, the caller's too.
 """
 
 
