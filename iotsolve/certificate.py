@@ -33,8 +33,8 @@ class Certificate:
         dual: objective of the potentials, repaired into the dual's domain; ``dual <= optimal value <= primal``.
         gap: ``primal - dual``, summed from non-negative terms without cancellation.
         scale: sum of the absolute terms of the dual: what the gap is large or small against.
-        rounding: what sums of terms of this size, in the problem's own dtype, can be off by, and by the mismatch of totals; a
-            smaller gap says nothing.
+        rounding: what sums of terms of this size, in the problem's own dtype, can be off by, of half precision by the mismatch
+            of totals too; a smaller gap says nothing.
         row_violation: L1 distance of the unrounded row marginal from what a hard side allows; 0 on a soft side.
         column_violation: the same for the columns.
         mass_violation: distance of the total from ``mass``; 0 without it.
@@ -165,8 +165,10 @@ def _certify(problem: Problem, f: Any, g: Any, lam: Any, exact: Any, tolerance: 
     else:
         primal = torch.where(close, dual + gap, _primal(plan, rounded))
     primal = torch.where(feasible & ~primal.isnan(), primal, math.inf)
-    apart = torch.where(moved > 0, 2 * double.mismatch() / moved, 0.0)  # of half precision more than sums lose
-    rounding_error = (16 * torch.finfo(problem.working_dtype).eps + apart) * (scale + double.magnitude(moved))
+    lost = 16 * torch.finfo(problem.working_dtype).eps
+    if problem.working_dtype != problem.dtype:  # weights in half precision, whose totals are further apart than sums are off
+        lost = lost + torch.where(moved > 0, 2 * double.mismatch() / moved, 0.0)
+    rounding_error = lost * (scale + double.magnitude(moved))
     numbers = (primal, dual, gap, scale, rounding_error, rows, columns, mass, double.mismatch(), moved)
     as_arrays = [x.reshape(problem.batch_shape)[()] for x in torch.stack(numbers).cpu().numpy()]
     return Certificate(*as_arrays, tolerance=tolerance)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive import ClipLoss, DCLLoss, InfoNCELoss, MatchingGapLoss, SinkhornNCELoss
-from iotsolve import KL, Implicit, Points, Problem, solve
+from iotsolve import AT_MOST, KL, Implicit, Points, Problem, solve
 from iotsolve.kernels import precision, threads
 from iotsolve.kernels.precision import in_full, product
 
@@ -203,3 +203,12 @@ def test_weights_in_half_precision_are_certified_whose_totals_rounding_has_set_a
         assert float(found.value) == pytest.approx(float(exact.value), rel=4 * unit, abs=4 * unit)
         apart.append(found.certificate.mismatch)
     assert max(apart) > 1e-4
+
+
+@pytest.mark.parametrize("dtype, apart", [(torch.float32, 9e-6), (torch.float64, 9e-10)], ids=str)
+def test_totals_apart_excuse_no_gap_in_the_other_precisions(dtype, apart):
+    draw = np.random.default_rng(0)
+    drawn = draw.random((5, 7)), draw.dirichlet(np.ones(5)), draw.dirichlet(np.ones(7)) * (1 + apart)
+    found = solve(Problem(*(torch.tensor(x, dtype=dtype) for x in drawn), epsilon=0.2, rows=AT_MOST)).certificate
+    assert found.holds and found.mismatch > 0.8 * apart
+    assert found.rounding < 32 * torch.finfo(dtype).eps * (found.scale + 1.0)

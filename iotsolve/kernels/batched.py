@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iotsolve.kernels.halves import cdiv, power_of_2
+
 __all__ = ["relaxed"]
 
 _LOG2E = math.log2(math.e)
@@ -128,7 +130,7 @@ def relaxed(
     unit = epsilon / _LOG2E
     lines = [[slope, *(x * _LOG2E for x in rest)] for slope, *rest in (rows, columns)]
     rules = torch.tensor([1.0 / unit, tolerance, *lines[0], *lines[1], *(soft or (0.0, 0.0))], dtype=cost.dtype, device="cpu")
-    shape = triton.next_power_of_2(n), triton.next_power_of_2(m)
+    shape = power_of_2(n), power_of_2(m)
     warps = _warps(shape[0] * shape[1], cost.element_size())
     f, g = (torch.empty(count, size, dtype=cost.dtype, device=cost.device) for size in (n, m))
     steps = torch.empty(count, dtype=torch.int32, device=cost.device)
@@ -142,4 +144,4 @@ def relaxed(
 
 def _warps(entries: int, size: int) -> int:
     """As many as keep a matrix in registers."""
-    return min(32 if size == 4 else 16, max(1, triton.next_power_of_2(triton.cdiv(entries, 32 * _HELD[size]))))
+    return min(32 if size == 4 else 16, power_of_2(cdiv(entries, 32 * _HELD[size])))
