@@ -216,6 +216,48 @@ def _finished(PARTS, OUT, DOUBT, n, stride, count, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _pull_columns(
+    gradient, spread, x, X, Y, V, C, UP, SHARE, UNIT_Y, B, i, first, own, scale, rows, up_rows, u, ratio, begin, end,
+    low, high, n, m, k, stride_i, stride_j, high_half, low_half, TOGETHER: tl.constexpr,
+    OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr,
+    EVEN: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What some columns add to a program of :func:`pull_kernel`."""
+    for start in range(begin, end, COLUMNS):
+        j = start + tl.arange(0, COLUMNS)
+        tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+        y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
+        if DEPTH == D:
+            tile = tl.dot(x, tl.trans(y))
+        else:
+            tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
+        if not EVEN:
+            tile = tile * tl.load(UNIT_Y + j)[None, :]
+        each = scale
+        if BARRED > 0:  # of which no scale, that may be 0, makes another number
+            tile, each = tile * scale, 1.0
+            tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
+        v, up = 0.0, 0.0
+        if OF_ROWS:
+            v = tl.load(V + j)
+        if OF_COLUMNS:
+            up = tl.load(UP + j)
+        weights, spread = _weighed(
+            tile, each, C + j, v, up, u, rows, up_rows, ratio, TOGETHER, spread, OF_ROWS, OF_COLUMNS, SPREAD
+        )
+        if not OWN:
+            y = tl.load(_at(Y, start, COLUMNS, D, high_half + own))
+        if not EVEN:
+            weights = weights * tl.load(SHARE + j)[None, :]
+        half = weights.to(tl.float16)
+        gradient = tl.dot(half, y, gradient)
+        if TERMS == 3:
+            gradient = tl.dot((weights - half.to(tl.float32)).to(tl.float16), y, gradient)
+            gradient = tl.dot(half, tl.load(_at(Y, start, COLUMNS, D, low_half + own)), gradient)
+    return gradient, spread
+
+
+@triton.jit
 def pull_kernel(
     X, Y, U, V, R, C, GR, UP, SHARE, UNIT_X, UNIT_Y, SCALES, B, ENDS, GX, GU,
     n, m, d, k, stride_i, stride_j, high_half, low_half, share,
@@ -236,7 +278,9 @@ def pull_kernel(
         scale = tl.load(UNIT_X) * tl.load(UNIT_Y) * _LOG2E
     else:
         scale = (tl.load(UNIT_X + i) * _LOG2E)[:, None]
-    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), tl.load(SCALES + 2) > 0
+    size, widest, together = tl.load(SCALES), tl.load(SCALES + 1), True
+    if OF_ROWS and OF_COLUMNS:
+        together = tl.load(SCALES + 2) > 0
     norm = tl.where(size > 0, 4096.0 / size, 0.0)
     low, high = 0, 0
     if BARRED >= 2:
@@ -245,35 +289,19 @@ def pull_kernel(
     spread = tl.zeros((ROWS,), tl.float32)
     rows, up_rows, u, ratio = _of_row(U, R, GR, i, n, norm, widest, together, OF_ROWS, OF_COLUMNS)
     begin = tl.program_id(2) * share
-    for start in range(begin, tl.minimum(begin + share, m), COLUMNS):
-        j = start + tl.arange(0, COLUMNS)
-        tile = tl.zeros((ROWS, COLUMNS), tl.float32)
-        y = tl.load(_at(Y, start, COLUMNS, D, tl.arange(0, DEPTH)))
-        if DEPTH == D:
-            tile = tl.dot(x, tl.trans(y))
-        else:
-            tile = _rest(tile, X, Y, first, start, D, DEPTH, ROWS, COLUMNS)
-        if not EVEN:
-            tile = tile * tl.load(UNIT_Y + j)[None, :]
-        tile = tile * scale
-        tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
-        v, up = 0.0, 0.0
-        if OF_ROWS:
-            v = tl.load(V + j)
-        if OF_COLUMNS:
-            up = tl.load(UP + j)
-        weights, spread = _weighed(
-            tile, C + j, v, up, u, rows, up_rows, ratio, together, spread, OF_ROWS, OF_COLUMNS, SPREAD
-        )
-        if not OWN:
-            y = tl.load(_at(Y, start, COLUMNS, D, high_half + own))
-        if not EVEN:
-            weights = weights * tl.load(SHARE + j)[None, :]
-        half = weights.to(tl.float16)
-        gradient = tl.dot(half, y, gradient)
-        if TERMS == 3:
-            gradient = tl.dot((weights - half.to(tl.float32)).to(tl.float16), y, gradient)
-            gradient = tl.dot(half, tl.load(_at(Y, start, COLUMNS, D, low_half + own)), gradient)
+    end = tl.minimum(begin + share, m)
+    if together:  # two loops: a branch in one keeps the registers of both
+        gradient, spread = _pull_columns(
+            gradient, spread, x, X, Y, V, C, UP, SHARE, UNIT_Y, B, i, first, own, scale, rows, up_rows, u, ratio, begin, end,
+            low, high, n, m, k, stride_i, stride_j, high_half, low_half, True,
+            OF_ROWS, OF_COLUMNS, SPREAD, BARRED, TERMS, EVEN, D, DEPTH, OWN, ROWS, COLUMNS,
+        )  # fmt: skip
+    else:
+        gradient, spread = _pull_columns(
+            gradient, spread, x, X, Y, V, C, UP, SHARE, UNIT_Y, B, i, first, own, scale, rows, up_rows, u, ratio, begin, end,
+            low, high, n, m, k, stride_i, stride_j, high_half, low_half, False,
+            OF_ROWS, OF_COLUMNS, SPREAD, BARRED, TERMS, EVEN, D, DEPTH, OWN, ROWS, COLUMNS,
+        )  # fmt: skip
     back = size / 4096.0
     place = tl.program_id(2).to(tl.int64) * n + i
     into = GX + place[:, None] * d + own[None, :]
@@ -310,7 +338,7 @@ def weights_kernel(
         v = tl.load(V + j)
     if OF_COLUMNS:
         up = tl.load(UP + j)
-    weights, spread = _weighed(tile, C + j, v, up, u, rows, up_rows, ratio, together, spread, OF_ROWS, OF_COLUMNS, False)
+    weights, spread = _weighed(tile, 1.0, C + j, v, up, u, rows, up_rows, ratio, together, spread, OF_ROWS, OF_COLUMNS, False)
     weights = tl.where((i[:, None] < n) & (j[None, :] < m), weights, 0.0)
     half = weights.to(tl.float16)
     at = (i - top)[:, None].to(tl.int64) * width + (j - left)[None, :]
@@ -335,26 +363,26 @@ def _of_row(U, R, GR, i, n, norm, widest, together, OF_ROWS: tl.constexpr, OF_CO
 
 @triton.jit
 def _weighed(
-    tile, C, v, up, u, rows, up_rows, ratio, together, spread,
+    tile, scale, C, v, up, u, rows, up_rows, ratio, together, spread,
     OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile of exponents, and the sums of the columns' part of them."""
+    """Weights of a tile of exponents over their ``scale``, and the sums of the columns' part of them."""
     if OF_ROWS and OF_COLUMNS:
         if together:
-            weights = tl.exp2(tile + v[None, :] - rows[:, None])
+            weights = tl.exp2(tile * scale + v[None, :] - rows[:, None])
             part = ratio[:, None] * up[None, :]
             if SPREAD:
                 spread += tl.sum(weights * part, 1)
             weights = weights * (part + up_rows[:, None])
         else:
-            part = tl.exp2(tile + tl.load(C)[None, :] + u[:, None]) * up[None, :]
+            part = tl.exp2(tile * scale + tl.load(C)[None, :] + u[:, None]) * up[None, :]
             if SPREAD:
                 spread += tl.sum(part, 1)
-            weights = part + tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+            weights = part + tl.exp2(tile * scale + v[None, :] - rows[:, None]) * up_rows[:, None]
     elif OF_ROWS:
-        weights = tl.exp2(tile + v[None, :] - rows[:, None]) * up_rows[:, None]
+        weights = tl.exp2(tile * scale + v[None, :] - rows[:, None]) * up_rows[:, None]
     else:
-        weights = tl.exp2(tile + tl.load(C)[None, :] + u[:, None]) * up[None, :]
+        weights = tl.exp2(tile * scale + tl.load(C)[None, :] + u[:, None]) * up[None, :]
         if SPREAD:
             spread += tl.sum(weights, 1)
     return weights, spread
