@@ -1,7 +1,8 @@
 """Time the kernels and what is built on them on a GPU, beside their peers, with errors against float64.
 
 ``python -m tests.benchmarks.device --out runs/device`` on a machine with a GPU; ``--page runs/device/results.json`` anywhere
-writes the tables into ``docs/gpu.md``. Peers that are not installed are left out; one that fails says so.
+writes the tables into ``docs/gpu.md``. Peers that are not installed are left out; one that fails says so. Everything is compiled
+first, by many processes side by side: flash-sinkhorn alone tries some thirty configurations of each of its kernels.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import functools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -148,21 +151,20 @@ def our_infonce(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return ClipLoss(TAU, **options)
 
 
-def infonce(n: int, d: int, peers: bool = True) -> Iterator[Timed]:
+def infonce(n: int, d: int, only: tuple[str, ...] = ("",)) -> Iterator[Timed]:
     """Forward and backward, from vectors in their precision to their derivatives, the normalisation included."""
     group = "InfoNCE both ways, with derivatives"
     who: dict[str, tuple[torch.dtype, Callable[[], Callable[[Tensor, Tensor], Tensor]]]] = {
         "iotsolve, fp16": (HALF, our_infonce),
         "iotsolve, fp32": (torch.float32, our_infonce),
+        "memeff, fp16": (HALF, memeff_infonce),
+        "memeff, fp32": (torch.float32, memeff_infonce),
     }
-    if peers:
-        who["memeff, fp16"] = HALF, memeff_infonce
-        who["memeff, fp32"] = torch.float32, memeff_infonce
-        if n <= 32768:
-            who["dense torch, fp16"] = HALF, lambda: dense_infonce
-            who["dense torch, fp32"] = torch.float32, lambda: dense_infonce
-    yield from infonce_of(who, n, d)
-    if peers and n <= 8192 and d <= 128:
+    if n <= 32768:
+        who["dense torch, fp16"] = HALF, lambda: dense_infonce
+        who["dense torch, fp32"] = torch.float32, lambda: dense_infonce
+    yield from infonce_of({name: how for name, how in who.items() if name.startswith(only)}, n, d)
+    if "KeOps".startswith(only) and n <= 8192 and d <= 128:
         yield alone("keops", group, "KeOps, fp32", n, d)
 
 
@@ -266,7 +268,7 @@ def _alike(once: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) ->
     return all(a is b or torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def transport(n: int, d: int) -> Iterator[Timed]:
+def transport(n: int, d: int, only: tuple[str, ...] = ("",)) -> Iterator[Timed]:
     """Balanced squared Euclidean transport, its value and derivative, at as many iterations as take ours to 1e-4."""
     from iotsolve import Points, Problem, Sinkhorn, solve
 
@@ -316,6 +318,8 @@ def transport(n: int, d: int) -> Iterator[Timed]:
     if n <= 32768:
         who["dense torch, fp32"] = lambda: dense
     for name, make in who.items():
+        if not name.startswith(only):
+            continue
         found = Timed(group, n, d, name, note=f"{steps} iterations")
         try:
             work = make()
@@ -405,6 +409,58 @@ def large() -> Iterator[Timed]:
         yield Timed("100,000 points in 64 dimensions", n, d, name, ms, mib, gap, note=note)
 
 
+FLASH = 6  # processes that share flash-sinkhorn's configurations
+
+
+def warm(seconds: float) -> None:
+    """What :func:`run` would compile one after the other, by processes side by side; one that takes too long is ended."""
+    sizes = [f"{n} {d}" for n, d in SIZES]
+    flash = [f"flash {k} {tf32}" for tf32 in (0, 1) for k in range(FLASH)]
+    tasks = [*flash, *(f"{kind} {size}" for kind in ("passes", "infonce") for size in sizes)]
+    tasks += ["members", "transport", "many", "large"]
+
+    def one(task: str) -> None:
+        words = [sys.executable, "-m", "tests.benchmarks.device", "--warm", task]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
+            said = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            said = ["took too long"]
+        print(f"compiled: {task}", *said, flush=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, tasks))
+
+
+def warm_one(task: str) -> None:
+    """The work of one process of :func:`warm`: everything once, and nothing timed."""
+    global clock, replayed, exact_infonce, _gradient
+    clock, replayed = (lambda work, **_: (work(), (0.0, 0.0))[1]), (lambda work: work)
+    exact_infonce = lambda x, y: (x.sum(), x.double(), y.double())  # noqa: E731 - of which only the error is made
+    _gradient = lambda x, *_: x.double()  # noqa: E731
+    what, *sizes = task.split()
+    n, d, *_ = *map(int, sizes), 0, 0
+    if what == "flash":
+        from flash_sinkhorn import SamplesLoss
+        from triton.runtime.autotuner import Autotuner
+
+        every = Autotuner.prune_configs
+        Autotuner.prune_configs = lambda self, kwargs: (found := list(every(self, kwargs)))[n::FLASH] or found[:1]
+        x, y = (torch.rand(8192, 64, device=DEVICE) for _ in range(2))
+        loss = SamplesLoss("sinkhorn", backend="alternating", eps=1.0, n_iters=2, use_epsilon_scaling=False, allow_tf32=bool(d))
+        torch.autograd.grad(loss(x.requires_grad_(), y), x)
+        return
+    work = {
+        "passes": lambda: passes(n, d),
+        "infonce": lambda: infonce(n, d, only=("iotsolve", "memeff")),
+        "members": lambda: members(8192, 128),
+        "transport": lambda: (row for size in (8192, 32768) for row in transport(size, 64, only=("iotsolve",))),
+        "many": lambda: (row for size in (16, 64, 128) for row in many(1000, size)),
+        "large": large,
+    }
+    list(work[what]())
+
+
 def run(out: Path, *, seconds: float) -> dict[str, Any]:
     """Everything, the small sizes first, as far as the time goes."""
     import triton
@@ -487,6 +543,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/device"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so long")
     parser.add_argument("--page", type=Path, help="results.json to be written into docs/gpu.md, instead of a run")
+    parser.add_argument("--warm", metavar="TASK", help="compile one piece and end: what a run asks of processes of its own")
     parser.add_argument("--alone", nargs=3, metavar=("WHO", "N", "D"), help="one peer, its row on the last line")
     given = parser.parse_args()
     if given.alone is not None:
@@ -498,7 +555,12 @@ def main() -> None:
         write_page(given.page, Path("docs/gpu.md"))
         return
     warnings.simplefilter("ignore")
-    run(given.out, seconds=given.seconds)
+    if given.warm is not None:
+        warm_one(given.warm)
+        return
+    begin = time.perf_counter()
+    warm(min(60.0, given.seconds / 3))
+    run(given.out, seconds=given.seconds - (time.perf_counter() - begin))
 
 
 if __name__ == "__main__":
