@@ -207,8 +207,11 @@ def _gap(plan: Plan, factors: Factors | None, sums: tuple[Tensor, Tensor], p: Po
         known = u.isfinite() & v.isfinite() & chunk.cost.isfinite()
         return torch.where(known, u + v - torch.where(known, chunk.cost, 0.0), 0.0)
 
+    def entries(chunk: Chunk) -> Tensor:
+        return chunk.values if factors is None else factors.on(chunk)
+
     def unused(chunk: Chunk) -> Tensor:
-        x = chunk.values if factors is None else factors.on(chunk)
+        x = entries(chunk)
         return torch.where(x > 0, -slack(chunk) * x, 0.0)
 
     def change(chunk: Chunk) -> Tensor:
@@ -222,7 +225,8 @@ def _gap(plan: Plan, factors: Factors | None, sums: tuple[Tensor, Tensor], p: Po
         return torch.where(added, new * (new.log() - log_old) - new, near)
 
     if problem.is_exact:
-        first = plan.sum(unused)
+        first = plan.sum(lambda chunk: (chunk.cost - (chunk.rows(f) + chunk.columns(g))).mul_(entries(chunk)))
+        first = first if first.isfinite().all() else plan.sum(unused)  # by the long way, where something is infinite
     elif factors is None:
         first = torch.zeros_like(p.lam)
     else:

@@ -190,10 +190,14 @@ class Dense:
         if self.is_compiled and not self._is_traced(potential):
             from iotsolve.kernels import passes  # numba is imported where it runs
 
-            def lowest(cost: np.ndarray, x: np.ndarray) -> np.ndarray:
-                return -passes.highest(cost, x, 1.0, axis=axis)
-
-            return self._each(lowest, shift, axis)
+            *batch, n, m = self.matrix.shape
+            size = math.prod(batch)
+            shift = shift.detach().expand(*batch, shift.shape[-1]).reshape(size, -1).double().numpy()
+            cost = self.matrix.detach()
+            cost = cost[:1] if len(batch) == 1 and size > 1 and cost.stride(0) == 0 else cost.reshape(size, n, m)
+            given = (cost[0].numpy(), shift[0]) if size == 1 else (cost.numpy(), shift)  # one problem's rows are cut into pieces
+            found = torch.from_numpy(-passes.highest(*given, 1.0, axis=axis))
+            return found.to(potential.dtype).reshape(*batch, -1)
         found = []
         for rows, block in self.blocks():
             own = shift.unsqueeze(-2) if axis == -1 else shift[..., rows].unsqueeze(-1)

@@ -11,7 +11,7 @@ c-transforms, and the certificate does not take anybody's word.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from iotsolve.costs import Dense, Points
 from iotsolve.interior import interior_point
 from iotsolve.marginals import Marginal, number
+from iotsolve.outsides import Answers, with_outsides
 from iotsolve.plans import in_batch
 from iotsolve.problem import Potentials, Problem
 from iotsolve.shortlisted import balanced
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Exact"]
 
 _Answer = tuple[np.ndarray, np.ndarray, np.ndarray, float, Status, int]
+_Answers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Status], list[int]]
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,54 @@ class Exact:
             problem = problem.with_cost(Dense(problem.cost.dense()))
         if (listed := self._shortlisted(problem)) is not None:
             return listed
-        answers = [self._one(problem.select(i).to(torch.float64)) for i in range(problem.batch_shape[0])]
-        like = problem.cost.dense()
-        plan, f, g = (torch.stack([_tensor(x[k], like) for x in answers]) for k in range(3))
-        lam = torch.tensor([x[3] for x in answers], dtype=torch.float64, device=like.device)
-        double = problem.to(torch.float64)
-        p = _tighten(double, Potentials(f.double(), g.double(), lam))
+        double, like = problem.to(torch.float64), problem.cost.dense()
+        cost, *weights = (x.detach().cpu().numpy() for x in (double.cost.dense(), double.a, double.b))
+        found, each = [], max(1, _AT_ONCE // cost[0].size)
+        for start in range(0, len(cost), each):
+            part = slice(start, min(start + each, len(cost)))
+            found.append(self._together(double, part, cost[part], *(x[part] for x in weights)))
+        plan, f, g, lam = (_tensor(_joined([x[k] for x in found]), like) for k in range(4))
+        status, steps = ([x for part in found for x in part[k]] for k in (4, 5))
+        p = _tighten(double, Potentials(f, g, lam))
         plan = plan.to_sparse().coalesce() if problem.batch_shape[0] == 1 and like.numel() >= _LARGE else plan
-        return Outcome(p.to(like.dtype), [x[4] for x in answers], [x[5] for x in answers], plan.to(like.dtype))
+        return Outcome(p.to(like.dtype), status, steps, plan.to(like.dtype))
+
+    def _together(self, problem: Problem, part: slice, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answers:
+        """Some problems of a flat batch: those that compiled code or outsides can do at once, then the others one by one."""
+        count, found = len(cost), None
+        if _is_ordinary(problem) and count > 1 and cost[0].size < _LISTED:
+            plan, f, g, steps, known = _compiled(cost, a, b, self.max_steps)
+            found = Answers(plan, f, g, np.zeros(count), steps, known, known)
+        elif _has_outsides(problem) and (count > 1 or _is_finite(cost[0], a[0], b[0])):
+            found = with_outsides(problem, cost, a, b, self._balanced)
+            found = found and replace(found, known=found.known & (found.proved | _is_proved(problem, part, found)))
+        if found is not None and found.known.all():
+            return found.plan, found.f, found.g, found.lam, [Status.CONVERGED] * count, found.steps.tolist()
+        plan, f, g, lam = (np.zeros((count, *size)) for size in (cost.shape[1:], a.shape[1:], b.shape[1:], ()))
+        status, steps = [Status.CONVERGED] * count, [0] * count
+        for k in range(count):
+            if found is not None and found.known[k]:
+                plan[k], f[k], g[k], lam[k] = found.plan[k], found.f[k], found.g[k], found.lam[k]
+                steps[k] = int(found.steps[k])
+            else:
+                one = problem.select(part.start + k), cost[k], a[k], b[k]
+                plan[k], f[k], g[k], lam[k], status[k], steps[k] = self._one(*one)
+        return plan, f, g, lam, status, steps
+
+    def _balanced(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Balanced problems whose last bins are the outsides: many small ones by compiled code, others one by one."""
+        if len(a) > 1 and cost[0].size < _LISTED:
+            *found, known = _compiled(cost, a, b, self.max_steps)
+        else:
+            found = np.zeros(cost.shape), np.zeros(a.shape), np.zeros(b.shape), np.zeros(len(a), np.int64)
+            known = np.zeros(len(a), bool)
+        proved = np.zeros(len(a), bool)
+        for k in np.flatnonzero(~known):
+            (*answer, _, status, steps), proved[k] = _balanced(cost[k], a[k], b[k], self.max_steps)
+            for into, x in zip(found, (*answer, steps), strict=True):
+                into[k] = x
+            known[k] = status is Status.CONVERGED
+        return *found, known, proved
 
     def _shortlisted(self, problem: Problem) -> Outcome | None:
         """One large balanced problem by a shortlist of its arcs, with a sparse plan; None where that is not the way."""
@@ -101,16 +143,14 @@ class Exact:
             p = _tighten(problem, p)
         return Outcome(p.to(problem.dtype), [Status.CONVERGED], [found.steps], plan.to(problem.dtype))
 
-    def _one(self, problem: Problem) -> _Answer:
-        cost, a, b = (x.cpu().numpy() for x in (problem.cost.dense(), problem.a, problem.b))
+    def _one(self, problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:
         rows, columns = problem.rows, problem.columns
         if _is_curved(rows) or _is_curved(columns):
             f, g, lam, plan, steps, status = interior_point(problem)
             return plan, f, g, float(lam), status, steps
-        ordinary = problem.mass is None and rows.bounds == columns.bounds == (1.0, 1.0)
-        if ordinary and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0 and cost.size < _LARGE:
+        if _is_ordinary(problem) and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0 and cost.size < _LARGE:
             return _assignment(cost, a)
-        if ordinary and np.isfinite(cost[np.ix_(a > 0, b > 0)]).all():
+        if _is_ordinary(problem) and _is_finite(cost, a, b):
             return _network_simplex(cost, a, b, self.max_steps)
         if problem.mass is None and columns.is_free and rows.is_fixed:
             plan, f = _nearest(cost, a * number(rows.bounds[0]), b)
@@ -118,22 +158,55 @@ class Exact:
         if problem.mass is None and rows.is_free and columns.is_fixed:
             plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
-        if np.isfinite(cost[np.ix_(a > 0, b > 0)]).all() and (found := _with_outsides(problem, cost, a, b, self.max_steps)):
-            return found
         return _linear_program(problem, cost, a, b)
 
 
-def _is_proved(problem: Problem, found: _Answer) -> bool:
+def _is_finite(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.isfinite(cost[np.ix_(a > 0, b > 0)]).all())
+
+
+def _is_ordinary(problem: Problem) -> bool:
+    return problem.mass is None and problem.rows.bounds == problem.columns.bounds == (1.0, 1.0)
+
+
+def _has_outsides(problem: Problem) -> bool:
+    """Sides of which one is neither fixed nor free, none curved, or a mass that is fixed."""
+    rows, columns = problem.rows, problem.columns
+    if _is_curved(rows) or _is_curved(columns) or _is_ordinary(problem):
+        return False
+    return problem.mass is not None or not any(
+        one.is_fixed and other.is_free for one, other in ((rows, columns), (columns, rows))
+    )
+
+
+def _compiled(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> tuple[np.ndarray, ...]:
+    """Small balanced problems at once: plans, potentials, steps, and which of them are known."""
+    from iotsolve.kernels import small
+    from iotsolve.kernels.threads import each_piece
+
+    count = len(a)
+    shared = cost[:1] if cost.strides[0] == 0 else cost
+    given = [np.ascontiguousarray(x) for x in (shared, a, b)]
+    found = np.zeros(cost.shape), np.zeros(a.shape), np.zeros(b.shape), np.zeros(count, np.int64), np.zeros(count, bool)
+    each_piece(count, _READ * cost.size, lambda _, *part: small.transport(*given, *found, max_steps, *part))
+    return found
+
+
+def _is_proved(problem: Problem, part: slice, found: Answers) -> np.ndarray:
     """Whether plan and potentials prove each other optimal."""
-    plan, f, g, lam, *_ = found
-    p = _tighten(problem, Potentials(*(torch.as_tensor(x, device=problem.a.device) for x in (f, g)), problem.a.new_tensor(lam)))
-    value, scale = problem.dual_sides_and_scale(p)
-    gap = problem.primal_at(torch.as_tensor(plan, device=problem.a.device)) - value
-    return bool(gap <= _PROVED * scale + 16 * torch.finfo(torch.float64).eps * problem.magnitude(problem.a.sum(-1)))
+    some = problem.select(part)
+    like = some.a
+    plan, f, g, lam = (torch.as_tensor(x, device=like.device) for x in (found.plan, found.f, found.g, found.lam))
+    value, scale = some.dual_sides_and_scale(_tighten(some, Potentials(f, g, lam)))
+    gap = some.primal_at(plan) - value
+    allowed = _PROVED * scale + 16 * torch.finfo(torch.float64).eps * some.magnitude(like.sum(-1))
+    return (gap <= allowed).cpu().numpy()
 
 
 _PROVED = 1e-9  # of the terms of the dual
 _LISTED = 2**14  # arcs from which on a shortlist pays
+_READ = 32  # how often an arc is looked at, about
+_AT_ONCE = 2**22  # arcs of the problems that are solved at once
 _LARGE = 2**16  # arcs from which on the simplex has its potentials sooner than Bellman and Ford theirs
 
 
@@ -192,6 +265,10 @@ def _is_dual_feasible(cost: Points, p: Potentials) -> bool:
 def _is_curved(side: Marginal) -> bool:
     """True for a penalty that is neither bounds nor piecewise linear, so that no linear program has it."""
     return not side.is_hard and math.isinf(side.recession)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
@@ -312,100 +389,6 @@ def _balanced(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) ->
             return (plan, f, g, 0.0, Status.CONVERGED, found.steps), True
     priced = np.where(barred, high + 3 * max(high - low, abs(high), abs(low)), cost)
     return _network_simplex(priced, a, b, max_steps), False
-
-
-@dataclass(frozen=True)
-class _Bins:
-    """One side as bins that are filled or left: what must be, and what may be.
-
-    Attributes:
-        of: the side's bin that each is a part of.
-        caps: how much each holds.
-        added: what a unit in it pays beside its arc.
-        left: what a unit not in it pays; inf where it must be filled.
-        beyond: what a unit pays beyond all bins of the side; inf where there is no such unit.
-    """
-
-    of: np.ndarray
-    caps: np.ndarray
-    added: np.ndarray
-    left: np.ndarray
-    beyond: float
-
-    @classmethod
-    def over(cls, side: Marginal, weights: np.ndarray) -> _Bins:
-        base, pieces = side.pieces(weights)
-        index, left, beyond, parts = np.arange(len(weights)), np.full(len(weights), math.inf), math.inf, []
-        for piece in pieces:
-            if piece.sign < 0:
-                left = np.minimum(left, piece.price)
-            elif np.isinf(piece.cap).all():
-                beyond = min(beyond, float(piece.price.min()))
-            else:
-                parts.append((index, piece.cap, piece.price, 0.0 * base))
-        of, caps, added, left = (np.concatenate(x) for x in zip((index, base, 0.0 * base, left), *parts, strict=True))
-        kept = caps > 0
-        return cls(of[kept], caps[kept], added[kept], left[kept], beyond)
-
-    def priced(self, f: np.ndarray, weights: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """Potentials, exactly the price where a marginal is not what is asked for, which the simplex has but for rounding."""
-        asked, price, room = (np.zeros(len(f)) for _ in range(3))
-        must = self.left > 0
-        np.add.at(asked, self.of[must], self.caps[must])
-        np.add.at(room, self.of, self.caps)
-        price[self.of[must]] = self.left[must]
-        dust = _DUST * r.sum()
-        f = np.where((r < asked - dust) & np.isfinite(price), price, f)
-        return np.where((r > room + dust) & (weights > 0), -self.beyond, f)
-
-
-def _with_outsides(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_steps: int) -> _Answer | None:
-    """Bounds, total variation and ``mass`` as a balanced problem with one more bin a side, the outside, by network simplex.
-
-    What leaves a bin of the rows unfilled goes to the columns' outside, at its price; what lies beyond the bins of a side comes
-    from there by the cheapest arc. Between the outsides mass is free, or with ``mass``, which fixes how much stays there,
-    forbidden, at a price that none pays: among finite costs a cycle of four arcs avoids it. None where that does not hold.
-    """
-    (rows, columns), mass = (_Bins.over(side, w) for side, w in ((problem.rows, a), (problem.columns, b))), problem.mass
-    if mass is not None and min(rows.beyond, columns.beyond) < math.inf:
-        return None  # what lies beyond is no part of a fixed total
-    used = np.ix_(a > 0, b > 0)
-    i, j = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
-    nearest_column, nearest_row = np.zeros(len(a), int), np.zeros(len(b), int)
-    nearest_column[i], nearest_row[j] = j[cost[used].argmin(1)], i[cost[used].argmin(0)]
-    out = columns.beyond + rows.added + cost[rows.of, nearest_column[rows.of]], rows.left
-    into = rows.beyond + columns.added + cost[nearest_row[columns.of], columns.of], columns.left
-    n, m = len(rows.of), len(columns.of)
-    whole = np.zeros((n + 1, m + 1))
-    whole[:n, :m] = cost[np.ix_(rows.of, columns.of)] + rows.added[:, None] + columns.added
-    whole[:n, m], whole[n, :m] = np.minimum(*out), np.minimum(*into)
-    whole[n, m] = 0.0 if mass is None else math.inf
-    stays = 0.0 if mass is None else number(mass)
-    supply, demand = (np.append(x.caps, max(y.caps.sum() - stays, 0.0)) for x, y in ((rows, columns), (columns, rows)))
-    (flow, u, v, _, status, steps), is_proof = _balanced(whole, supply, demand, max_steps)
-    if status is not Status.CONVERGED or flow[np.isinf(whole)].sum() > _DUST * supply.sum():
-        return None
-    if not demand[m]:  # an outside that is empty has no potential of the simplex's
-        v[m] = (whole[:, m] - u)[(supply > 0) & np.isfinite(whole[:, m])].min(initial=0.0)
-    if not supply[n]:
-        u[n] = (whole[n] - v)[((demand > 0) | (np.arange(m + 1) == m)) & np.isfinite(whole[n])].min(initial=0.0)
-    plan = np.zeros_like(cost)
-    np.add.at(plan, np.ix_(rows.of, columns.of), flow[:n, :m])
-    for part, priced, at in (
-        (flow[:n, m], out, (rows.of, nearest_column[rows.of])),
-        (flow[n, :m], into, (nearest_row[columns.of], columns.of)),
-    ):
-        np.add.at(plan, at, np.where(priced[0] < priced[1], part, 0.0))
-    f, g = np.full(len(a), -math.inf), np.full(len(b), -math.inf)
-    np.maximum.at(f, rows.of, u[:n] - rows.added)
-    np.maximum.at(g, columns.of, v[:m] - columns.added)
-    f, g = np.where(np.isfinite(f), f + v[m], 0.0), np.where(np.isfinite(g), g + u[n], 0.0)
-    f, g = rows.priced(f, a, plan.sum(1)), columns.priced(g, b, plan.sum(0))
-    answer = plan, f, g, 0.0 if mass is None else -(u[n] + v[m]), status, steps
-    return answer if is_proof or _is_proved(problem, answer) else None
-
-
-_DUST = 1e-12  # share of the mass on arcs that are forbidden, which is rounding
 
 
 def _linear_program(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:

@@ -44,7 +44,7 @@ from iotsolve import (
 from iotsolve.accelerated import Accelerated
 from iotsolve.certificate import _filled
 from iotsolve.exact import _network_simplex
-from iotsolve.kernels import blocks, dense, passes, sparse, threads, workspace
+from iotsolve.kernels import blocks, dense, passes, small, sparse, threads, workspace
 from iotsolve.plans import Plan, StoredPlan, plan_of
 from iotsolve.shortlisted import balanced
 
@@ -598,11 +598,11 @@ def test_bounds_variation_and_mass_by_outsides_are_the_linear_program(shape, nam
         a, b = a / a.sum(), b / b.sum()
     problem = Problem(cost, a, b, **OUTSIDES[name])
     tried = []
-    way = exact._with_outsides
-    monkeypatch.setattr(exact, "_with_outsides", lambda *given: tried.append(way(*given)) or tried[-1])
+    way = exact.with_outsides
+    monkeypatch.setattr(exact, "with_outsides", lambda *given: tried.append(way(*given)) or tried[-1])
     solution = solve(problem)
-    assert tried[0] is not None and solution.certificate.holds and solution.certificate.gap <= 1e-12
-    monkeypatch.setattr(exact, "_with_outsides", lambda *_: None)
+    assert tried[0].known.all() and solution.certificate.holds and solution.certificate.gap <= 1e-12
+    monkeypatch.setattr(exact, "with_outsides", lambda *_: None)
     program = solve(problem)
     assert solution.value == pytest.approx(program.value, rel=1e-9, abs=1e-12)
     np.testing.assert_allclose(solution.plan, program.plan, atol=1e-9)
@@ -640,6 +640,65 @@ def test_forbidden_arcs_beside_bounds_are_a_linear_programs(monkeypatch):
     cost = random_cost(20, 15, forbidden=0.3)
     monkeypatch.setattr(exact, "_balanced", lambda *_: pytest.fail("it takes costs that are finite"))
     assert solve(Problem(cost, rows=AT_MOST, columns=AT_MOST, mass=0.5)).certificate.holds
+
+
+TOGETHER = {"fixed": {}, **OUTSIDES}
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_many_small_exact_problems_are_solved_as_one_by_one(name, empty, monkeypatch):
+    """In compiled code, of which nothing is left over; costs of their own, or one for all."""
+    cost, a, b = random_cost(12, 9), np.stack([weights(12, k) for k in range(7)]), np.stack([weights(9, 9 + k) for k in range(7)])
+    if empty:
+        a[:, 1] = b[::2, 5] = 0.0
+        a, b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
+    own = np.stack([(1 + k) * random_cost(12, 9, k) for k in range(7)])
+    for costs in (own, np.broadcast_to(cost, own.shape)):
+        alone = [solve(Problem(c, *w, **TOGETHER[name])) for c, *w in zip(costs, a, b, strict=True)]
+        with monkeypatch.context() as patched:
+            patched.setattr(exact.Exact, "_one", lambda *_: pytest.fail("a problem was left over"))
+            together = solve(Problem(costs, a, b, **TOGETHER[name]))
+        assert together.certificate.holds.all() and (together.certificate.gap <= 1e-12).all()
+        np.testing.assert_allclose(together.value, [x.value for x in alone], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(together.plan, np.stack([x.plan for x in alone]), atol=1e-9)
+
+
+def test_many_small_assignments_are_scipys():
+    costs = np.stack([plane(n=17, m=17, seed=k) for k in range(9)])
+    found = solve(Problem(costs))
+    best = [cost[linear_sum_assignment(cost)].mean() for cost in costs]
+    np.testing.assert_allclose(found.value, best, rtol=1e-12)
+    assert found.certificate.holds.all() and ((found.plan > 0).sum((1, 2)) == 17).all()
+
+
+@pytest.mark.parametrize("name", ["fixed", "partial", "tv", "both between"])
+def test_forbidden_arcs_of_many_small_problems_are_the_linear_programs(name):
+    costs = np.stack([random_cost(8, 7, k, forbidden=0.25) for k in range(12)])
+    a, b = np.stack([weights(8, k) for k in range(12)]), np.stack([weights(7, 20 + k) for k in range(12)])
+    feasible = []
+    for k in range(12):
+        try:
+            feasible.append((k, solve(Problem(costs[k], a[k], b[k], **TOGETHER[name])).value))
+        except ValueError:  # no plan exists
+            continue
+    kept = [k for k, _ in feasible]
+    assert len(kept) >= 3
+    found = solve(Problem(costs[kept], a[kept], b[kept], **TOGETHER[name]))
+    np.testing.assert_allclose(found.value, [value for _, value in feasible], rtol=1e-9, atol=1e-12)
+    assert found.certificate.holds.all() and (found.plan[np.isinf(costs[kept])] == 0).all()
+
+
+def test_small_problems_that_compiled_code_cannot_solve_are_left_alone():
+    cost = np.array([[[1.0, INF], [2.0, INF]], [[1.0, 2.0], [2.0, 1.0]], [[0.0, INF], [0.0, 0.0]]])
+    a, b = np.array([[0.5, 0.5], [0.3, 0.7], [0.8, 0.2]]), np.array([[0.5, 0.5], [0.6, 0.4], [0.5, 0.5]])
+    plan, f, g = np.zeros((3, 2, 2)), np.zeros((3, 2)), np.zeros((3, 2))
+    steps, solved = np.zeros(3, np.int64), np.ones(3, bool)
+    small.transport(cost, a, b, plan, f, g, steps, solved, 10**7, 0, 3)
+    assert solved.tolist() == [False, True, False]  # a column without arcs; one that lacks mass
+    assert (plan[[0, 2]] == 0).all() and plan[1].sum() == pytest.approx(1.0)
+    with pytest.raises(SolveError, match="max_steps"):
+        solve(Problem(np.stack([plane(60, 60), plane(60, 60, 1)]), weights(60, 1), weights(60, 2)), Exact(max_steps=3))
 
 
 def test_steps_of_exact_transport_are_limited():

@@ -23,7 +23,7 @@ ORDER = (
     ("sinkhorn",),
     ("accelerated",),
     ("direct",),
-    ("newton", "interior", "shortlisted"),
+    ("newton", "interior", "outsides", "shortlisted"),
     ("exact",),
     ("gradient", "certificate"),
     ("solution",),

@@ -314,6 +314,19 @@ def raise_to(cost, alpha, scale, tops, first, last):
 
 
 @compiled
+def tops_each(cost, potential, scale, of_rows, found, first, last):
+    """``max (potential - scale C)`` over the columns, of every row, or over the rows, for some problems that may share a cost."""
+    n = cost.shape[1]
+    for k in range(first, last):
+        each = cost[k if len(cost) > 1 else 0]
+        if of_rows:
+            row_tops(each, potential[k], scale, found[k], 0, n)
+        else:
+            found[k] = -np.inf
+            raise_to(each, potential[k], scale, found[k], 0, n)
+
+
+@compiled
 def column_sums(cost, alpha, scale, tops, total, first, last):
     """``total_j += 2^(alpha_i - scale C_ij - tops_j)`` for some rows."""
     m = cost.shape[1]

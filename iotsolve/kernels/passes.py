@@ -20,6 +20,7 @@ from iotsolve.kernels.dense import (
     spread_pass,
     stored_each,
     stored_pass,
+    tops_each,
 )
 from iotsolve.kernels.numeric import LOG2E
 from iotsolve.kernels.threads import each_piece, pieces, summed
@@ -101,8 +102,16 @@ def softmin_over_columns(cost: np.ndarray, log_weights: np.ndarray, epsilon: flo
 
 
 def highest(cost: np.ndarray, potential: np.ndarray, scale: float, *, axis: int) -> np.ndarray:
-    """``max (potential - scale C)`` of one problem, over its columns (``axis=-1``) or its rows, in float64."""
-    n, m = cost.shape
+    """``max (potential - scale C)`` of one problem, over its columns (``axis=-1``) or its rows, in float64; or of a batch,
+    ``(B, n, m)``, or ``(1, n, m)`` for all of them, with potentials ``(B, .)``.
+    """
+    n, m = cost.shape[-2:]
+    if cost.ndim == 3:
+        count = len(potential)
+        found = np.empty((count, n if axis == -1 else m))
+        shared = cost, potential, scale, axis == -1, found
+        each_piece(count, 2 * count * n * m, lambda k, *part: tops_each(*shared, *part))
+        return found
     if axis == -1:
         found = np.empty(n)
         each_piece(n, 2 * n * m, lambda k, first, last: row_tops(cost, potential, scale, found, first, last))
