@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from iotsolve.kernels.numeric import compiled
-from iotsolve.kernels.sparse import assign, plant, reprice, settle_flows, simplex
+from iotsolve.kernels.sparse import plant, reprice, settle_flows, simplex
 
 __all__ = ["transport"]
 
@@ -38,47 +38,70 @@ def _solve(cost, a, b, plan, f, g, max_steps):
     """The steps taken; -1 if there is no plan, if it is not known whether there is one, or if there would be too many."""
     rows, columns = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
     n, m = len(rows), len(columns)
-    u, v, start = np.empty(n), np.full(m, np.inf), np.zeros(n + 1, np.int64)
-    low, high = np.inf, -np.inf
+    price, u, v = np.empty((n, m)), np.empty(n), np.full(m, np.inf)
+    low, high, count = np.inf, -np.inf, 0
     for i in range(n):
-        least, count = np.inf, 0
+        least = np.inf
         for j in range(m):
             x = cost[rows[i], columns[j]]
+            price[i, j] = x
             if x < np.inf:
                 least, high, count = min(least, x), max(high, x), count + 1
-        u[i], start[i + 1], low = least, start[i] + count, min(low, least)
-        if count == 0:
+        if least == np.inf:
             return -1
+        u[i], low = least, min(low, least)
         for j in range(m):
-            v[j] = min(v[j], cost[rows[i], columns[j]] - least)
+            price[i, j] -= least
+            v[j] = min(v[j], price[i, j])
     if v.max() == np.inf:
         return -1
     unit = high - low if high > low else 1.0
-    nodes, count = n + m, start[n]
-    tail, head = np.zeros(nodes + count, np.int64), np.zeros(nodes + count, np.int64)
-    price = np.zeros(nodes + count)
-    e = nodes
     for i in range(n):
         for j in range(m):
-            x = cost[rows[i], columns[j]]
-            if x < np.inf:
-                tail[e], head[e], price[e] = i, n + j, (x - u[i] - v[j]) / unit
-                e += 1
+            price[i, j] = (price[i, j] - v[j]) / unit
     if n == m and a[rows].min() == a[rows].max() and b[columns].min() == b[columns].max():
-        return _match(start, head[nodes:] - n, price[nodes:], cost, rows, columns, a, unit, v, plan, f, g)
-    supply, demand, total = a[rows], b[columns], a[rows].sum()
-    supply, demand = supply / total, demand / demand.sum()
-    flow, pi, dear = np.zeros(nodes + count), np.empty(nodes + 1), _DEAR
-    parent, arc, size = np.empty(nodes + 1, np.int32), np.empty(nodes + 1, np.int32), np.empty(nodes + 1, np.int32)
+        prices, column_of = np.zeros(n), np.full(n, -1)
+        if not _match(price, prices, column_of):
+            return -1
+        for i in range(n):
+            j = column_of[i]
+            g[columns[j]] = v[j] + unit * prices[j]
+            f[rows[i]] = cost[rows[i], columns[j]] - g[columns[j]]
+            plan[rows[i], columns[j]] = a[rows[i]]
+        return n
+    total, size = a[rows].sum(), max(abs(low), abs(high)) / unit + 1.0
+    supply, demand = a[rows] / total, b[columns] / b[columns].sum()
+    flow, pi = np.zeros((n, m)), np.empty(n + m + 1)
+    taken = _flow(price, count, supply, demand, size, flow, pi, max_steps)
+    if taken >= 0:
+        for i in range(n):
+            f[rows[i]] = u[i] - unit * pi[i]
+            for j in range(m):
+                plan[rows[i], columns[j]] = flow[i, j] * total
+        for j in range(m):
+            g[columns[j]] = v[j] + unit * pi[n + j]
+    return taken
+
+
+@compiled
+def _flow(price, count, supply, demand, size, into, pi, max_steps):
+    """Flows and potentials by the network simplex on all arcs that there are."""
+    n, m = price.shape
+    nodes, e = n + m, n + m
+    tail, head = np.zeros(nodes + count, np.int64), np.zeros(nodes + count, np.int64)
+    paid, flow, dear = np.zeros(nodes + count), np.zeros(nodes + count), _DEAR
+    for i in range(n):
+        for j in range(m):
+            if price[i, j] < np.inf:
+                tail[e], head[e], paid[e] = i, n + j, price[i, j]
+                e += 1
+    parent, arc, sizes = np.empty(nodes + 1, np.int32), np.empty(nodes + 1, np.int32), np.empty(nodes + 1, np.int32)
     after, before = np.empty(nodes + 1, np.int32), np.empty(nodes + 1, np.int32)
-    order = _by_price(price, nodes)
-    plant(supply, demand, tail, head, price, order, dear, flow, parent, arc, size, after, before, pi)
-    most = min(max_steps, _PIVOTS * nodes)
-    floor = 2.0**-50 * (max(abs(low), abs(high)) / unit + 1.0)
-    taken = 0
+    plant(supply, demand, tail, head, paid, _by_price(paid, nodes), dear, flow, parent, arc, sizes, after, before, pi)
+    most, taken = min(max_steps, _PIVOTS * nodes), 0
     while True:
-        tolerance = max(_ROUNDING, max(2.0**-48 * dear, floor))
-        more = simplex(tail, head, price, flow, parent, arc, size, after, before, pi, tolerance, most - taken)
+        tolerance = max(_ROUNDING, max(2.0**-48 * dear, 2.0**-50 * size))
+        more = simplex(tail, head, paid, flow, parent, arc, sizes, after, before, pi, tolerance, most - taken)
         taken += more
         if more < 0 or taken >= most:
             return -1
@@ -87,33 +110,100 @@ def _solve(cost, a, b, plan, f, g, max_steps):
         dear *= _DEAR
         if dear > _DEAREST:
             return -1
-        reprice(tail, price, parent, arc, after, pi, dear)
-    settle_flows(supply, demand, tail, head, flow, parent, arc, size)
+        reprice(tail, paid, parent, arc, after, pi, dear)
+    settle_flows(supply, demand, tail, head, flow, parent, arc, sizes)
     if flow[:nodes].sum() > _LEFT:
         return -1
     for e in range(nodes, nodes + count):
-        if flow[e] > 0.0:
-            plan[rows[tail[e]], columns[head[e] - n]] = flow[e] * total
-    for i in range(n):
-        f[rows[i]] = u[i] - unit * pi[i]
-    for j in range(m):
-        g[columns[j]] = v[j] + unit * pi[n + j]
+        into[tail[e], head[e] - n] = max(flow[e], 0.0)
     return taken
 
 
 @compiled
-def _match(start, column, price, cost, rows, columns, a, unit, v, plan, f, g):
-    """Equal weights: a permutation."""
-    n = len(rows)
-    prices, row_of, column_of = np.zeros(n), np.full(n, -1), np.full(n, -1)
-    if assign(start, column, price, prices, row_of, column_of, np.arange(n), _DEAR, n * n * n + 64) != 0:
-        return -1
+def _match(price, v, column_of):
+    """A cheapest permutation by shortest augmenting paths, whose potentials of columns are ``v``; False if there is none.
+
+    Rows take columns that cost them nothing; what is left is augmented by Dijkstra's algorithm without a heap (Jonker,
+    Volgenant, Computing 38, 1987; Crouse, IEEE TAES 52, 2016).
+    """
+    n = len(price)
+    u, row_of = np.zeros(n), np.full(n, -1)
     for i in range(n):
-        j = column_of[i]
-        g[columns[j]] = v[j] + unit * prices[j]
-        f[rows[i]] = cost[rows[i], columns[j]] - g[columns[j]]
-        plan[rows[i], columns[j]] = a[rows[i]]
-    return n
+        for j in range(n):
+            if price[i, j] == 0.0 and row_of[j] < 0:
+                row_of[j], column_of[i] = i, j
+                break
+    for _ in range(2):  # a free row takes its cheapest column at what it would pay elsewhere, and frees that one's row
+        for free in range(n):
+            i, turns = free, n
+            while i >= 0 and column_of[i] < 0 and turns > 0:
+                best, second, one, two = np.inf, np.inf, -1, -1
+                for j in range(n):
+                    x = price[i, j] - v[j]
+                    if x < second:
+                        if x < best:
+                            best, second, one, two = x, best, j, one
+                        else:
+                            second, two = x, j
+                if best == np.inf:
+                    return False
+                other, turns = row_of[one], turns - 1
+                if best < second and second < np.inf:
+                    v[one] -= second - best
+                elif other >= 0 and two >= 0:
+                    if row_of[two] >= 0:
+                        break
+                    one, other = two, -1
+                elif other >= 0:
+                    break
+                row_of[one], column_of[i] = i, one
+                if other >= 0:
+                    column_of[other] = -1
+                i = other
+    for i in range(n):
+        least = np.inf
+        for j in range(n):
+            least = min(least, price[i, j] - v[j])
+        u[i] = least
+    shortest, origin, waiting, seen = np.empty(n), np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    for free in range(n):
+        if column_of[free] >= 0:
+            continue
+        for j in range(n):
+            shortest[j], waiting[j] = np.inf, j
+        left, done, i, reached, end = n, 0, free, 0.0, -1
+        while end < 0:
+            lowest, at = np.inf, -1
+            for k in range(left):
+                j = waiting[k]
+                x = reached + price[i, j] - u[i] - v[j]
+                if x < shortest[j]:
+                    shortest[j], origin[j] = x, i
+                if shortest[j] < lowest or (shortest[j] == lowest and row_of[j] < 0):
+                    lowest, at = shortest[j], k
+            if lowest == np.inf:
+                return False
+            reached, j = lowest, waiting[at]
+            left -= 1
+            waiting[at] = waiting[left]
+            seen[done] = j
+            done += 1
+            if row_of[j] < 0:
+                end = j
+            else:
+                i = row_of[j]
+        u[free] += reached
+        for k in range(done - 1):  # of the last column the distance is what is reached
+            j = seen[k]
+            u[row_of[j]] += reached - shortest[j]
+            v[j] -= reached - shortest[j]
+        while True:
+            i = origin[end]
+            row_of[end] = i
+            end, column_of[i] = column_of[i], end
+            if i == free:
+                break
+    return True
 
 
 @compiled

@@ -212,6 +212,35 @@ def _many(case: cases.Many) -> Row:
     )
 
 
+def many_exact(quick: bool) -> Iterator[Callable[[], Row]]:
+    for n in (5, 20) if quick else (5, 20, 64):
+        for weights in ("equal weights", "random weights", "partial"):
+            yield partial(_many_exact, cases.ManyExact(n, weights))
+
+
+def _many_exact(case: cases.ManyExact) -> Row:
+    c, a, b = case.data()
+    best = peers.ours_many(c, a, b, case.mass).certificate.dual
+
+    def error(found: Any) -> float:
+        """Largest of the batch: what is moved beyond the weights or not moved, and what it costs too much."""
+        moved = found.sum((1, 2)) - (1.0 if case.mass is None else case.mass)
+        over = sum(np.maximum(found.sum(axis) - w, 0.0).sum(1) for axis, w in ((2, a), (1, b)))
+        return float(np.max([np.abs(moved), over, (found * c).sum((1, 2)) / best - 1]))
+
+    return race(
+        Row("exact, many small problems", case.name, 1e-9),
+        lambda: peers.ours_many(c, a, b, case.mass),
+        lambda solution: solution.plan,
+        {None: peers.MANY_WEIGHTED, 0.6: peers.MANY_PARTIAL}[case.mass]
+        if case.weights != "equal weights"
+        else peers.MANY_EQUAL,
+        lambda peer, threshold: peer.solve(c, a, b, case.mass),
+        error,
+        {},
+    )
+
+
 def points(quick: bool) -> Iterator[Callable[[], Row]]:
     for single in (True, False):
         for d in (3, 64):
@@ -303,6 +332,7 @@ GROUPS = {
     "partial": partial_exact,
     "unbalanced": unbalanced,
     "many": many,
+    "many-exact": many_exact,
     "points": points,
     "gradients": gradients,
 }

@@ -137,6 +137,30 @@ class Many:
 
 
 @dataclass(frozen=True)
+class ManyExact:
+    """A thousand problems at once without entropy, points in the plane; random weights, equal ones, or six tenths of the mass."""
+
+    n: int
+    weights: str
+    count: int = 1000
+
+    @property
+    def name(self) -> str:
+        return f"{self.count} of {self.n} x {self.n}, {self.weights}"
+
+    @property
+    def mass(self) -> float | None:
+        return 0.6 if self.weights == "partial" else None
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        cost, even, _ = Many(0.0, count=self.count, n=self.n).data()
+        if self.weights == "equal weights":
+            return cost, *2 * (np.broadcast_to(even, cost.shape[:2]),)
+        a, b = (np.random.default_rng(seed).random(cost.shape[:2]) for seed in (1, 2))
+        return cost, a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
+
+
+@dataclass(frozen=True)
 class Clouds:
     """Balanced transport between points whose costs nobody holds, to an L1 error of both marginals together.
 

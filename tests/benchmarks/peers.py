@@ -246,6 +246,29 @@ PARTIAL = (Peer("POT, partial_wasserstein", ("ot",), _partial), Peer("HiGHS", ("
 WEIGHTED = (Peer("POT, emd", ("ot",), _emd), Peer("HiGHS", ("scipy",), _highs))
 
 
+def ours_many(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float | None) -> Any:
+    from iotsolve import AT_MOST, Problem, solve
+
+    sides = {} if mass is None else {"rows": AT_MOST, "columns": AT_MOST, "mass": mass}
+    solution = solve(Problem(cost, a, b, **sides))
+    assert np.all(solution.certificate.holds)
+    return solution
+
+
+def in_a_loop(one: Work) -> Work:
+    def solve(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float | None) -> np.ndarray:
+        rest = () if mass is None else (mass,)
+        found = (one(*each, *rest) for each in zip(cost, a, b, strict=True))
+        return np.stack([plan if isinstance(plan, np.ndarray) else plan.toarray() for plan in found])
+
+    return solve
+
+
+MANY_EQUAL = (Peer("scipy, in a loop", ("scipy",), in_a_loop(_scipy)), Peer("POT, emd in a loop", ("ot",), in_a_loop(_emd)))
+MANY_WEIGHTED = (Peer("POT, emd in a loop", ("ot",), in_a_loop(_emd)),)
+MANY_PARTIAL = (Peer("POT, partial_wasserstein in a loop", ("ot",), in_a_loop(_partial)),)
+
+
 # -- unbalanced, and many at once --------------------------------------------------------------------------------------
 
 
