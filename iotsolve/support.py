@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float
 
-__all__ = ["carrying_arcs", "largest_mass", "separation"]
+__all__ = ["carrying_arcs", "fits", "largest_mass", "separation"]
 
 _UNIT = 2**30
 
@@ -25,6 +25,36 @@ def largest_mass(
     """
     flow, total = _flow(allowed, supply, demand)
     return float(flow.sum() / _UNIT * total), float(sum(allowed.shape) / _UNIT * total)
+
+
+def fits(
+    allowed: Bool[np.ndarray, "batch n m"],
+    supply: Float[np.ndarray, "batch n"],
+    demand: Float[np.ndarray, "batch m"],
+    need: Float[np.ndarray, " batch"],
+) -> Bool[np.ndarray, " batch"]:
+    """Whether so much fits from ``supply`` to ``demand``, by plans that some scalings find: True proves it, False says nothing.
+
+    Example:
+        >>> fits(np.array([[[True, False], [True, True]]]), np.array([[0.4, 0.6]]), np.array([[0.5, 0.5]]), np.array([1.0]))
+        array([ True])
+    """
+    kernel = allowed * supply[:, :, None] * demand[:, None, :]
+    tight = np.isclose(supply.sum(1), demand.sum(1), rtol=1e-9, atol=0.0)[:, None]
+    v, found = np.ones_like(demand), np.zeros(len(need), bool)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for sweep in range(_SWEEPS):
+            u = np.nan_to_num(supply / (kernel @ v[:, :, None])[:, :, 0], nan=0.0, posinf=0.0)
+            ratio = np.nan_to_num(demand / (u[:, None] @ kernel)[:, 0], nan=0.0, posinf=0.0)
+            v = np.where(tight, ratio, np.minimum(ratio, 1.0))
+            if sweep % 8 == 7:  # no column has too much; rows that have are cut
+                found |= np.minimum(u * (kernel @ v[:, :, None])[:, :, 0], supply).sum(1) >= need
+                if found.all():
+                    break
+    return found
+
+
+_SWEEPS = 64
 
 
 def carrying_arcs(

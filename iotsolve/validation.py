@@ -17,7 +17,7 @@ from iotsolve.costs import METRICS, Cost, Dense, Points, calm
 from iotsolve.distributed import Ranks, Sharded
 from iotsolve.kernels.backends import check as check_backend
 from iotsolve.marginals import Marginal, Scalar, number
-from iotsolve.support import largest_mass
+from iotsolve.support import fits, largest_mass
 
 if TYPE_CHECKING:
     from iotsolve.problem import Problem
@@ -514,25 +514,25 @@ def _check_reachable(problem: Problem) -> None:
 def _check_feasible(problem: Problem, allowed: Tensor) -> None:
     """The forbidden arcs must leave room for what each side demands of the other (Mendelsohn and Dulmage: either is enough)."""
     n, m = problem.shape[-2:]
-    batch = zip(
-        allowed.reshape(-1, n, m), problem.a.detach().reshape(-1, n), problem.b.detach().reshape(-1, m), strict=True
-    )
+    arcs = allowed.reshape(-1, n, m).cpu().numpy()
+    a, b = (w.detach().reshape(-1, w.shape[-1]).double().cpu().numpy() for w in (problem.a, problem.b))
     (lo_r, hi_r), (lo_c, hi_c) = ([number(x) for x in side.bounds] for side in (problem.rows, problem.columns))
-    for arcs, a, b in batch:
-        arcs, a, b = arcs.cpu().numpy(), a.double().cpu().numpy(), b.double().cpu().numpy()
-        enough = max(a.sum(), b.sum(), number(problem.mass or 0.0))
-        limit_r, limit_c = (np.full_like(w, enough) if math.isinf(hi) else hi * w for hi, w in ((hi_r, a), (hi_c, b)))
-        demands = [(lo_r * a, limit_c, lo_r * a.sum(), "rows"), (limit_r, lo_c * b, lo_c * b.sum(), "columns")]
-        if problem.mass is not None:
-            demands.append((limit_r, limit_c, number(problem.mass), "mass"))
-        for supply, demand, need, who in demands:
-            if need <= 0:
-                continue
-            fits, error = largest_mass(arcs, supply, demand)
-            if fits < need * (1 - rounding(problem.dtype)) - error:
+    enough = np.maximum(np.maximum(a.sum(1), b.sum(1)), number(problem.mass or 0.0))[:, None]
+    limit_r, limit_c = (enough + 0 * w if math.isinf(hi) else hi * w for hi, w in ((hi_r, a), (hi_c, b)))
+    demands = [(lo_r * a, limit_c, lo_r * a.sum(1), "rows"), (limit_r, lo_c * b, lo_c * b.sum(1), "columns")]
+    if problem.mass is not None:
+        demands.append((limit_r, limit_c, np.full(len(a), number(problem.mass)), "mass"))
+    for supply, demand, need, who in demands:
+        if who == "columns":
+            known = fits(arcs.swapaxes(1, 2), demand, supply, need * (1 - rounding(problem.dtype)))
+        else:
+            known = (need <= 0) if who == "mass" else fits(arcs, supply, demand, need * (1 - rounding(problem.dtype)))
+        for k in np.flatnonzero((need > 0) & ~known):
+            most, error = largest_mass(arcs[k], supply[k], demand[k])
+            if most < need[k] * (1 - rounding(problem.dtype)) - error:
                 raise ValueError(
-                    f"the allowed arcs carry at most {fits:.9g} but the {who} demand {need:.9g}: the forbidden arcs (cost inf) "
-                    "admit no plan. Allow more arcs, or relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
+                    f"the allowed arcs carry at most {most:.9g} but the {who} demand {need[k]:.9g}: the forbidden arcs "
+                    "(cost inf) admit no plan. Allow more arcs, or relax a side with FREE, AT_MOST, KL(rho) or TV(rho)."
                 )
 
 

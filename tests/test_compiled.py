@@ -47,6 +47,7 @@ from iotsolve.exact import _network_simplex
 from iotsolve.kernels import blocks, dense, passes, small, sparse, threads, workspace
 from iotsolve.plans import Plan, StoredPlan, plan_of
 from iotsolve.shortlisted import balanced
+from iotsolve.support import fits, largest_mass
 
 
 def random_cost(n, m, seed=0, *, forbidden=0.0):
@@ -687,6 +688,24 @@ def test_forbidden_arcs_of_many_small_problems_are_the_linear_programs(name):
     found = solve(Problem(costs[kept], a[kept], b[kept], **TOGETHER[name]))
     np.testing.assert_allclose(found.value, [value for _, value in feasible], rtol=1e-9, atol=1e-12)
     assert found.certificate.holds.all() and (found.plan[np.isinf(costs[kept])] == 0).all()
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["same totals", "room"])
+def test_what_scalings_say_of_forbidden_arcs_a_maximum_flow_says_too(equal):
+    """A plan that scalings find is a proof; that they find none is not, and is rare."""
+    rng, told, feasible = np.random.default_rng(0), 0, 0
+    for turn in range(60):
+        n, m = rng.integers(1, 9, 2)
+        allowed = rng.random((5, n, m)) > (0.1, 0.3, 0.6)[turn % 3]
+        a, b = rng.random((5, n)) * (rng.random((5, n)) > 0.1), rng.random((5, m))
+        if equal:
+            a, b = a / a.sum(1, keepdims=True).clip(1e-9), b / b.sum(1, keepdims=True)
+        need = 0.99 * a.sum(1)
+        found = fits(allowed, a, b, need)
+        most = np.array([largest_mass(*each)[0] for each in zip(allowed, a, b, strict=True)])
+        assert (most[found] >= need[found] - 1e-7).all()
+        told, feasible = told + found.sum(), feasible + (most >= need).sum()
+    assert feasible >= 50 and told >= 0.95 * feasible
 
 
 def test_small_problems_that_compiled_code_cannot_solve_are_left_alone():
