@@ -129,8 +129,7 @@ class Dense:
         if self.is_compiled and not self._is_traced(log_weights, epsilon):
             from iotsolve.kernels import passes
 
-            softmin, eps = passes.softmin_over_columns if axis == -1 else passes.softmin_over_rows, float(epsilon)
-            return self._each(lambda cost, x: softmin(cost, x, eps), log_weights, axis)
+            return self._passed(log_weights, lambda *given: passes.softmin(*given, float(epsilon), axis=axis))
         exponent = self._less_cost(log_weights.unsqueeze(-2 if axis == -1 else -1), epsilon)
         return -epsilon * torch.logsumexp(exponent, axis)
 
@@ -138,14 +137,14 @@ class Dense:
         """Whether autograd follows."""
         return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (self.matrix, *given))
 
-    def _each(self, work: Callable[[np.ndarray, np.ndarray], np.ndarray], given: Tensor, axis: int) -> Tensor:
-        """A compiled pass over every problem of a batch, that takes a vector along the axis and leaves one across it."""
-        n, m = self.matrix.shape[-2:]
-        size = m if axis == -1 else n
-        costs = self.matrix.detach().reshape(-1, n, m).numpy()
-        vectors = given.detach().expand(*self.matrix.shape[:-2], size).reshape(-1, size).double().numpy()
-        found = np.stack([work(cost, x) for cost, x in zip(costs, vectors, strict=True)])
-        return torch.from_numpy(found).to(given.dtype).reshape(*self.matrix.shape[:-2], -1)
+    def _passed(self, given: Tensor, work: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Tensor:
+        """A compiled pass, over one problem, whose rows it cuts into pieces, or over every problem of a batch."""
+        *batch, n, m = self.matrix.shape
+        size, cost = math.prod(batch), self.matrix.detach()
+        vectors = given.detach().expand(*batch, given.shape[-1]).reshape(size, -1).double().numpy()
+        cost = cost[:1] if len(batch) == 1 and size > 1 and cost.stride(0) == 0 else cost.reshape(size, n, m)
+        found = work(cost[0].numpy(), vectors[0]) if size == 1 else work(cost.numpy(), vectors)
+        return torch.from_numpy(found).to(given.dtype).reshape(*batch, -1)
 
     def _less_cost(self, x: Tensor, epsilon: Scalar) -> Tensor:
         """``x - C / epsilon``; in one pass over C where epsilon is a number."""
@@ -190,14 +189,7 @@ class Dense:
         if self.is_compiled and not self._is_traced(potential):
             from iotsolve.kernels import passes  # numba is imported where it runs
 
-            *batch, n, m = self.matrix.shape
-            size = math.prod(batch)
-            shift = shift.detach().expand(*batch, shift.shape[-1]).reshape(size, -1).double().numpy()
-            cost = self.matrix.detach()
-            cost = cost[:1] if len(batch) == 1 and size > 1 and cost.stride(0) == 0 else cost.reshape(size, n, m)
-            given = (cost[0].numpy(), shift[0]) if size == 1 else (cost.numpy(), shift)  # one problem's rows are cut into pieces
-            found = torch.from_numpy(-passes.highest(*given, 1.0, axis=axis))
-            return found.to(potential.dtype).reshape(*batch, -1)
+            return self._passed(shift, lambda *given: -passes.highest(*given, 1.0, axis=axis))
         found = []
         for rows, block in self.blocks():
             own = shift.unsqueeze(-2) if axis == -1 else shift[..., rows].unsqueeze(-1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,10 +70,9 @@ class Exact:
             return listed
         double, like = problem.to(torch.float64), problem.cost.dense()
         cost, *weights = (x.detach().cpu().numpy() for x in (double.cost.dense(), double.a, double.b))
-        found, each = [], max(1, _AT_ONCE // cost[0].size)
-        for start in range(0, len(cost), each):
-            part = slice(start, min(start + each, len(cost)))
-            found.append(self._together(double, part, cost[part], *(x[part] for x in weights)))
+        parts = math.ceil(cost.size / _AT_ONCE) if _are_many(cost) else len(cost)
+        cuts = np.linspace(0, len(cost), parts + 1).astype(int).tolist()
+        found = [self._together(double, x, *(given[x] for given in (cost, *weights))) for x in starmap(slice, pairwise(cuts))]
         plan, f, g, lam = (_tensor(_joined([x[k] for x in found]), like) for k in range(4))
         status, steps = ([x for part in found for x in part[k]] for k in (4, 5))
         p = _tighten(double, Potentials(f, g, lam))
@@ -80,12 +80,12 @@ class Exact:
         return Outcome(p.to(like.dtype), status, steps, plan.to(like.dtype))
 
     def _together(self, problem: Problem, part: slice, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answers:
-        """Some problems of a flat batch: those that compiled code or outsides can do at once, then the others one by one."""
+        """One problem of a flat batch, or many: what compiled code can do of these at once, and the others one by one."""
         count, found = len(cost), None
-        if _is_ordinary(problem) and count > 1 and cost[0].size < _LISTED:
+        if _is_ordinary(problem) and _are_many(cost):
             plan, f, g, steps, known = _compiled(cost, a, b, self.max_steps)
             found = Answers(plan, f, g, np.zeros(count), steps, known, known)
-        elif _has_outsides(problem) and (count > 1 or _is_finite(cost[0], a[0], b[0])):
+        elif _has_outsides(problem) and (_are_many(cost) or _is_finite(cost[0], a[0], b[0])):
             found = with_outsides(problem, cost, a, b, self._balanced)
             found = found and replace(found, known=found.known & (found.proved | _is_proved(problem, part, found)))
         if found is not None and found.known.all():
@@ -103,7 +103,7 @@ class Exact:
 
     def _balanced(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
         """Balanced problems whose last bins are the outsides: many small ones by compiled code, others one by one."""
-        if len(a) > 1 and cost[0].size < _LISTED:
+        if _are_many(cost):
             *found, known = _compiled(cost, a, b, self.max_steps)
         else:
             found = np.zeros(cost.shape), np.zeros(a.shape), np.zeros(b.shape), np.zeros(len(a), np.int64)
@@ -161,6 +161,10 @@ class Exact:
         return _linear_program(problem, cost, a, b)
 
 
+def _are_many(cost: np.ndarray) -> bool:
+    return len(cost) >= _MANY and cost[0].size < _LISTED
+
+
 def _is_finite(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.isfinite(cost[np.ix_(a > 0, b > 0)]).all())
 
@@ -205,6 +209,7 @@ def _is_proved(problem: Problem, part: slice, found: Answers) -> np.ndarray:
 
 _PROVED = 1e-9  # of the terms of the dual
 _LISTED = 2**14  # arcs from which on a shortlist pays
+_MANY = 16  # small problems from which on compiled code is worth its compilation
 _READ = 32  # how often an arc is looked at, about
 _AT_ONCE = 2**22  # arcs of the problems that are solved at once
 _LARGE = 2**16  # arcs from which on the simplex has its potentials sooner than Bellman and Ford theirs

@@ -367,7 +367,10 @@ class _Automatic:
             if not is_factored:
                 done = self._factored(problem, done)
         elif isinstance(problem.cost, Dense) and problem.cost.is_compiled:
-            done = newton.run(problem, _annealed(problem) if start is None else start)
+            if count >= _SEVERAL and n * m <= _FEW_ENTRIES:  # a sweep of many takes little longer than one of one
+                done = _continued(problem, iterate(problem, replace(first, max_steps=_QUICK), start), newton.run)
+            else:
+                done = newton.run(problem, _annealed(problem) if start is None else start)
         else:
             second, small = is_quick(problem.cost), n * m <= _FITS
             played = isinstance(problem.cost, Dense) and problem.dtype == torch.float64 and n * m > _FEW_ENTRIES
@@ -489,6 +492,7 @@ _QUICKLY_FACTORED = 2**17  # arcs up to which steps of systems that are factored
 _QUICK = 96  # sweeps, annealing included: about the price of an interior point
 _PLAYED = 500  # sweeps that a device plays without being asked
 _FEW_ENTRIES = 2**14  # with which interior points are quick even there
+_SEVERAL = 8  # problems that are swept together before each is taken alone
 _PATIENT = 10_000  # sweeps where a step of second order costs as much as a hundred
 
 

@@ -650,12 +650,12 @@ TOGETHER = {"fixed": {}, **OUTSIDES}
 @pytest.mark.parametrize("name", TOGETHER)
 def test_many_small_exact_problems_are_solved_as_one_by_one(name, empty, monkeypatch):
     """In compiled code, of which nothing is left over; costs of their own, or one for all."""
-    cost, a, b = random_cost(12, 9), np.stack([weights(12, k) for k in range(7)]), np.stack([weights(9, 9 + k) for k in range(7)])
+    a, b = (np.stack([weights(size, first + k) for k in range(20)]) for size, first in ((12, 0), (9, 30)))
     if empty:
         a[:, 1] = b[::2, 5] = 0.0
         a, b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
-    own = np.stack([(1 + k) * random_cost(12, 9, k) for k in range(7)])
-    for costs in (own, np.broadcast_to(cost, own.shape)):
+    own = np.stack([(1 + 0.3 * k) * random_cost(12, 9, k) for k in range(20)])
+    for costs in (own, np.broadcast_to(random_cost(12, 9), own.shape)):
         alone = [solve(Problem(c, *w, **TOGETHER[name])) for c, *w in zip(costs, a, b, strict=True)]
         with monkeypatch.context() as patched:
             patched.setattr(exact.Exact, "_one", lambda *_: pytest.fail("a problem was left over"))
@@ -666,7 +666,7 @@ def test_many_small_exact_problems_are_solved_as_one_by_one(name, empty, monkeyp
 
 
 def test_many_small_assignments_are_scipys():
-    costs = np.stack([plane(n=17, m=17, seed=k) for k in range(9)])
+    costs = np.stack([plane(n=17, m=17, seed=k) for k in range(20)])
     found = solve(Problem(costs))
     best = [cost[linear_sum_assignment(cost)].mean() for cost in costs]
     np.testing.assert_allclose(found.value, best, rtol=1e-12)
@@ -675,16 +675,16 @@ def test_many_small_assignments_are_scipys():
 
 @pytest.mark.parametrize("name", ["fixed", "partial", "tv", "both between"])
 def test_forbidden_arcs_of_many_small_problems_are_the_linear_programs(name):
-    costs = np.stack([random_cost(8, 7, k, forbidden=0.25) for k in range(12)])
-    a, b = np.stack([weights(8, k) for k in range(12)]), np.stack([weights(7, 20 + k) for k in range(12)])
+    costs = np.stack([random_cost(8, 7, k, forbidden=0.25) for k in range(40)])
+    a, b = np.stack([weights(8, k) for k in range(40)]), np.stack([weights(7, 60 + k) for k in range(40)])
     feasible = []
-    for k in range(12):
+    for k in range(40):
         try:
             feasible.append((k, solve(Problem(costs[k], a[k], b[k], **TOGETHER[name])).value))
         except ValueError:  # no plan exists
             continue
     kept = [k for k, _ in feasible]
-    assert len(kept) >= 3
+    assert len(kept) >= 16
     found = solve(Problem(costs[kept], a[kept], b[kept], **TOGETHER[name]))
     np.testing.assert_allclose(found.value, [value for _, value in feasible], rtol=1e-9, atol=1e-12)
     assert found.certificate.holds.all() and (found.plan[np.isinf(costs[kept])] == 0).all()
@@ -717,7 +717,7 @@ def test_small_problems_that_compiled_code_cannot_solve_are_left_alone():
     assert solved.tolist() == [False, True, False]  # a column without arcs; one that lacks mass
     assert (plan[[0, 2]] == 0).all() and plan[1].sum() == pytest.approx(1.0)
     with pytest.raises(SolveError, match="max_steps"):
-        solve(Problem(np.stack([plane(60, 60), plane(60, 60, 1)]), weights(60, 1), weights(60, 2)), Exact(max_steps=3))
+        solve(Problem(np.stack([plane(60, 60, k) for k in range(16)]), weights(60, 1), weights(60, 2)), Exact(max_steps=3))
 
 
 def test_steps_of_exact_transport_are_limited():

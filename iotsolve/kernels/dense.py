@@ -337,6 +337,27 @@ def column_sums(cost, alpha, scale, tops, total, first, last):
 
 
 @compiled
+def softmin_each(cost, logs, scale, of_rows, found, first, last):
+    """``log2 sum 2^(logs - scale C)`` over the columns or, unless ``of_rows``, over the rows, for some problems that may share a
+    cost.
+    """
+    n, m = cost.shape[1:]
+    tops = np.empty(m)
+    for k in range(first, last):
+        each = cost[k if len(cost) > 1 else 0]
+        if of_rows:
+            row_sums(each, logs[k], scale, found[k], 0, n)
+            continue
+        tops[:] = -np.inf
+        raise_to(each, logs[k], scale, tops, 0, n)
+        for j in range(m):
+            found[k, j], tops[j] = 0.0, tops[j] if abs(tops[j]) < np.inf else 0.0
+        column_sums(each, logs[k], scale, tops, found[k], 0, n)
+        for j in range(m):
+            found[k, j] = tops[j] + math.log2(found[k, j])
+
+
+@compiled
 def lowest_each(cost, rows, columns, f, g, first, last):
     """``f_i = min_j C_ij`` over columns that count, then ``g_j = min_i C_ij - f_i`` over rows, for some problems of a batch.
 

@@ -16,6 +16,7 @@ from iotsolve.kernels.dense import (
     raise_to,
     row_sums,
     row_tops,
+    softmin_each,
     spread_each,
     spread_pass,
     stored_each,
@@ -33,8 +34,7 @@ __all__ = [
     "lowest",
     "marginals",
     "product",
-    "softmin_over_columns",
-    "softmin_over_rows",
+    "softmin",
 ]
 
 _NONE = np.empty(0)
@@ -93,14 +93,6 @@ def spread(kernel: np.ndarray, w: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return columns
 
 
-def softmin_over_columns(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:
-    """``-epsilon log sum_j exp(log_weights_j - C_ij / epsilon)`` of one problem, ``(n,)``, in float64."""
-    n, m = cost.shape
-    beta, found, scale = log_weights * LOG2E, np.empty(n), LOG2E / epsilon
-    each_piece(n, n * m, lambda k, first, last: row_sums(cost, beta, scale, found, first, last))
-    return -epsilon / LOG2E * found
-
-
 def highest(cost: np.ndarray, potential: np.ndarray, scale: float, *, axis: int) -> np.ndarray:
     """``max (potential - scale C)`` of one problem, over its columns (``axis=-1``) or its rows, in float64; or of a batch,
     ``(B, n, m)``, or ``(1, n, m)`` for all of them, with potentials ``(B, .)``.
@@ -131,12 +123,24 @@ def lowest(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray, f: np.ndarra
         found[0] = np.where(np.isfinite(top), -top, 0.0)
 
 
-def softmin_over_rows(cost: np.ndarray, log_weights: np.ndarray, epsilon: float) -> np.ndarray:
-    """The same over rows, ``(m,)``: a pass for the largest exponents and one for the sums."""
-    n, m = cost.shape
-    alpha, scale = log_weights * LOG2E, LOG2E / epsilon
-    top = highest(cost, alpha, scale, axis=-2)
-    finite = np.where(np.isfinite(top), top, 0.0)
-    total = summed(n, m, n * m, lambda sums, first, last: column_sums(cost, alpha, scale, finite, sums, first, last))
-    with np.errstate(divide="ignore"):
-        return np.where(np.isfinite(top), -epsilon / LOG2E * (finite + np.log2(total)), np.inf)
+def softmin(cost: np.ndarray, log_weights: np.ndarray, epsilon: float, *, axis: int) -> np.ndarray:
+    """``-epsilon log sum exp(log_weights - C / epsilon)`` of one problem, over its columns (``axis=-1``) or its rows, in float64;
+    or of a batch, as :func:`highest`.
+    """
+    n, m = cost.shape[-2:]
+    logs, scale, size = log_weights * LOG2E, LOG2E / epsilon, n if axis == -1 else m
+    if cost.ndim == 3:
+        count = len(logs)
+        found = np.empty((count, size))
+        shared = cost, logs, scale, axis == -1, found
+        each_piece(count, 4 * count * n * m, lambda k, *part: softmin_each(*shared, *part))
+    elif axis == -1:
+        found = np.empty(n)
+        each_piece(n, n * m, lambda k, first, last: row_sums(cost, logs, scale, found, first, last))
+    else:  # a pass for the largest exponents and one for the sums
+        top = highest(cost, logs, scale, axis=-2)
+        finite = np.where(np.isfinite(top), top, 0.0)
+        total = summed(n, m, n * m, lambda sums, first, last: column_sums(cost, logs, scale, finite, sums, first, last))
+        with np.errstate(divide="ignore"):
+            found = np.where(np.isfinite(top), finite + np.log2(total), -np.inf)
+    return -epsilon / LOG2E * found

@@ -34,14 +34,33 @@ def transport(cost, a, b, plan, f, g, steps, solved, max_steps, first, last):
 
 
 @compiled
+def _carrying(weights, found):
+    """The bins of positive weight, written to ``found``: their number, their total, and whether all weigh the same."""
+    count, total, first, same = 0, 0.0, 0.0, True
+    for i in range(len(weights)):
+        if weights[i] > 0.0:
+            found[count] = i
+            count, total = count + 1, total + weights[i]
+            first = weights[i] if count == 1 else first
+            same = same and weights[i] == first
+    return count, total, same
+
+
+@compiled
 def _solve(cost, a, b, plan, f, g, max_steps):
-    """The steps taken; -1 if there is no plan, if it is not known whether there is one, or if there would be too many."""
-    rows, columns = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
-    n, m = len(rows), len(columns)
-    price, u, v = np.empty((n, m)), np.empty(n), np.full(m, np.inf)
+    """The steps taken; -1 if there is no plan, if it is not known whether there is one, or if there would be too many.
+
+    Loops throughout: expressions of arrays take seconds to compile.
+    """
+    rows, columns = np.empty(len(a), np.int64), np.empty(len(b), np.int64)
+    n, total, same = _carrying(a, rows)
+    m, beyond, even = _carrying(b, columns)
+    price, u, v, supply, demand = np.empty((n, m)), np.empty(n), np.empty(m), np.empty(n), np.empty(m)
+    for j in range(m):
+        v[j], demand[j] = np.inf, b[columns[j]] / beyond
     low, high, count = np.inf, -np.inf, 0
     for i in range(n):
-        least = np.inf
+        least, supply[i] = np.inf, a[rows[i]] / total
         for j in range(m):
             x = cost[rows[i], columns[j]]
             price[i, j] = x
@@ -53,14 +72,14 @@ def _solve(cost, a, b, plan, f, g, max_steps):
         for j in range(m):
             price[i, j] -= least
             v[j] = min(v[j], price[i, j])
-    if v.max() == np.inf:
-        return -1
     unit = high - low if high > low else 1.0
-    for i in range(n):
-        for j in range(m):
+    for j in range(m):
+        if v[j] == np.inf:
+            return -1
+        for i in range(n):
             price[i, j] = (price[i, j] - v[j]) / unit
-    if n == m and a[rows].min() == a[rows].max() and b[columns].min() == b[columns].max():
-        prices, column_of = np.zeros(n), np.full(n, -1)
+    if n == m and same and even:
+        prices, column_of = np.zeros(n), np.empty(n, np.int64)
         if not _match(price, prices, column_of):
             return -1
         for i in range(n):
@@ -69,8 +88,7 @@ def _solve(cost, a, b, plan, f, g, max_steps):
             f[rows[i]] = cost[rows[i], columns[j]] - g[columns[j]]
             plan[rows[i], columns[j]] = a[rows[i]]
         return n
-    total, size = a[rows].sum(), max(abs(low), abs(high)) / unit + 1.0
-    supply, demand = a[rows] / total, b[columns] / b[columns].sum()
+    size = max(abs(low), abs(high)) / unit + 1.0
     flow, pi = np.zeros((n, m)), np.empty(n + m + 1)
     taken = _flow(price, count, supply, demand, size, flow, pi, max_steps)
     if taken >= 0:
@@ -105,18 +123,26 @@ def _flow(price, count, supply, demand, size, into, pi, max_steps):
         taken += more
         if more < 0 or taken >= most:
             return -1
-        if flow[:nodes].sum() <= _LEFT:
+        if _sum(flow, nodes) <= _LEFT:
             break
         dear *= _DEAR
         if dear > _DEAREST:
             return -1
         reprice(tail, paid, parent, arc, after, pi, dear)
     settle_flows(supply, demand, tail, head, flow, parent, arc, sizes)
-    if flow[:nodes].sum() > _LEFT:
+    if _sum(flow, nodes) > _LEFT:
         return -1
     for e in range(nodes, nodes + count):
         into[tail[e], head[e] - n] = max(flow[e], 0.0)
     return taken
+
+
+@compiled
+def _sum(x, count):
+    total = 0.0
+    for k in range(count):
+        total += x[k]
+    return total
 
 
 @compiled
@@ -127,7 +153,9 @@ def _match(price, v, column_of):
     Volgenant, Computing 38, 1987; Crouse, IEEE TAES 52, 2016).
     """
     n = len(price)
-    u, row_of = np.zeros(n), np.full(n, -1)
+    u, row_of = np.zeros(n), np.empty(n, np.int64)
+    for i in range(n):
+        row_of[i] = column_of[i] = -1
     for i in range(n):
         for j in range(n):
             if price[i, j] == 0.0 and row_of[j] < 0:
