@@ -5,7 +5,7 @@ the potentials determine, by one linear system; ``Unroll`` does the same through
 cannot differentiate raises when asked; it never returns a gradient with a part missing.
 
 A potential is *held* where a kink of its side keeps it (a bound that is not active, TV at its clamp, a FREE side); it is
-*idle* where its bin carries no mass, so that it follows the other side and nothing follows it.
+*idle* where its bin carries no mass, so that it follows the other side and nothing follows it but empty bins.
 """
 
 from __future__ import annotations
@@ -535,24 +535,11 @@ def _pull_implicit(
     ranks = _ranks(problem)
     idle_f, idle_g = _idle(problem, p)
     eliminated: tuple[Tensor | None, ...] = (None,) * len(names)
-    if idle_f.any() or idle_g.any():
-        x = Potentials(*(t.clone().requires_grad_() for t in (p.f, p.g, p.lam)))
-        parts: list[Tensor] = []
-
-        def of_idle(live: Problem) -> Tensor:
-            f, g = _idle_potentials(_smooth_twin(live, p), _moved(live, x))
-            total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
-            total = total / ranks.count  # each has the whole of it, and their derivatives are added
-            slopes = torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True)
-            parts.extend(ranks.sum(slope) for slope in slopes)
-            return total
-
-        eliminated = _added(ranks, names, _pull(problem, of_idle, names, needed, tensors, torch.float64))
-        upstream = Potentials(
-            torch.where(idle_f, 0.0, upstream.f) + torch.where(p.f.isfinite(), parts[0], 0.0),
-            torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
-            upstream.lam + parts[2],
-        )
+    for _ in range(2):  # empty bins first, which may follow bins with weight that are idle themselves
+        if not ((idle_f & (upstream.f != 0)).any() or (idle_g & (upstream.g != 0)).any()):
+            break  # on all ranks, which have the same loss
+        found, upstream = _pull_idle(problem, p, upstream, (idle_f, idle_g), names, needed, tensors)
+        eliminated = tuple(_add(x, y) for x, y in zip(eliminated, found, strict=True))
     with calm(problem.cost):
         u, v, w = _adjoint(problem, p, upstream, (_moving(problem.rows, p.f), _moving(problem.columns, p.g)))
 
@@ -571,6 +558,37 @@ def _pull_implicit(
     found = [_pull(problem, of, names, needed, tensors, torch.float64) for of in (asked, had)]
     found = [_add(x, None if y is None else -y) for x, y in zip(found[0], _added(ranks, names, found[1]), strict=True)]
     return tuple(_add(x, y) for x, y in zip(found, eliminated, strict=True))
+
+
+def _pull_idle(
+    problem: Problem,
+    p: Potentials,
+    upstream: Potentials,
+    idle: tuple[Tensor, Tensor],
+    names: Sequence[str],
+    needed: Sequence[bool],
+    tensors: Sequence[Tensor],
+) -> tuple[tuple[Tensor | None, ...], Potentials]:
+    """What idle bins owe to the data at frozen potentials, and upstream without them: what they owe to others is added there."""
+    ranks, (idle_f, idle_g) = _ranks(problem), idle
+    x = Potentials(*(t.clone().requires_grad_() for t in (p.f, p.g, p.lam)))
+    parts: list[Tensor] = []
+
+    def of_idle(live: Problem) -> Tensor:
+        f, g = _idle_potentials(_smooth_twin(live, p), _moved(live, x))
+        total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
+        total = total / ranks.count  # each has the whole of it, and their derivatives are added
+        slopes = torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True)
+        parts.extend(ranks.sum(slope) for slope in slopes)
+        return total
+
+    found = _added(ranks, names, _pull(problem, of_idle, names, needed, tensors, torch.float64))
+    left = Potentials(
+        torch.where(idle_f, 0.0, upstream.f) + torch.where(p.f.isfinite(), parts[0], 0.0),
+        torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
+        upstream.lam + parts[2],
+    )
+    return found, left
 
 
 def _ranks(problem: Problem) -> Ranks | Alone:

@@ -880,6 +880,22 @@ def test_an_empty_bin_that_all_would_go_to_changes_nothing(held):
     assert (found[2] == 0).all()
 
 
+@pytest.mark.parametrize("side", [ChiSquared, L2, TV])
+@pytest.mark.parametrize("gradient", [Implicit(), Unroll(2)], ids=["implicit", "unroll"])
+def test_an_empty_bin_follows_bins_that_carry_nothing_themselves(side, gradient):
+    """Row 0 reaches the empty column 0 alone: its potential is the price of emptiness, and the column's a function of that."""
+    rho, weight, arc, eps = leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.4, 0.3, 0.2)]
+    forbidden, other = torch.tensor(math.inf, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+    cost = torch.stack([torch.stack([arc, forbidden]), torch.stack([forbidden, other])])
+    a, b = torch.stack([weight, other]), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    solution = solve(Problem(cost, a, b, epsilon=eps, rows=side(rho), columns=KL(0.5)), gradient=gradient)
+    empty = rho * weight if side is L2 else rho
+    known = 0.5 / (0.5 + eps) * (arc - empty - eps * weight.log())
+    torch.testing.assert_close(solution.g[0], known, rtol=1e-12, atol=1e-12)
+    for found, right in zip(*(torch.autograd.grad(x, leaves) for x in (solution.g[0], known)), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
 def test_no_penalty_asks_for_a_potential_beyond_its_own():
     """At chi-squared a larger one than rho asks for nothing more, and hides what the bin's derivative is."""
     generator = torch.Generator().manual_seed(3)
