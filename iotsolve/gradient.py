@@ -20,7 +20,7 @@ from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
 from iotsolve.distributed import Alone, Ranks, Sharded, ranks_of
-from iotsolve.kernels.once import Refuse, final
+from iotsolve.kernels.once import Backward, Refuse, final, single
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Plan, quick_plan, streams
@@ -177,7 +177,7 @@ def _refuse(problem: Problem, p: Potentials) -> Potentials:
 # -- the value ---------------------------------------------------------------------------------------------------------
 
 
-class _EnvelopeValue(torch.autograd.Function):
+class _EnvelopeValue(Backward):
     @staticmethod
     def forward(
         ctx,
@@ -201,6 +201,7 @@ class _EnvelopeValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        single(upstream)
         needed, tensors = ctx.needs_input_grad[5:], ctx.saved_tensors
         if torch.is_grad_enabled() and ctx.plan is None:
             return (None,) * 5 + _differentiable_gradient(ctx, upstream, needed, tensors)
@@ -503,7 +504,7 @@ def _gauged_and_following(problem: Problem, p: Potentials, pull: Pull) -> Potent
     return problem.gauge(Potentials(*_FollowingPotentials.apply(problem.detach(), p, pull, names, *tensors)))
 
 
-class _FollowingPotentials(torch.autograd.Function):
+class _FollowingPotentials(Backward):
     @staticmethod
     def forward(ctx, problem: Problem, p: Potentials, pull: Pull, names: tuple[str, ...], *tensors: Tensor):
         ctx.problem, ctx.p, ctx.pull, ctx.names = problem, _snapped(problem, p, torch.float64), pull, names
@@ -514,6 +515,7 @@ class _FollowingPotentials(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream: Tensor):
+        single(*upstream)
         needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
         ups = Potentials(*(up.detach().double() for up in upstream))
         with torch.no_grad():
@@ -705,7 +707,7 @@ def linear(plan: Plan, values: Tensor, axis: int) -> Tensor:
     return _Linear.apply(plan, axis, values)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Backward):
     @staticmethod
     def forward(ctx, plan: Plan, axis: int, values: Tensor) -> Tensor:
         ctx.plan, ctx.axis = plan, axis
@@ -713,6 +715,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        single(upstream)
         return None, None, linear(ctx.plan, upstream, -3 - ctx.axis)
 
 

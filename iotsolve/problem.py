@@ -190,14 +190,15 @@ class Problem:
     ) -> None:
         ranks = ranks_of(cost)
         with ranks.together():
-            cost, as_numpy = as_cost(cost)
-            n, m = cost.shape[-2:]
             even = a is None and b is None
-            a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
-            epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
-            mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
-            batch = common_batch(cost, a, b)
-            self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
+            with torch.enable_grad():  # data are what they are: under no_grad views of them would lead nowhere, unsaid
+                cost, as_numpy = as_cost(cost)
+                n, m = cost.shape[-2:]
+                a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
+                epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
+                mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
+                batch = common_batch(cost, a, b)
+                self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
             object.__setattr__(self, "as_numpy", as_numpy)
             object.__setattr__(self, "is_even", even)
             if even:

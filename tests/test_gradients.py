@@ -1,5 +1,6 @@
 """Gradients against differences of solved problems: what the formulas say must be what the solver does."""
 
+import importlib
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from iotsolve import (
     Sinkhorn,
     Unroll,
     inverse_loss,
+    sinkhorn_divergence,
     solve,
 )
 from iotsolve.kernels import bilinear
@@ -433,6 +435,100 @@ def test_nothing_is_refused_where_no_gradient_was_asked_for():
 
 
 # -- unrolled sweeps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", ["matrix", "points"])
+def test_forward_mode_is_refused_in_words(cost):
+    """Where a part of the derivative would be followed (<C, dP> left out of that of <C, P>) or none, unsaid."""
+    x, y = (torch.rand(n, 2, dtype=torch.float64) for n in (5, 6))
+    with torch.autograd.forward_ad.dual_level():
+        z = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        problem = Problem(Points(z, y) if cost == "points" else (z[:, None] - y).square().sum(-1), epsilon=0.3)
+        for choice in (Envelope(), Implicit()):
+            with pytest.raises(RuntimeError, match=r"(cost|x) is followed by derivatives in forward mode.*torch.autograd.grad"):
+                solve(problem, gradient=choice)
+        rho = torch.autograd.forward_ad.make_dual(torch.tensor(0.5), torch.tensor(1.0))
+        with pytest.raises(RuntimeError, match="rho is followed by derivatives in forward mode"):
+            solve(Problem(x.square(), epsilon=0.3, rows=KL(rho)))
+        solved = solve(Problem((x[:, None] - y).square().sum(-1), epsilon=0.3), gradient=Implicit())  # of data that are not
+        assert solved.apply(y).shape == (5, 2)
+
+
+@pytest.mark.parametrize("output", ["value", "f", "row_marginal", "apply", "slope"])
+@pytest.mark.parametrize("cost", ["matrix", "points"])
+def test_many_derivatives_at_once_are_refused_in_words(cost, output):
+    x, y = torch.rand(5, 2, dtype=torch.float64, requires_grad=True), torch.rand(6, 2, dtype=torch.float64)
+    problem = Problem(Points(x, y) if cost == "points" else (x[:, None] - y).square().sum(-1), epsilon=0.3, rows=KL(0.5))
+    solution = solve(problem, gradient=Implicit())
+    if output == "slope":
+        (found,) = torch.autograd.grad(solution.value, x, create_graph=True)
+    else:
+        found = solution.apply(y) if output == "apply" else getattr(solution, output)
+    found = found.reshape(-1)
+    with pytest.raises(RuntimeError, match=r"is_grads_batched=True.*one torch.autograd.grad a row"):
+        torch.autograd.grad(found, x, torch.eye(len(found), dtype=torch.float64), is_grads_batched=True)
+
+
+def test_compiled_with_a_break_at_every_solve_and_output():
+    """Dynamo had read the library's code into 71 graphs, for a minute."""
+
+    def step(x, y):
+        solution = solve(Problem(Points(2.0 * x, y), epsilon=0.3), gradient=Implicit())
+        paid = solution.value + solution.plan.square().sum() + solution.f.square().sum() + solution.transport_cost
+        return 3.0 * paid + solution.apply(y).square().sum() + sinkhorn_divergence(x, y, epsilon=0.3)
+
+    x, y = (torch.rand(n, 2, dtype=torch.float64, requires_grad=True) for n in (5, 6))
+    testing = importlib.import_module("torch._dynamo.testing")
+    torch._dynamo.reset()
+    seen = testing.CompileCounter()
+    value, expected = torch.compile(step, backend=seen)(x, y), step(x, y)
+    torch.testing.assert_close(value, expected)
+    for found, known in zip(*(torch.autograd.grad(v, (x, y)) for v in (value, expected)), strict=True):
+        torch.testing.assert_close(found, known)
+    assert 1 <= seen.frame_count <= 8  # one between two of seven
+
+
+READ = (*OUTPUTS, "certificate", "__repr__")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cost", ["matrix", "points", "distances"])
+def test_what_was_looked_at_without_gradients_has_them_afterwards(cost, off):
+    """A log, a debugger: a loss that is read once before it is used must not lose its gradient, unsaid."""
+    x, y = (torch.rand(n, 2, dtype=torch.float64) for n in (5, 6))
+
+    def solved():
+        z = x.clone().requires_grad_()
+        made = {"matrix": (z[:, None] - y).square().sum(-1), "points": Points(z, y), "distances": Points(z, y, "euclidean")}
+        return z, solve(Problem(made[cost], epsilon=0.3, rows=KL(0.5)), gradient=Implicit())
+
+    def slopes(z, solution):
+        found = {name: getattr(solution, name) for name in OUTPUTS if name != "mass_multiplier"} | {"apply": solution.apply(y)}
+        return {name: torch.autograd.grad(x.square().sum(), z, retain_graph=True)[0] for name, x in found.items()}
+
+    expected, (z, solution) = slopes(*solved()), solved()
+    with off():
+        for name in READ:
+            _ = repr(solution) if name == "__repr__" else getattr(solution, name)
+        _ = solution.apply(y)
+    for name, slope in slopes(z, solution).items():
+        torch.testing.assert_close(slope, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_problem_is_the_same_wherever_it_was_made(batch):
+    """torch's views of what it follows require a gradient under no_grad too, and lead nowhere."""
+    cost = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.full((*batch, 4), 0.25, dtype=torch.float64)
+
+    def slope():
+        return torch.autograd.grad(solution.value.sum(), cost)[0]
+
+    solution = solve(Problem(2.0 * cost, a, epsilon=0.3))
+    expected, doubled = slope(), 2.0 * cost
+    with torch.no_grad():
+        solution = solve(Problem(doubled, a, epsilon=0.3))
+    torch.testing.assert_close(slope(), expected)
 
 
 CHAINED = {
