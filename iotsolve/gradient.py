@@ -314,7 +314,8 @@ def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 def _snapped(problem: Problem, p: Potentials, dtype: torch.dtype) -> Potentials:
     """The potentials in a precision, exactly at their kinks: a solver that counts in epsilons comes back a digit beside them."""
     rounding, given = 8 * torch.finfo(p.f.dtype).eps, p.to(dtype)
-    return Potentials(problem.rows.snapped(given.f, rounding), problem.columns.snapped(given.g, rounding), given.lam)
+    rows, columns = (side.at(w.to(dtype)) for side, w in zip(problem.sides, (problem.a, problem.b), strict=True))
+    return Potentials(rows.snapped(given.f, rounding), columns.snapped(given.g, rounding), given.lam)
 
 
 def _moved(problem: Problem, p: Potentials) -> Potentials:

@@ -13,6 +13,7 @@ import torch
 from catalogue import CASES, PRECISE, SIDES, Case, answer, over, select, with_leaves
 
 from iotsolve import (
+    AT_MOST,
     FIXED,
     FREE,
     KL,
@@ -974,6 +975,17 @@ def test_an_empty_bin_that_all_would_go_to_changes_nothing(held):
     expected = torch.autograd.grad(fewer.transport_cost + (fewer.row_marginal**2).sum(), rest)[0]
     torch.testing.assert_close(found[without], expected, rtol=1e-8, atol=1e-10)
     assert (found[2] == 0).all()
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.4746003, 0.7])
+def test_a_price_that_is_rounded_to_single_precision_is_still_the_price(weight):
+    """A row that nothing can reach has the potential ``rho a``, a digit beside it in float64, and follows both."""
+    rho, a = (torch.tensor(x, requires_grad=True) for x in (1.5288758, [weight, 1.0]))
+    cost = torch.tensor([[math.inf], [0.3]])
+    price = solve(Problem(cost, a, rows=L2(rho), columns=AT_MOST, epsilon=0.9), gradient=Implicit()).f[0]
+    to_rho, to_a = torch.autograd.grad(price, (rho, a))
+    assert float(price.detach()) == pytest.approx(1.5288758 * weight, rel=1e-6)
+    np.testing.assert_allclose([float(to_rho), *to_a.tolist()], [weight, 1.5288758, 0.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("side", [ChiSquared, L2, TV])
