@@ -759,8 +759,8 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     """The same problem where every derivative exists and is finite; float64.
 
     Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
-    at which they carry exactly 0. So do the arcs of empty bins whose potentials make even that weight count: a derivative
-    through them, of 1e80 and more, is not told.
+    at which they carry exactly 0. So do the arcs of bins that nothing can reach, and those of empty bins whose potentials
+    make even that weight count: a derivative through them, of 1e80 and more, is not told.
     """
     if streams(problem.cost) and (twin := _streamed_twin(problem, p)) is not None:
         return twin
@@ -769,7 +769,7 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     slack, allowed = Dense(matrix.detach()).slack(p.f + p.lam.unsqueeze(-1), p.g)
     eps = number(problem.epsilon)
     tiny = empty_a.unsqueeze(-1) | empty_b.unsqueeze(-2)
-    allowed = matrix.isfinite() & ~(tiny & allowed & (slack > _COUNTS * eps))
+    allowed = allowed & ~(tiny & (slack > _COUNTS * eps))
     sizes = [float(torch.where(x.isfinite(), x, 0.0).abs().max()) for x in (matrix.detach(), p.f, p.g, p.lam)]
     one = torch.ones((), dtype=a.dtype, device=a.device)
     softness = [float(side.divergence(0 * one, one).detach().max()) for side in (problem.rows, problem.columns)]

@@ -694,7 +694,7 @@ class Problem:
                 return p
             with calm(p.f):
                 on_rows, on_columns = (
-                    (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
+                    (w * x).sum(-1) if self.is_full else _over_reached(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
                 )
                 known = None if self.a.requires_grad or self.b.requires_grad else self.__dict__.get("amounts")
                 one = known is not None and known.size == 2
@@ -703,10 +703,10 @@ class Problem:
             return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:
-            shift = weighted(self.a, f) / self.a.sum(-1)
+            shift = _over_reached(self.a, f) / self.a.sum(-1)
             f, lam = f - shift.unsqueeze(-1), lam + shift
         if self.columns.is_fixed:
-            shift = weighted(self.b, g) / self.b.sum(-1)
+            shift = _over_reached(self.b, g) / self.b.sum(-1)
             g, lam = g - shift.unsqueeze(-1), lam + shift
         return Potentials(f, g, lam)
 
@@ -828,6 +828,11 @@ def log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: S
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """``sum weights * values`` in which a bin of weight 0 counts 0 even at an infinite value, with its derivative kept."""
     return _terms(weights, values).sum(-1)
+
+
+def _over_reached(weights: Tensor, values: Tensor) -> Tensor:
+    """``sum weights * values`` over the bins that something can reach; no more weight can come to an empty one of the others."""
+    return (weights * torch.where(values.isfinite(), values, 0.0)).sum(-1)
 
 
 def _terms(weights: Tensor, values: Tensor) -> Tensor:

@@ -977,6 +977,33 @@ def test_an_empty_bin_that_all_would_go_to_changes_nothing(held):
     assert (found[2] == 0).all()
 
 
+@pytest.mark.parametrize("gradient", [Implicit(), Unroll(20)], ids=["implicit", "unroll"])
+def test_an_empty_bin_does_not_follow_what_it_alone_could_reach(gradient):
+    """Column 0 is within reach of the empty row 0 alone: with KL its potential is infinite, and the row follows column 1."""
+    arc, rho = leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 5.0)]
+    cost = torch.stack([torch.stack([torch.full_like(arc, 0.3), arc]), torch.tensor([math.inf, 0.2], dtype=torch.float64)])
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in ([0.0, 1.0], [0.4, 0.6]))
+    solution = solve(Problem(cost, a, b, epsilon=0.4, rows=TV(rho), columns=KL(0.1)), gradient=gradient)
+    assert solution.g[0] == math.inf
+    torch.testing.assert_close(solution.f[0], arc - solution.g[1] - 0.4 * math.log(0.6))
+    found = torch.autograd.grad(solution.f[0], leaves, materialize_grads=True)
+    np.testing.assert_allclose([float(x) for x in found], [1.0, 0.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("mass", [None, 1.0])
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit(), Unroll(5)], ids=["envelope", "implicit", "unroll"])
+def test_the_gauge_of_potentials_leaves_out_what_nothing_can_reach(mass, gradient):
+    """An empty column that the empty row alone reaches: more weight has no plan there, and no slope of -1.8e308 or NaN."""
+    cost = torch.tensor([[1.0, math.inf, 0.4], [-0.6, 0.5, math.inf]], dtype=torch.float64)
+    a, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([1.0, 0.0], [1.0, 0.0, 0.0]))
+    solution = solve(Problem(cost, a, b, epsilon=0.1, mass=mass), gradient=gradient)
+    assert solution.g[1] == math.inf and solution.g.isfinite().sum() == 2
+    if isinstance(gradient, Envelope):
+        return
+    slope = torch.autograd.grad(solution.g[0] + 2.0 * solution.g[2] - 3.0 * solution.f[1], b)[0]
+    assert slope.abs().max() < 100.0  # of weights that may only move together
+
+
 @pytest.mark.parametrize("weight", [0.1, 0.3, 0.4746003, 0.7])
 def test_a_price_that_is_rounded_to_single_precision_is_still_the_price(weight):
     """A row that nothing can reach has the potential ``rho a``, a digit beside it in float64, and follows both."""
