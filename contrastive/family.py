@@ -44,6 +44,7 @@ from iotsolve.distributed import Alone, Ranks, Sharded, meet
 from iotsolve.gradient import Envelope, Implicit, Unroll
 from iotsolve.kernels.backends import check as check_backend
 from iotsolve.kernels.directions import cross_entropies, normalised
+from iotsolve.kernels.once import Backward
 from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import Marginal, number, times
 from iotsolve.problem import Potentials, Problem, log_scaling
@@ -694,7 +695,7 @@ def settled(problem: Problem, solver: Sinkhorn) -> tuple[Outcome, str]:
     return replace(further, steps=[outcome.steps[0] + further.steps[0]]), ""
 
 
-class _Floored(torch.autograd.Function):
+class _Floored(Backward):
     """The larger of two numbers, from below which a derivative that leads up leads back."""
 
     @staticmethod

@@ -6,6 +6,7 @@ from typing import Any
 
 from iotsolve.costs import Points
 from iotsolve.interior import Interior
+from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import FIXED, KL, TV, ChiSquared, Marginal, Scalar
 from iotsolve.problem import Problem
 from iotsolve.sinkhorn import Sinkhorn
@@ -14,6 +15,7 @@ from iotsolve.solve import solve
 __all__ = ["sinkhorn_divergence"]
 
 
+@uncompiled
 def sinkhorn_divergence(
     x: Any,
     y: Any,

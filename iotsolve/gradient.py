@@ -5,7 +5,7 @@ the potentials determine, by one linear system; ``Unroll`` does the same through
 cannot differentiate raises when asked; it never returns a gradient with a part missing.
 
 A potential is *held* where a kink of its side keeps it (a bound that is not active, TV at its clamp, a FREE side); it is
-*idle* where its bin carries no mass, so that it follows the other side and nothing follows it.
+*idle* where its bin carries no mass, so that it follows the other side and nothing follows it but empty bins.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from iotsolve.costs import Cost, Dense, Points, Scalar, calm
 from iotsolve.distributed import Alone, Ranks, Sharded, ranks_of
-from iotsolve.kernels.once import Refuse, final
+from iotsolve.kernels.once import Backward, Refuse, final, single
 from iotsolve.marginals import Marginal, number
 from iotsolve.newton import DualSystem
 from iotsolve.plans import Plan, quick_plan, streams
@@ -177,7 +177,7 @@ def _refuse(problem: Problem, p: Potentials) -> Potentials:
 # -- the value ---------------------------------------------------------------------------------------------------------
 
 
-class _EnvelopeValue(torch.autograd.Function):
+class _EnvelopeValue(Backward):
     @staticmethod
     def forward(
         ctx,
@@ -201,6 +201,7 @@ class _EnvelopeValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        single(upstream)
         needed, tensors = ctx.needs_input_grad[5:], ctx.saved_tensors
         if torch.is_grad_enabled() and ctx.plan is None:
             return (None,) * 5 + _differentiable_gradient(ctx, upstream, needed, tensors)
@@ -313,7 +314,8 @@ def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 def _snapped(problem: Problem, p: Potentials, dtype: torch.dtype) -> Potentials:
     """The potentials in a precision, exactly at their kinks: a solver that counts in epsilons comes back a digit beside them."""
     rounding, given = 8 * torch.finfo(p.f.dtype).eps, p.to(dtype)
-    return Potentials(problem.rows.snapped(given.f, rounding), problem.columns.snapped(given.g, rounding), given.lam)
+    rows, columns = (side.at(w.to(dtype)) for side, w in zip(problem.sides, (problem.a, problem.b), strict=True))
+    return Potentials(rows.snapped(given.f, rounding), columns.snapped(given.g, rounding), given.lam)
 
 
 def _moved(problem: Problem, p: Potentials) -> Potentials:
@@ -503,7 +505,7 @@ def _gauged_and_following(problem: Problem, p: Potentials, pull: Pull) -> Potent
     return problem.gauge(Potentials(*_FollowingPotentials.apply(problem.detach(), p, pull, names, *tensors)))
 
 
-class _FollowingPotentials(torch.autograd.Function):
+class _FollowingPotentials(Backward):
     @staticmethod
     def forward(ctx, problem: Problem, p: Potentials, pull: Pull, names: tuple[str, ...], *tensors: Tensor):
         ctx.problem, ctx.p, ctx.pull, ctx.names = problem, _snapped(problem, p, torch.float64), pull, names
@@ -514,6 +516,7 @@ class _FollowingPotentials(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream: Tensor):
+        single(*upstream)
         needed, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
         ups = Potentials(*(up.detach().double() for up in upstream))
         with torch.no_grad():
@@ -535,24 +538,11 @@ def _pull_implicit(
     ranks = _ranks(problem)
     idle_f, idle_g = _idle(problem, p)
     eliminated: tuple[Tensor | None, ...] = (None,) * len(names)
-    if idle_f.any() or idle_g.any():
-        x = Potentials(*(t.clone().requires_grad_() for t in (p.f, p.g, p.lam)))
-        parts: list[Tensor] = []
-
-        def of_idle(live: Problem) -> Tensor:
-            f, g = _idle_potentials(_smooth_twin(live, p), _moved(live, x))
-            total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
-            total = total / ranks.count  # each has the whole of it, and their derivatives are added
-            slopes = torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True)
-            parts.extend(ranks.sum(slope) for slope in slopes)
-            return total
-
-        eliminated = _added(ranks, names, _pull(problem, of_idle, names, needed, tensors, torch.float64))
-        upstream = Potentials(
-            torch.where(idle_f, 0.0, upstream.f) + torch.where(p.f.isfinite(), parts[0], 0.0),
-            torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
-            upstream.lam + parts[2],
-        )
+    for _ in range(2):  # empty bins first, which may follow bins with weight that are idle themselves
+        if not ((idle_f & (upstream.f != 0)).any() or (idle_g & (upstream.g != 0)).any()):
+            break  # on all ranks, which have the same loss
+        found, upstream = _pull_idle(problem, p, upstream, (idle_f, idle_g), names, needed, tensors)
+        eliminated = tuple(_add(x, y) for x, y in zip(eliminated, found, strict=True))
     with calm(problem.cost):
         u, v, w = _adjoint(problem, p, upstream, (_moving(problem.rows, p.f), _moving(problem.columns, p.g)))
 
@@ -571,6 +561,37 @@ def _pull_implicit(
     found = [_pull(problem, of, names, needed, tensors, torch.float64) for of in (asked, had)]
     found = [_add(x, None if y is None else -y) for x, y in zip(found[0], _added(ranks, names, found[1]), strict=True)]
     return tuple(_add(x, y) for x, y in zip(found, eliminated, strict=True))
+
+
+def _pull_idle(
+    problem: Problem,
+    p: Potentials,
+    upstream: Potentials,
+    idle: tuple[Tensor, Tensor],
+    names: Sequence[str],
+    needed: Sequence[bool],
+    tensors: Sequence[Tensor],
+) -> tuple[tuple[Tensor | None, ...], Potentials]:
+    """What idle bins owe to the data at frozen potentials, and upstream without them: what they owe to others is added there."""
+    ranks, (idle_f, idle_g) = _ranks(problem), idle
+    x = Potentials(*(t.clone().requires_grad_() for t in (p.f, p.g, p.lam)))
+    parts: list[Tensor] = []
+
+    def of_idle(live: Problem) -> Tensor:
+        f, g = _idle_potentials(_smooth_twin(live, p), _moved(live, x))
+        total = torch.where(idle_f, upstream.f * f, 0.0).sum() + torch.where(idle_g, upstream.g * g, 0.0).sum()
+        total = total / ranks.count  # each has the whole of it, and their derivatives are added
+        slopes = torch.autograd.grad(total, (x.f, x.g, x.lam), retain_graph=True, materialize_grads=True)
+        parts.extend(ranks.sum(slope) for slope in slopes)
+        return total
+
+    found = _added(ranks, names, _pull(problem, of_idle, names, needed, tensors, torch.float64))
+    left = Potentials(
+        torch.where(idle_f, 0.0, upstream.f) + torch.where(p.f.isfinite(), parts[0], 0.0),
+        torch.where(idle_g, 0.0, upstream.g) + torch.where(p.g.isfinite(), parts[1], 0.0),
+        upstream.lam + parts[2],
+    )
+    return found, left
 
 
 def _ranks(problem: Problem) -> Ranks | Alone:
@@ -687,7 +708,7 @@ def linear(plan: Plan, values: Tensor, axis: int) -> Tensor:
     return _Linear.apply(plan, axis, values)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Backward):
     @staticmethod
     def forward(ctx, plan: Plan, axis: int, values: Tensor) -> Tensor:
         ctx.plan, ctx.axis = plan, axis
@@ -695,6 +716,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        single(upstream)
         return None, None, linear(ctx.plan, upstream, -3 - ctx.axis)
 
 
@@ -737,8 +759,8 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     """The same problem where every derivative exists and is finite; float64.
 
     Empty bins get a weight too small to change a digit, through which one-sided derivatives pass, and forbidden arcs a cost
-    at which they carry exactly 0. So do the arcs of empty bins whose potentials make even that weight count: a derivative
-    through them, of 1e80 and more, is not told.
+    at which they carry exactly 0. So do the arcs of bins that nothing can reach, and those of empty bins whose potentials
+    make even that weight count: a derivative through them, of 1e80 and more, is not told.
     """
     if streams(problem.cost) and (twin := _streamed_twin(problem, p)) is not None:
         return twin
@@ -747,7 +769,7 @@ def _smooth_twin(problem: Problem, p: Potentials) -> Problem:
     slack, allowed = Dense(matrix.detach()).slack(p.f + p.lam.unsqueeze(-1), p.g)
     eps = number(problem.epsilon)
     tiny = empty_a.unsqueeze(-1) | empty_b.unsqueeze(-2)
-    allowed = matrix.isfinite() & ~(tiny & allowed & (slack > _COUNTS * eps))
+    allowed = allowed & ~(tiny & (slack > _COUNTS * eps))
     sizes = [float(torch.where(x.isfinite(), x, 0.0).abs().max()) for x in (matrix.detach(), p.f, p.g, p.lam)]
     one = torch.ones((), dtype=a.dtype, device=a.device)
     softness = [float(side.divergence(0 * one, one).detach().max()) for side in (problem.rows, problem.columns)]

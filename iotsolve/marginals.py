@@ -563,6 +563,11 @@ class ChiSquared(Marginal):
     def project(self, f: Tensor) -> Tensor:
         return torch.minimum(f, _like(self.rho, f))  # beyond, nothing is asked for and the plan alone grows
 
+    def snapped(self, f: Tensor, rounding: float) -> Tensor:
+        rho = _like(self.rho, f)  # from where on nothing is asked for: no kink of the conjugate, but one of its derivative
+        beside = (f != rho) & ((f - rho).abs() <= rounding * rho)
+        return torch.where(beside, rho, f) if beside.any() else f
+
     def curvature(self, f: Tensor) -> Tensor:
         bends = f <= self.rho  # at rho too, where rounding leaves a marginal that is nearly 0 and `response` has a derivative
         return torch.where(bends, 1 / _like(self.rho, f), 0.0).to(f)

@@ -190,14 +190,15 @@ class Problem:
     ) -> None:
         ranks = ranks_of(cost)
         with ranks.together():
-            cost, as_numpy = as_cost(cost)
-            n, m = cost.shape[-2:]
             even = a is None and b is None
-            a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
-            epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
-            mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
-            batch = common_batch(cost, a, b)
-            self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
+            with torch.enable_grad():  # data are what they are: under no_grad views of them would lead nowhere, unsaid
+                cost, as_numpy = as_cost(cost)
+                n, m = cost.shape[-2:]
+                a, b = as_weights("a", a, n, cost), as_weights("b", b, m, cost)
+                epsilon = as_scalar("epsilon", epsilon, hint="0 is exact transport")
+                mass = None if mass is None else as_scalar("mass", mass, hint="leave it None to let the marginals decide")
+                batch = common_batch(cost, a, b)
+                self._set(cost.expand(batch), a.expand(*batch, n), b.expand(*batch, m), epsilon, rows, columns, mass)
             object.__setattr__(self, "as_numpy", as_numpy)
             object.__setattr__(self, "is_even", even)
             if even:
@@ -693,7 +694,7 @@ class Problem:
                 return p
             with calm(p.f):
                 on_rows, on_columns = (
-                    (w * x).sum(-1) if self.is_full else weighted(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
+                    (w * x).sum(-1) if self.is_full else _over_reached(w, x) for w, x in ((self.a, p.f), (self.b, p.g))
                 )
                 known = None if self.a.requires_grad or self.b.requires_grad else self.__dict__.get("amounts")
                 one = known is not None and known.size == 2
@@ -702,10 +703,10 @@ class Problem:
             return Potentials(p.f - shift, p.g + shift, p.lam)
         f, g, lam = p.f, p.g, p.lam
         if self.rows.is_fixed:
-            shift = weighted(self.a, f) / self.a.sum(-1)
+            shift = _over_reached(self.a, f) / self.a.sum(-1)
             f, lam = f - shift.unsqueeze(-1), lam + shift
         if self.columns.is_fixed:
-            shift = weighted(self.b, g) / self.b.sum(-1)
+            shift = _over_reached(self.b, g) / self.b.sum(-1)
             g, lam = g - shift.unsqueeze(-1), lam + shift
         return Potentials(f, g, lam)
 
@@ -827,6 +828,11 @@ def log_marginal(weights: Tensor, potential: Tensor, softmin: Tensor, epsilon: S
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """``sum weights * values`` in which a bin of weight 0 counts 0 even at an infinite value, with its derivative kept."""
     return _terms(weights, values).sum(-1)
+
+
+def _over_reached(weights: Tensor, values: Tensor) -> Tensor:
+    """``sum weights * values`` over the bins that something can reach; no more weight can come to an empty one of the others."""
+    return (weights * torch.where(values.isfinite(), values, 0.0)).sum(-1)
 
 
 def _terms(weights: Tensor, values: Tensor) -> Tensor:

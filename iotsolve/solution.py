@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from iotsolve.gradient import (
     streamed_parts,
 )
 from iotsolve.kernels.precision import product
+from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import number
 from iotsolve.plans import Plan, in_batch, plan_of, streams
 from iotsolve.problem import Potentials, Problem, in_double, log_scaling
@@ -33,6 +35,22 @@ from iotsolve.solver import Status
 from iotsolve.watch import Watch
 
 __all__ = ["Solution", "SolveError"]
+
+
+def _remembered(make: Callable[[Solution], Any]) -> property:
+    """As ``cached_property``, but what was made where autograd does not look, for a log perhaps, is made again where it does."""
+    name, make = f"_made{make.__name__}", uncompiled(make)
+
+    @wraps(make)
+    def read(self: Solution) -> Any:
+        followed = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        was_followed, made = self.__dict__.get(name, (None, None))
+        if was_followed is None or followed > was_followed:
+            made = make(self)
+            self.__dict__[name] = followed, made
+        return made
+
+    return property(read)
 
 
 class SolveError(RuntimeError):
@@ -90,7 +108,7 @@ class Solution:
         """Optimal objective, entropy and penalties included, shape ``(...)``."""
         return self._given(self._value)
 
-    @cached_property
+    @_remembered
     def _value(self) -> Tensor:
         self.watch.check()
         return self.differentiation.value(self.problem, self.found, self.exact_plan, self.excess)
@@ -99,7 +117,7 @@ class Solution:
         """Numbers and vectors as the caller is to have them: in memory of their own, to do with as one likes."""
         return self.problem.leave(x.clone())
 
-    @cached_property
+    @_remembered
     def _live(self) -> Potentials:
         self.watch.check()
         return self.differentiation.potentials(self.problem, self.found)
@@ -127,12 +145,18 @@ class Solution:
     @property
     def _plan(self) -> Tensor:
         """All of the plan, made once; and again if somebody has changed it in place."""
-        plan, version = self.__dict__.get("_kept", (None, None))
-        if plan is None or (version is not None and plan._version != version):
+        kept = self._kept
+        if kept[0] is None or (kept[1] is not None and kept[0]._version != kept[1]):
             plan = self._made()
-            self.__dict__["_kept"] = plan, None if plan.is_inference() else plan._version
-        return plan
+            kept[:] = plan, None if plan.is_inference() else plan._version
+        return kept[0]
 
+    @_remembered
+    def _kept(self) -> list[Any]:
+        """The plan and its version, or nothing yet."""
+        return [None, None]
+
+    @uncompiled
     def _made(self) -> Tensor:
         self.watch.check()
         if self.exact_plan is not None:
@@ -147,7 +171,7 @@ class Solution:
                 plan[..., rows, :] = block
             return plan
 
-    @cached_property
+    @_remembered
     def _read(self) -> Plan | None:
         """The plan to be read without holding it, where it is large and nothing but the value is to be differentiated."""
         self.watch.check()
@@ -165,7 +189,7 @@ class Solution:
     def _frozen(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.found.f, self.found.g, self.found.lam
 
-    @cached_property
+    @_remembered
     def _streamed(self) -> tuple[Problem, Potentials, Ranks | Alone] | None:
         """What a plan is made of that need not be held to be differentiated, and who has a share in it; None of other plans."""
         self.watch.check()
@@ -180,7 +204,7 @@ class Solution:
         live = self._live
         return twin, Potentials(*(ranks.shared(x.double()) for x in (live.f, live.g, live.lam))), ranks
 
-    @cached_property
+    @_remembered
     def _marginals(self) -> tuple[Tensor, Tensor]:
         """Those of a plan that is held, or of one that need not be."""
         if self._streamed is None:
@@ -193,6 +217,7 @@ class Solution:
         # at an empty bin 0, of which only the derivative was asked
         return tuple(torch.where(filled, x, x - x.detach()) for x, filled in (r, c))
 
+    @uncompiled
     def _of_plan(self, of_dense: Any, of_read: Any, *shape: int) -> Any:
         self.watch.check()
         if self._read is None:
@@ -227,6 +252,7 @@ class Solution:
         (i, j), values = plan.indices().numpy(), plan.values().numpy()
         return coo_array((values, (i, j)), shape=tuple(plan.shape))
 
+    @uncompiled
     def apply(self, values: Any, *, axis: int = -1) -> Any:
         """The plan times a matrix: ``P V`` of ``V`` with a row for every column of the problem, or with ``axis=-2`` ``P' V``.
 

@@ -19,6 +19,7 @@ from iotsolve.distributed import Ranks, Sharded, ranks_of
 from iotsolve.exact import Exact
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
+from iotsolve.kernels.once import check_reverse
 from iotsolve.kernels.uncompiled import uncompiled
 from iotsolve.marginals import number
 from iotsolve.newton import Newton
@@ -66,6 +67,7 @@ def solve(
     Raises:
         SolveError: if ``throw`` and some problem did not converge; carries status, solution and certificate.
         ValueError: if the solver does not fit the problem.
+        RuntimeError: inside the transforms of ``torch.func``, or if data carry derivatives of forward mode.
 
     Example:
         >>> solution = solve(Problem(np.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1))
@@ -79,6 +81,7 @@ def solve(
             solver = Exact() if problem.is_exact else _Automatic(tolerance)
             tolerance = None
         _check_arguments(problem, solver, gradient, init, tolerance)
+        check_reverse(problem.tensors())
     if isinstance(ranks, Ranks):
         ranks.agree(
             f"the ranks do not solve alike, here by {solver} with gradient = {gradient}: give all the same solver and gradient.",

@@ -1,5 +1,6 @@
 """Gradients against differences of solved problems: what the formulas say must be what the solver does."""
 
+import importlib
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 from catalogue import CASES, PRECISE, SIDES, Case, answer, over, select, with_leaves
 
 from iotsolve import (
+    AT_MOST,
     FIXED,
     FREE,
     KL,
@@ -28,6 +30,7 @@ from iotsolve import (
     Sinkhorn,
     Unroll,
     inverse_loss,
+    sinkhorn_divergence,
     solve,
 )
 from iotsolve.kernels import bilinear
@@ -433,6 +436,100 @@ def test_nothing_is_refused_where_no_gradient_was_asked_for():
 
 
 # -- unrolled sweeps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", ["matrix", "points"])
+def test_forward_mode_is_refused_in_words(cost):
+    """Where a part of the derivative would be followed (<C, dP> left out of that of <C, P>) or none, unsaid."""
+    x, y = (torch.rand(n, 2, dtype=torch.float64) for n in (5, 6))
+    with torch.autograd.forward_ad.dual_level():
+        z = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        problem = Problem(Points(z, y) if cost == "points" else (z[:, None] - y).square().sum(-1), epsilon=0.3)
+        for choice in (Envelope(), Implicit()):
+            with pytest.raises(RuntimeError, match=r"(cost|x) is followed by derivatives in forward mode.*torch.autograd.grad"):
+                solve(problem, gradient=choice)
+        rho = torch.autograd.forward_ad.make_dual(torch.tensor(0.5), torch.tensor(1.0))
+        with pytest.raises(RuntimeError, match="rho is followed by derivatives in forward mode"):
+            solve(Problem(x.square(), epsilon=0.3, rows=KL(rho)))
+        solved = solve(Problem((x[:, None] - y).square().sum(-1), epsilon=0.3), gradient=Implicit())  # of data that are not
+        assert solved.apply(y).shape == (5, 2)
+
+
+@pytest.mark.parametrize("output", ["value", "f", "row_marginal", "apply", "slope"])
+@pytest.mark.parametrize("cost", ["matrix", "points"])
+def test_many_derivatives_at_once_are_refused_in_words(cost, output):
+    x, y = torch.rand(5, 2, dtype=torch.float64, requires_grad=True), torch.rand(6, 2, dtype=torch.float64)
+    problem = Problem(Points(x, y) if cost == "points" else (x[:, None] - y).square().sum(-1), epsilon=0.3, rows=KL(0.5))
+    solution = solve(problem, gradient=Implicit())
+    if output == "slope":
+        (found,) = torch.autograd.grad(solution.value, x, create_graph=True)
+    else:
+        found = solution.apply(y) if output == "apply" else getattr(solution, output)
+    found = found.reshape(-1)
+    with pytest.raises(RuntimeError, match=r"is_grads_batched=True.*one torch.autograd.grad a row"):
+        torch.autograd.grad(found, x, torch.eye(len(found), dtype=torch.float64), is_grads_batched=True)
+
+
+def test_compiled_with_a_break_at_every_solve_and_output():
+    """Dynamo had read the library's code into 71 graphs, for a minute."""
+
+    def step(x, y):
+        solution = solve(Problem(Points(2.0 * x, y), epsilon=0.3), gradient=Implicit())
+        paid = solution.value + solution.plan.square().sum() + solution.f.square().sum() + solution.transport_cost
+        return 3.0 * paid + solution.apply(y).square().sum() + sinkhorn_divergence(x, y, epsilon=0.3)
+
+    x, y = (torch.rand(n, 2, dtype=torch.float64, requires_grad=True) for n in (5, 6))
+    testing = importlib.import_module("torch._dynamo.testing")
+    torch._dynamo.reset()
+    seen = testing.CompileCounter()
+    value, expected = torch.compile(step, backend=seen)(x, y), step(x, y)
+    torch.testing.assert_close(value, expected)
+    for found, known in zip(*(torch.autograd.grad(v, (x, y)) for v in (value, expected)), strict=True):
+        torch.testing.assert_close(found, known)
+    assert 1 <= seen.frame_count <= 8  # one between two of seven
+
+
+READ = (*OUTPUTS, "certificate", "__repr__")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cost", ["matrix", "points", "distances"])
+def test_what_was_looked_at_without_gradients_has_them_afterwards(cost, off):
+    """A log, a debugger: a loss that is read once before it is used must not lose its gradient, unsaid."""
+    x, y = (torch.rand(n, 2, dtype=torch.float64) for n in (5, 6))
+
+    def solved():
+        z = x.clone().requires_grad_()
+        made = {"matrix": (z[:, None] - y).square().sum(-1), "points": Points(z, y), "distances": Points(z, y, "euclidean")}
+        return z, solve(Problem(made[cost], epsilon=0.3, rows=KL(0.5)), gradient=Implicit())
+
+    def slopes(z, solution):
+        found = {name: getattr(solution, name) for name in OUTPUTS if name != "mass_multiplier"} | {"apply": solution.apply(y)}
+        return {name: torch.autograd.grad(x.square().sum(), z, retain_graph=True)[0] for name, x in found.items()}
+
+    expected, (z, solution) = slopes(*solved()), solved()
+    with off():
+        for name in READ:
+            _ = repr(solution) if name == "__repr__" else getattr(solution, name)
+        _ = solution.apply(y)
+    for name, slope in slopes(z, solution).items():
+        torch.testing.assert_close(slope, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_problem_is_the_same_wherever_it_was_made(batch):
+    """torch's views of what it follows require a gradient under no_grad too, and lead nowhere."""
+    cost = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.full((*batch, 4), 0.25, dtype=torch.float64)
+
+    def slope():
+        return torch.autograd.grad(solution.value.sum(), cost)[0]
+
+    solution = solve(Problem(2.0 * cost, a, epsilon=0.3))
+    expected, doubled = slope(), 2.0 * cost
+    with torch.no_grad():
+        solution = solve(Problem(doubled, a, epsilon=0.3))
+    torch.testing.assert_close(slope(), expected)
 
 
 CHAINED = {
@@ -878,6 +975,60 @@ def test_an_empty_bin_that_all_would_go_to_changes_nothing(held):
     expected = torch.autograd.grad(fewer.transport_cost + (fewer.row_marginal**2).sum(), rest)[0]
     torch.testing.assert_close(found[without], expected, rtol=1e-8, atol=1e-10)
     assert (found[2] == 0).all()
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Unroll(20)], ids=["implicit", "unroll"])
+def test_an_empty_bin_does_not_follow_what_it_alone_could_reach(gradient):
+    """Column 0 is within reach of the empty row 0 alone: with KL its potential is infinite, and the row follows column 1."""
+    arc, rho = leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 5.0)]
+    cost = torch.stack([torch.stack([torch.full_like(arc, 0.3), arc]), torch.tensor([math.inf, 0.2], dtype=torch.float64)])
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in ([0.0, 1.0], [0.4, 0.6]))
+    solution = solve(Problem(cost, a, b, epsilon=0.4, rows=TV(rho), columns=KL(0.1)), gradient=gradient)
+    assert solution.g[0] == math.inf
+    torch.testing.assert_close(solution.f[0], arc - solution.g[1] - 0.4 * math.log(0.6))
+    found = torch.autograd.grad(solution.f[0], leaves, materialize_grads=True)
+    np.testing.assert_allclose([float(x) for x in found], [1.0, 0.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("mass", [None, 1.0])
+@pytest.mark.parametrize("gradient", [Envelope(), Implicit(), Unroll(5)], ids=["envelope", "implicit", "unroll"])
+def test_the_gauge_of_potentials_leaves_out_what_nothing_can_reach(mass, gradient):
+    """An empty column that the empty row alone reaches: more weight has no plan there, and no slope of -1.8e308 or NaN."""
+    cost = torch.tensor([[1.0, math.inf, 0.4], [-0.6, 0.5, math.inf]], dtype=torch.float64)
+    a, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([1.0, 0.0], [1.0, 0.0, 0.0]))
+    solution = solve(Problem(cost, a, b, epsilon=0.1, mass=mass), gradient=gradient)
+    assert solution.g[1] == math.inf and solution.g.isfinite().sum() == 2
+    if isinstance(gradient, Envelope):
+        return
+    slope = torch.autograd.grad(solution.g[0] + 2.0 * solution.g[2] - 3.0 * solution.f[1], b)[0]
+    assert slope.abs().max() < 100.0  # of weights that may only move together
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.4746003, 0.7])
+def test_a_price_that_is_rounded_to_single_precision_is_still_the_price(weight):
+    """A row that nothing can reach has the potential ``rho a``, a digit beside it in float64, and follows both."""
+    rho, a = (torch.tensor(x, requires_grad=True) for x in (1.5288758, [weight, 1.0]))
+    cost = torch.tensor([[math.inf], [0.3]])
+    price = solve(Problem(cost, a, rows=L2(rho), columns=AT_MOST, epsilon=0.9), gradient=Implicit()).f[0]
+    to_rho, to_a = torch.autograd.grad(price, (rho, a))
+    assert float(price.detach()) == pytest.approx(1.5288758 * weight, rel=1e-6)
+    np.testing.assert_allclose([float(to_rho), *to_a.tolist()], [weight, 1.5288758, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [ChiSquared, L2, TV])
+@pytest.mark.parametrize("gradient", [Implicit(), Unroll(2)], ids=["implicit", "unroll"])
+def test_an_empty_bin_follows_bins_that_carry_nothing_themselves(side, gradient):
+    """Row 0 reaches the empty column 0 alone: its potential is the price of emptiness, and the column's a function of that."""
+    rho, weight, arc, eps = leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.4, 0.3, 0.2)]
+    forbidden, other = torch.tensor(math.inf, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+    cost = torch.stack([torch.stack([arc, forbidden]), torch.stack([forbidden, other])])
+    a, b = torch.stack([weight, other]), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    solution = solve(Problem(cost, a, b, epsilon=eps, rows=side(rho), columns=KL(0.5)), gradient=gradient)
+    empty = rho * weight if side is L2 else rho
+    known = 0.5 / (0.5 + eps) * (arc - empty - eps * weight.log())
+    torch.testing.assert_close(solution.g[0], known, rtol=1e-12, atol=1e-12)
+    for found, right in zip(*(torch.autograd.grad(x, leaves) for x in (solution.g[0], known)), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
 
 
 def test_no_penalty_asks_for_a_potential_beyond_its_own():

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iotsolve.kernels import backends
-from iotsolve.kernels.once import final
+from iotsolve.kernels.once import Backward, final, single
 from iotsolve.kernels.precision import in_full
 from iotsolve.kernels.threads import PIECES, each_piece, torch_on
 
@@ -60,7 +60,7 @@ def log_sums(
     return _log_sums(x, y, u, v, barred) if kernels is None else kernels.log_sums(x, y, u, v, barred, precise=precise, even=even)
 
 
-class _LogSums(torch.autograd.Function):
+class _LogSums(Backward):
     @staticmethod
     def forward(
         ctx,
@@ -77,6 +77,7 @@ class _LogSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream: Tensor | None):
+        single(*upstream)
         x, y, u, v, barred, *sums = ctx.saved_tensors
         with torch.no_grad():
             found = pull(x, y, u, v, barred, sums, upstream, ctx.needs_input_grad[:4], **ctx.how)

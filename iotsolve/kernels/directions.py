@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iotsolve.kernels import backends, bilinear
-from iotsolve.kernels.once import final
+from iotsolve.kernels.once import Backward, final, single
 
 __all__ = ["cross_entropies", "normalised", "remembered"]
 
@@ -27,7 +27,7 @@ def _wide(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-class _Direction(torch.autograd.Function):
+class _Direction(Backward):
     """The derivative in closed form, which asks a device a third as often as autograd would."""
 
     @staticmethod
@@ -38,6 +38,7 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> Tensor:
+        single(g)
         z, x, length = ctx.saved_tensors
         if torch.is_grad_enabled():  # it is to be differentiated itself
             x, length = _direction(z)
@@ -129,7 +130,7 @@ def _left_out(n: int, stacked: bool, decoupled: bool, *, dtype: torch.dtype, dev
     return torch.cat([own, own.roll(n // 2, 0)], 1) if decoupled else own
 
 
-class _Among(torch.autograd.Function):
+class _Among(Backward):
     """Cross-entropies of all points in a row, the second half of which are the matches of the first.
 
     What point i gives to the sum of j is what j gives to that of i, so that one pass makes the derivative in both roles.
@@ -149,6 +150,7 @@ class _Among(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up: Tensor):
+        single(up)
         z, epsilon, x, length, scaled, even, sums = ctx.saved_tensors
         rate, half = ctx.rate, len(x) // 2
         with torch.no_grad():
@@ -164,7 +166,7 @@ class _Among(torch.autograd.Function):
         return *final(bilinear.ONCE, (gz, of_epsilon), z, epsilon, up), None, None
 
 
-class _CrossEntropies(torch.autograd.Function):
+class _CrossEntropies(Backward):
     """From points to numbers and back, by as few launches as there are passes."""
 
     @staticmethod
@@ -180,6 +182,7 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up: Tensor):
+        single(up)
         x, y, epsilon = ctx.saved_tensors  # which notices what was changed in place
         with torch.no_grad():
             gx, gy, rate = ctx.kernels.pull_cross_entropies(*ctx.given, ctx.known, up, ctx.needs_input_grad[:3])

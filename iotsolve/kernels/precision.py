@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iotsolve.kernels.once import Backward
+
 __all__ = ["in_full", "product"]
 
 _EXACT = ("none", "ieee")
@@ -77,7 +79,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return _Product.apply(x, y) if loose else x @ y
 
 
-class _Product(torch.autograd.Function):
+class _Product(Backward):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(x, y)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iotsolve.kernels import backends, bilinear
+from iotsolve.kernels.once import Backward, single
 
 __all__ = ["plan_times"]
 
@@ -49,7 +50,7 @@ def plan_times(
     return _Times.apply(barred, turned, backend, x, y, u, v, values, *(z for pair in factors for z in pair))
 
 
-class _Times(torch.autograd.Function):
+class _Times(Backward):
     @staticmethod
     def forward(
         ctx,
@@ -74,6 +75,7 @@ class _Times(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        single(upstream)
         product, x, y, u, v, values, *flat = ctx.saved_tensors
         turned, factors = ctx.turned, _paired(flat)
         _, _, _, of_x, of_y, of_u, of_v, of_values, *of_flat = ctx.needs_input_grad
