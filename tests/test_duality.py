@@ -353,13 +353,14 @@ def test_what_filling_in_costs_is_bounded_from_above(corrected):
 def test_the_gap_between_fixed_sides_is_the_divergence_of_the_plan_that_meets_them(share):
     """Which scaling the plan of the potentials finds: from above, and closely, since of second order in what is off."""
     rng = np.random.default_rng(1)
-    cost, a, b, epsilon = rng.random((6, 7)), rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(7)), 0.1
+    cost, a, b, epsilon = rng.random((6, 6)) / 2 + 1 - np.eye(6), rng.dirichlet(np.ones(6)), np.full(6, 1 / 6), 0.1
     meets = np.outer(a, b) * np.exp(-cost / epsilon)
     for _ in range(3000):
         meets *= (share * a / meets.sum(1))[:, None]
         meets *= share * b / meets.sum(0)
     logs = np.log(meets / np.outer(a, b)) + cost / epsilon
-    f, g = epsilon * (logs[:, 0] + 1e-6 * (2 + rng.normal(size=6))), epsilon * (logs[0] - logs[0, 0] + 1e-6 * rng.normal(size=7))
+    off = 1e-6 * rng.normal(size=6)  # on both sides alike: what two rows owe to one another is half of it
+    f, g = epsilon * (logs[:, 0] + off), epsilon * (logs[0] - logs[0, 0] + off)
     problem = Problem(cost, a, b, epsilon=epsilon, rows=Between(share, share), columns=Between(share, share))
     due = epsilon * kl_div(meets, gibbs_plan(problem, f, g)).sum()
     gap = certify(problem, f, g, tolerance=1e-15).gap
