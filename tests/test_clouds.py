@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from scipy.special import kl_div
 
 from iotsolve import AT_MOST, FREE, KL, TV, Between, Implicit, Newton, Points, Problem, certify, solve
 from iotsolve.accelerated import Accelerated
@@ -389,3 +390,14 @@ def test_a_certificate_of_many_points_does_not_look_at_their_plan_for_ever(monke
     certificate = certify(problem, rough.f[0], rough.g[0])
     assert not certificate.holds and math.isfinite(certificate.gap)
     assert 0 < len(looks) < 40
+
+
+def test_the_derivative_of_points_in_epsilon_is_the_divergence_of_their_plan():
+    rng = np.random.default_rng(0)
+    drawn = rng.random((7, 2)), rng.random((5, 2)), rng.uniform(0.5, 1.5, 7), np.full(5, 0.4)
+    x, y, a, b = (torch.from_numpy(z) for z in drawn)
+    epsilon = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    solution = solve(Problem(Points(x, y), a, b, epsilon=epsilon, rows=KL(1.0), columns=KL(2.0)), tolerance=1e-12)
+    solution.value.backward()
+    due = kl_div(solution.plan.detach().numpy(), np.outer(a, b)).sum()
+    assert float(epsilon.grad) == pytest.approx(due, rel=1e-6)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import kl_div
 
-from iotsolve import FIXED, FREE, KL, TV, Between, Points, Potentials, Problem, Sinkhorn, certify, solve
+from iotsolve import FIXED, FREE, KL, L2, TV, Between, ChiSquared, Points, Potentials, Problem, Sinkhorn, certify, solve
+from iotsolve.certificate import _filled
 from iotsolve.newton import DualSystem
 from iotsolve.testing import check_certificate, check_duality, costs, marginals, problems, weights
-from iotsolve.testing.references import dual_objective, gibbs_plan, numbers, objective, violation
+from iotsolve.testing.references import _phi, dual_objective, gibbs_plan, numbers, objective, penalty, violation
 
 
 def potentials_of(solution):
@@ -290,6 +291,80 @@ def test_a_small_linear_change_of_a_plan_is_priced_from_above_and_closely(case, 
     exact = certify(problem, *given, tolerance=1e-3)
     assert 0 < exact.gap <= bound.gap * (1 + 1e-9) <= 1.01 * exact.gap
     assert bound.primal >= exact.dual and exact.holds and bound.holds
+
+
+SIDES = [FIXED, Between(2.0, 2.0), FREE, Between(0.5, 2.0), KL(0.7), TV(0.7), ChiSquared(0.7), L2(0.7)]
+
+
+@pytest.mark.parametrize("side", SIDES, ids=repr)
+def test_the_terms_of_the_gap_are_those_of_their_definition(side):
+    """``D(r | a) - a phi(f) + f r``, bin by bin; potentials beyond what the side asks for among them."""
+    rng = np.random.default_rng(0)
+    a, f, (lo, hi) = rng.uniform(0.5, 2.0, 60), rng.uniform(-2.0, 3.0, 60), side.bounds
+    f = np.maximum(f, side.floor)
+    r = a * np.clip(rng.uniform(0.0, 3.0, 60), lo, hi) * (1.0 if lo > 0 else rng.random(60) > 0.2)
+    paid = np.array([penalty(side, r[[i]], a[[i]]) for i in range(60)])
+    here = [torch.from_numpy(x) for x in (r, f, a)]
+    found = side.at(here[2]).fenchel_young(*here).numpy()
+    np.testing.assert_allclose(found, paid - a * _phi(side, f, a) + f * r, rtol=1e-9, atol=1e-12)
+    assert found.min() >= 0
+
+
+def test_the_residual_of_total_variation_is_the_distance_from_what_a_potential_asks_for():
+    r, a = torch.tensor([0.4, 1.0, 1.7]), torch.ones(3)
+    asked = {-0.7: (1.0, np.inf), 0.2: (1.0, 1.0), 0.7: (0.0, 1.0)}
+    for f, (low, high) in asked.items():
+        off = np.abs(r.numpy() - np.clip(r.numpy(), low, high))
+        np.testing.assert_allclose(TV(0.7).residual(r, torch.full((3,), f), a), off, atol=1e-6)
+
+
+def filled_up(plan, a, b):
+    """Rows, then columns scaled down to at most the weights, and what is lacking then as one rank-one piece."""
+    plan = plan * np.minimum(1.0, a / plan.sum(1))[:, None]
+    plan = plan * np.minimum(1.0, b / plan.sum(0))
+    lacking, missing = a - plan.sum(1), b - plan.sum(0)
+    return plan + np.outer(lacking, missing) / lacking.sum() if lacking.sum() > 0 else plan
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_filling_in_costs_is_bounded_from_above(corrected):
+    """The bound knows vectors alone; here the plan that it speaks of is made and its divergence summed."""
+    rng = np.random.default_rng(corrected)
+    for _ in range(300):
+        n, m = rng.integers(2, 9, 2)
+        plan, size = 1e-9 + rng.dirichlet(np.full(n * m, rng.choice([0.3, 1.0, 5.0]))).reshape(n, m), 10 ** rng.uniform(-5, -2)
+        u, v = size * rng.uniform(-1, 1, n), size * rng.uniform(-1, 1, m)
+        x = (u[:, None] + v) * corrected
+        after = plan * (1 + x)
+        off = 0.0 if corrected and rng.random() < 0.5 else 0.1 * size
+        a = after.sum(1) * (1 + off * rng.uniform(-1, 1, n))
+        b = after.sum(0) * (1 + off * rng.uniform(-1, 1, m))
+        b *= a.sum() / b.sum()
+        price = kl_div(filled_up(after, a, b), plan).sum()
+        known = (np.array([(plan * x**2).sum()]), abs(u).max() + abs(v).max()) if corrected else ()
+        dearest = np.array([-np.log(plan / np.outer(a, b)).min()])
+        with np.errstate(all="ignore"):
+            bound = _filled(a[None], b[None], after.sum(1)[None], after.sum(0)[None], dearest, *known)[0]
+        assert price <= bound
+        assert bound <= 1.5 * price or off  # to which nothing is added where nothing is lacking
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 3.0])
+def test_the_gap_between_fixed_sides_is_the_divergence_of_the_plan_that_meets_them(share):
+    """Which scaling the plan of the potentials finds: from above, and closely, since of second order in what is off."""
+    rng = np.random.default_rng(1)
+    cost, a, b, epsilon = rng.random((6, 6)) / 2 + 1 - np.eye(6), rng.dirichlet(np.ones(6)), np.full(6, 1 / 6), 0.1
+    meets = np.outer(a, b) * np.exp(-cost / epsilon)
+    for _ in range(3000):
+        meets *= (share * a / meets.sum(1))[:, None]
+        meets *= share * b / meets.sum(0)
+    logs = np.log(meets / np.outer(a, b)) + cost / epsilon
+    off = 1e-6 * rng.normal(size=6)  # on both sides alike: what two rows owe to one another is half of it
+    f, g = epsilon * (logs[:, 0] + off), epsilon * (logs[0] - logs[0, 0] + off)
+    problem = Problem(cost, a, b, epsilon=epsilon, rows=Between(share, share), columns=Between(share, share))
+    due = epsilon * kl_div(meets, gibbs_plan(problem, f, g)).sum()
+    gap = certify(problem, f, g, tolerance=1e-15).gap
+    assert due <= gap <= 1.2 * due
 
 
 # -- the laws can fail -------------------------------------------------------------------------------------------------

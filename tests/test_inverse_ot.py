@@ -120,6 +120,14 @@ def test_twenty_five_coefficients_are_found():
     assert abs(fit.coefficients - theta).max() <= 1e-8 * abs(theta).max() and fit.steps <= 12
 
 
+@pytest.mark.parametrize("kind", ["model", "robust", "clustered"])
+def test_errors_have_the_unit_of_epsilon(kind):
+    features, counts = counted()
+    data = inverse.Coupling(counts, cluster="rows")
+    one, other = (inverse.InverseOT(features, epsilon=epsilon).fit(data).errors(kind) for epsilon in (1.0, 0.2))
+    np.testing.assert_allclose(other, 0.2 * one, rtol=1e-6)
+
+
 # -- Poisson regression with effects of rows and columns ---------------------------------------------------------------
 
 
@@ -416,6 +424,24 @@ def test_a_path_begins_where_nothing_is_left_and_satisfies_its_conditions_everyw
     assert (np.flatnonzero(abs(found.best.coefficients) > 0.1) == [0, 1, 2]).all()
 
 
+@pytest.mark.parametrize("kind", ["group", "nuclear"])
+def test_below_the_largest_strength_something_is_left_and_above_it_nothing(kind):
+    features, counts = inverse.Bilinear(traits(12, 2, 0), traits(9, 3, 1)), counted()[1]
+    price = {"group": lambda x: inverse.Group(x, groups=[0, 0, 0, 1, 1, 2]), "nuclear": inverse.Nuclear}[kind]
+    largest = inverse.largest_strength(inverse.InverseOT(features, penalty=price(1.0)), counts)
+    above, below = (inverse.InverseOT(features, penalty=price(x * largest)).fit(counts) for x in (1.001, 0.98))
+    assert not above.coefficients.any() and below.coefficients.any()
+
+
+def test_the_likelihood_of_shares_is_the_mean_over_tables():
+    features = EVERY["bilinear"]()
+    tables = [planted(features, np.full(features.count, x), seed=k)[1] for k, x in enumerate((0.3, 0.5))]
+    tables = [table / table.sum() for table in tables]
+    fit = inverse.InverseOT([features, features]).fit([inverse.Coupling(plan=table) for table in tables])
+    mean = np.mean([(table * np.log(plan / plan.sum())).sum() for table, plan in zip(tables, fit.plan, strict=True)])
+    assert fit.log_likelihood == pytest.approx(mean, rel=1e-9)
+
+
 # -- inference ---------------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +455,71 @@ def test_intervals_cover():
         low, high = inverse.InverseOT(features).fit(counts).confidence_intervals().T
         hits.append((low <= [2.0, 0.6]) & (high >= [2.0, 0.6]))
     assert 0.9 <= np.mean(hits) <= 0.99
+
+
+def sorted_by_traits():
+    """Counts of couples with correlated traits of different units, and the fit."""
+    rng = np.random.default_rng(3)
+    x, y = (rng.normal(size=(n, 3)) @ rng.uniform(-1, 1, (3, 3)) * [1.0, 5.0, 0.2] for n in (20, 25))
+    features = inverse.Bilinear(x, y)
+    a, b = weights(20, 4), weights(25, 5)
+    affinity = np.diag([0.8, 0.4, 0.1]) / np.outer(x.std(0), y.std(0))
+    plan = solve(Problem(-features.apply(affinity.ravel()), a, b, epsilon=1.0)).plan
+    counts = rng.multinomial(30_000, plan.ravel() / plan.sum()).reshape(plan.shape).astype(float)
+    return x, y, inverse.InverseOT(features).fit(counts)
+
+
+def dimensions(matrix, x, y, a, b):
+    """Singular values of the affinity of whitened traits, by another root of the covariance than the symmetric one."""
+    roots = (np.linalg.cholesky(np.cov(z.T, aweights=w, ddof=0)) for z, w in ((x, a), (y, b)))
+    first, second = roots
+    return np.linalg.svd(first.T @ matrix @ second, compute_uv=False)
+
+
+def test_saliency_is_of_uncorrelated_indices_that_matter_one_by_one():
+    x, y, fit = sorted_by_traits()
+    found, (a, b) = fit.saliency(), (fit.plan.sum(1), fit.plan.sum(0))
+    np.testing.assert_allclose(found.values, dimensions(fit.matrix, x, y, a, b), rtol=1e-8)
+    np.testing.assert_allclose(found.shares, found.values / found.values.sum())
+    np.testing.assert_allclose(found.rows @ np.diag(found.values) @ found.columns.T, fit.matrix, rtol=1e-7, atol=1e-9)
+    for z, weight, index in ((x, a, found.rows), (y, b, found.columns)):
+        np.testing.assert_allclose(np.cov((z @ index).T, aweights=weight, ddof=0), np.eye(3), atol=1e-8)
+
+
+def test_intervals_of_shares_are_by_the_delta_method():
+    """Its slopes by differences of the singular values."""
+    x, y, fit = sorted_by_traits()
+    a, b = fit.plan.sum(1), fit.plan.sum(0)
+
+    def shares(theta):
+        values = dimensions(theta.reshape(3, 3), x, y, a, b)
+        return values / values.sum()
+
+    steps = 1e-6 * abs(fit.coefficients).max() * np.eye(9)
+    slopes = np.stack([(shares(fit.coefficients + h) - shares(fit.coefficients - h)) / (2 * h.sum()) for h in steps], 1)
+    half = 1.959963985 * np.sqrt(np.diag(slopes @ fit.covariance() @ slopes.T))
+    lower, upper = fit.saliency().intervals.T
+    np.testing.assert_allclose(lower, np.maximum(fit.saliency().shares - half, 0.0), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(upper, np.minimum(fit.saliency().shares + half, 1.0), rtol=1e-5)
+
+
+def test_a_rank_that_lacks_one_is_tested_by_the_smallest_singular_value():
+    """Its square over its variance by the delta method, with one degree of freedom; and rank 0 is Wald's of all coefficients."""
+    x, y, fit = sorted_by_traits()
+    a, b = fit.plan.sum(1), fit.plan.sum(0)
+    smallest = lambda theta: dimensions(theta.reshape(3, 3), x, y, a, b)[-1]  # noqa: E731
+    steps = 1e-6 * abs(fit.coefficients).max() * np.eye(9)
+    slope = np.array([(smallest(fit.coefficients + h) - smallest(fit.coefficients - h)) / (2 * h.sum()) for h in steps])
+    test, none = fit.rank_test(2), fit.rank_test(0)
+    assert test.degrees == 1 and none.degrees == 9 and fit.rank_test(1).degrees == 4
+    assert test.statistic == pytest.approx(smallest(fit.coefficients) ** 2 / (slope @ fit.covariance() @ slope), rel=1e-5)
+    assert none.statistic == pytest.approx(fit.wald(np.eye(9)).statistic, rel=1e-6)
+
+
+def test_potentials_are_in_the_gauge_of_problems():
+    _, _, fit = sorted_by_traits()
+    f, g = fit.potentials
+    assert fit.plan.sum(1) @ f == pytest.approx(fit.plan.sum(0) @ g, abs=1e-10 * abs(f).max())
 
 
 def test_wald_is_the_square_of_a_ratio():

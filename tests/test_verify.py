@@ -148,6 +148,8 @@ def test_the_soft_max_is_the_value_of_free_sides():
     assert softmax_value(CASES["kl-free"].problem()) is None
 
 
+INF = float("inf")
+
 # -- bugs to be found --------------------------------------------------------------------------------------------------
 
 
@@ -285,8 +287,146 @@ def crashes_on_rectangles(cost, a, b, epsilon, rows, columns, mass):
     return iotsolve_solver(cost, a + 0 * b, b, epsilon, rows, columns, mass)
 
 
+def parts(**of):
+    """A solver that computes its answer from this library's: ``part(answer, data...)`` by names."""
+    return lambda *data: {name: part(iotsolve_solver(*data), *data) for name, part in of.items()}
+
+
+def value_of(said, *data):
+    return said.value
+
+
+def plan_of(said, *data):
+    return said.plan
+
+
+def entropy(plan, relative_to):
+    used = plan > 0
+    return (plan[used] * np.log(plan[used] / relative_to[used])).sum() - plan.sum() + relative_to.sum()
+
+
+def shannon_value(said, cost, a, b, epsilon, *_):
+    ours, shannon = entropy(said.plan, np.outer(a, b)), entropy(said.plan, np.ones_like(cost)) - cost.size
+    return said.value + epsilon * (shannon - ours)
+
+
+def uniform_value(said, cost, a, b, epsilon, *_):
+    uniform = np.full_like(cost, a.sum() * b.sum() / cost.size)
+    return said.value + epsilon * (entropy(said.plan, uniform) - entropy(said.plan, np.outer(a, b)))
+
+
+def without_a_factor(said, cost, a, b, epsilon, *_):
+    return said.value + (1 - epsilon) * entropy(said.plan, np.outer(a, b))
+
+
+def transport_alone(said, cost, *_):
+    return (said.plan * np.where(np.isfinite(cost), cost, 0.0)).sum()
+
+
+def backwards(said, cost, a, b, epsilon, rows, columns, mass):
+    """KL of the weights relative to the marginal."""
+    r, c = said.plan.sum(1), said.plan.sum(0)
+    if not (r[a > 0].all() and c[b > 0].all()):
+        raise NotImplementedError
+    return said.value + rows.rho * (entropy(a, r) - entropy(r, a)) + columns.rho * (entropy(b, c) - entropy(c, b))
+
+
+def normalised(cost, a, b, *rest):
+    return iotsolve_solver(cost, a / a.sum(), b / b.sum(), *rest).plan
+
+
+def in_epsilons(name):
+    return lambda said, cost, a, b, epsilon, *_: getattr(said, name) / epsilon
+
+
+def of_a_bare_kernel(name):
+    """The logarithm of Sinkhorn's scalings, where the kernel has no weights."""
+
+    def potential(said, cost, a, b, epsilon, *_):
+        with np.errstate(divide="ignore"):
+            return getattr(said, name) + epsilon * np.log(a if name == "f" else b)
+
+    return potential
+
+
+def moved_by_epsilon(said, cost, a, b, epsilon, *_):
+    return said.f + epsilon
+
+
+def slope(name, change):
+    """A gradient in one datum: ``change(answer, data...)``."""
+    return lambda said, *data: {name: change(said, *data)}
+
+
+def reached(potential):
+    return np.where(np.isfinite(potential), potential, 0.0)
+
+
 def gives_up(*data):
     return replace(iotsolve_solver(*data), converged=False)
+
+
+CAUSES = {
+    "the transport cost alone, without entropy and penalties": ("kl", parts(value=transport_alone, plan=plan_of)),
+    "entropy relative to 1, sum P (log P - 1)": ("entropic", parts(value=shannon_value)),
+    "entropy relative to a uniform plan": ("entropic", parts(value=uniform_value)),
+    "entropy without the factor epsilon": ("entropic", parts(value=without_a_factor)),
+    "entropy without its mass terms, - sum P + sum a sum b": ("kl", without_mass_terms),
+    "KL of the weights relative to the marginal": ("kl", parts(value=backwards)),
+    "weights divided by their totals": ("kl", normalised),
+    "the plan divided by its total": ("kl", parts(plan=lambda said, *_: said.plan / said.plan.sum())),
+    "mass not asked for": ("partial", lambda *data: iotsolve_solver(*data[:-1], None).plan),
+    "rho times 2": ("l2", half_the_strength),
+    "epsilon times 0.5": ("entropic", lambda c, a, b, eps, *rest: iotsolve_solver(c, a, b, eps / 2, *rest).plan),
+    "entropy relative to 1, Shannon's": ("kl", other_entropy),
+    "the objects of rows and columns exchanged": (
+        "semi-relaxed",
+        lambda c, a, b, eps, rows, columns, mass: iotsolve_solver(c, a, b, eps, columns, rows, mass).plan,
+    ),
+    "potentials in units of epsilon": ("entropic", parts(value=value_of, f=in_epsilons("f"), g=in_epsilons("g"))),
+    "potentials of a plan without weights, exp((f + g - C) / epsilon)": (
+        "entropic",
+        parts(value=value_of, f=of_a_bare_kernel("f"), g=of_a_bare_kernel("g")),
+    ),
+    "potentials off by a constant": ("kl", parts(value=value_of, f=moved_by_epsilon, g=lambda said, *_: said.g)),
+    "lam left out": ("partial", parts(value=value_of, f=lambda said, *_: said.f, g=lambda said, *_: said.g)),
+    "the gradient times 0.5": (
+        "kl",
+        parts(value=value_of, gradient=slope("cost", lambda said, *_: said.gradient["cost"] / 2)),
+    ),
+    "the conjugate alone, without the derivative of the reference a x b": ("kl", without_the_reference_in_the_gradient),
+    "the potential alone": ("kl", parts(value=value_of, gradient=slope("a", lambda said, *_: reached(said.f)))),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_cause_of_a_common_mistake_is_named(cause):
+    regime, solver = CAUSES[cause]
+    report = verify(solver, regimes=[regime], examples=5, shrink=0)
+    assert cause in [found for causes in report[regime].failure.causes.values() for found in causes], report
+    assert cause in str(report)
+
+
+def test_no_formula_is_blamed_for_the_value_of_a_plan_that_is_wrong():
+    def dearer(cost, a, b, epsilon, rows, columns, mass):
+        plan = half_the_strength(cost, a, b, epsilon, rows, columns, mass).plan
+        return {"plan": plan, "value": objective(Problem(cost, a, b, epsilon=epsilon, rows=rows, columns=columns), plan)}
+
+    report = verify(dearer, regimes=["tv"], examples=5, shrink=0)
+    assert {found for causes in report["tv"].failure.causes.values() for found in causes} == {"rho times 2"}, report
+
+
+def test_a_slope_without_end_is_right_where_no_weight_can_be_met_and_only_there():
+    """An empty bin on a hard side that no arc leads to: the value is infinite as soon as it has weight."""
+
+    def endless(cost, a, b, epsilon, rows, columns, mass):
+        said = iotsolve_solver(cost, a, b, epsilon, rows, columns, mass)
+        return replace(said, gradient={"a": np.where(a > 0, said.gradient["a"], np.inf)})
+
+    out_of_reach = Problem([[INF], [-2.0]], [0.0, 0.5], [1.25], epsilon=0.02, columns=FREE)
+    assert not judge(out_of_reach, endless).broken
+    within_reach = Problem([[1.0], [-2.0]], [0.0, 0.5], [1.25], epsilon=0.02, columns=FREE)
+    assert list(judge(within_reach, endless).broken) == ["gradient in a"]
 
 
 BUGS = {
@@ -348,7 +488,6 @@ def test_a_rounding_at_the_edge_of_the_domain_is_no_fault_of_a_solver():
     assert dual_objective(problem, f, [-4.7e-06, -4.6e-06]) == -np.inf
 
 
-INF = float("inf")
 ONCE_BROKEN = {
     "rounding of a step where all costs are 0": Problem([[0.0, 0.0]], [0.55], [0.5, 0.05]),
     "an empty bin at which the value jumps": Problem(

@@ -45,11 +45,14 @@ class Test:
 class Saliency:
     """Dimensions of sorting: the singular values of the affinity between traits of unit covariance.
 
+    Indices ``x @ rows`` and ``y @ columns`` are uncorrelated, of variance 1 (where the traits' covariance is regular), and matter
+    one by one: ``rows @ diag(values) @ columns.T`` is the affinity of the traits.
+
     Args:
         values: singular values, falling, shape ``(r,)``.
         shares: of their sum.
         intervals: of the shares, shape ``(r, 2)``; None without standard errors.
-        rows: weights of the rows' traits in each dimension, shape ``(p, r)``.
+        rows: weights of the rows' traits in each index, one over the units of the traits, shape ``(p, r)``.
         columns: weights of the columns' traits, shape ``(q, r)``.
     """
 
@@ -306,7 +309,7 @@ class Fit:
             slopes = (slopes - shares[:, None] * slopes.sum(0)) / s.sum()
             half = _quantile(0.5 + level / 2) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
             intervals = np.clip(np.stack([shares - half, shares + half], -1), 0.0, 1.0)
-        return Saliency(s, shares, intervals, root_x @ u, root_y @ v.T)
+        return Saliency(s, shares, intervals, np.linalg.pinv(root_x) @ u, np.linalg.pinv(root_y) @ v.T)
 
     def rank_test(self, rank: int, kind: str = "model") -> Test:
         """Whether the affinity has this rank (Kleibergen and Paap, J. Econometrics 2006)."""

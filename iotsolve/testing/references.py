@@ -28,6 +28,7 @@ __all__ = [
     "gibbs_plan",
     "numbers",
     "objective",
+    "penalty",
     "reference",
     "repaired",
     "rounding",
@@ -120,8 +121,8 @@ def terms(problem: Problem, plan: Any) -> dict[str, float]:
     return {
         "transport": transport,
         "entropy": data.epsilon * float(kl_div(plan, data.product).sum()) if data.epsilon else 0.0,
-        "rows": _penalty(data.rows, plan.sum(1), data.a),
-        "columns": _penalty(data.columns, plan.sum(0), data.b),
+        "rows": penalty(data.rows, plan.sum(1), data.a),
+        "columns": penalty(data.columns, plan.sum(0), data.b),
     }
 
 
@@ -155,7 +156,8 @@ def gibbs_plan(problem: Problem, f: Any, g: Any, lam: Any = 0.0) -> np.ndarray:
     f, g = np.asarray(f, dtype=np.float64), np.asarray(g, dtype=np.float64)
     plan = np.zeros_like(data.cost)
     i, j = np.nonzero(data.arcs & np.isfinite(f)[:, None] & np.isfinite(g)[None, :])
-    plan[i, j] = data.a[i] * data.b[j] * np.exp((f[i] + g[j] + float(lam) - data.cost[i, j]) / data.epsilon)
+    with np.errstate(over="ignore"):  # of potentials that are far off
+        plan[i, j] = data.a[i] * data.b[j] * np.exp((f[i] + g[j] + float(lam) - data.cost[i, j]) / data.epsilon)
     return plan
 
 
@@ -273,7 +275,8 @@ def _best(side: Marginal, s: np.ndarray, weights: np.ndarray, epsilon: float) ->
     return np.where(reached, high, cap)
 
 
-def _penalty(side: Marginal, r: np.ndarray, weights: np.ndarray) -> float:
+def penalty(side: Marginal, r: np.ndarray, weights: np.ndarray) -> float:
+    """``D(r | a)`` of soft sides, 0 of hard ones."""
     if isinstance(side, KL):
         return float(side.rho) * float(kl_div(r, weights).sum())
     if isinstance(side, TV):
@@ -468,7 +471,7 @@ def _constant(data: Numbers) -> float:
     total = data.epsilon * float(data.product[~data.arcs].sum()) if data.epsilon else 0.0
     for side, weights, axis in ((data.rows, data.a, 1), (data.columns, data.b, 0)):
         left_out = ~data.arcs.any(axis)
-        total += _penalty(side, np.zeros(int(left_out.sum())), weights[left_out])
+        total += penalty(side, np.zeros(int(left_out.sum())), weights[left_out])
     return total
 
 

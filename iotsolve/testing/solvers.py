@@ -21,6 +21,7 @@ import numpy as np
 from iotsolve.certificate import certify
 from iotsolve.marginals import FIXED, L2
 from iotsolve.problem import Problem
+from iotsolve.testing.causes import causes
 from iotsolve.testing.laws import check_limits
 from iotsolve.testing.references import (
     Numbers,
@@ -51,7 +52,8 @@ class Answer:
         f: potentials of the rows, shape ``(n,)``, in the convention of the definitions; NaN at an empty bin says nothing.
         g: potentials of the columns, shape ``(m,)``.
         lam: multiplier of ``mass``.
-        gradient: derivatives of the value by name, of ``cost``, ``a`` and ``b``; each of the shape of its datum.
+        gradient: derivatives of the value by name, of ``cost``, ``a`` and ``b``; each of the shape of its datum. Finite, but
+            ``inf`` at an empty bin whose weight could not be met.
         converged: False excuses an answer from the laws of accuracy; True is held against a wrong one.
     """
 
@@ -141,6 +143,14 @@ class Case:
     def truth(self) -> Reference | None:
         return _truth(self.problem)
 
+    def causes(self, law: str) -> list[str]:
+        """Common mistakes that explain why the answer breaks a law; none of what is no answer or has none to compare with."""
+        try:
+            answer = self.answer
+        except Exception:
+            return []
+        return [] if self.truth is None else causes(self.problem, answer, law, self.truth)
+
     @property
     def moved(self) -> float:
         """Mass of the plan, or of the true one."""
@@ -214,7 +224,8 @@ def _read(said: Any, data: Numbers) -> Answer:
         if name not in ("cost", "a", "b"):
             raise _Wrong("form", f"a gradient in {name!r}: those in cost, a and b are judged")
         found = _array(f"gradient[{name!r}]", x, getattr(data, name).shape)
-        if np.isfinite(found).all():
+        without_end = (found == math.inf) & (getattr(data, name) == 0) & (name != "cost")  # empty: is the law's to judge
+        if (np.isfinite(found) | without_end).all():
             gradient[name] = found
         elif said.converged is not False:
             raise _Wrong("finite", f"gradient[{name!r}] = {found.tolist()}")
@@ -398,8 +409,9 @@ def _units(case: Case) -> Iterator[str]:
     for name, factor in (("cost", 1.0), ("a", 0.5), ("b", 0.5)):
         whole, halved = (x.gradient.get(name) for x in (case.answer, other))
         if whole is not None and halved is not None:
-            size = max(np.abs(whole).max(), np.abs(halved).max(), 1e-300)
-            if np.abs(halved - factor * whole).max() > 1e3 * case.tolerance * size:
+            there = np.isfinite(whole) & np.isfinite(halved)
+            size = max(_largest(whole, halved), 1e-300)
+            if np.abs(halved[there] - factor * whole[there]).max(initial=0.0) > 1e3 * case.tolerance * size:
                 yield f"in halved units the gradient in {name} goes from {whole.tolist()} to {halved.tolist()}"
 
 
@@ -430,7 +442,11 @@ def _gradient(name: str) -> Law:
         if stated is None or truth is None:
             return
         expected = envelope(case.problem, truth)[name]
-        for direction in _directions(case.data, name, stated - expected):
+        for i in np.argwhere(np.isinf(stated) & np.isfinite(expected)).ravel():
+            yield f"the slope at the empty bin {i} is said to be {stated[i]}, and is {expected[i]}"
+            return
+        known = np.isfinite(stated) & np.isfinite(expected)
+        for direction in _directions(case.data, name, np.subtract(stated, expected, out=np.zeros_like(stated), where=known)):
             yield from _beyond_the_tangent(case, name, stated, expected, direction)
 
     law.__doc__ = f"""The derivative of the value in {name}: no tangent may cross the value, which is {
@@ -441,7 +457,6 @@ def _gradient(name: str) -> Law:
 
 def _directions(data: Numbers, name: str, error: np.ndarray) -> Iterator[np.ndarray]:
     """Where a stated gradient differs most from the formula, in moves that leave a problem with an answer."""
-    error = np.where(np.isfinite(error), error, 0.0)
     if name == "cost":
         direction = np.where(data.arcs, error, 0.0)
         unit = data.epsilon or abs(data.cost[data.arcs]).max() or 1.0

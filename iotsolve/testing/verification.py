@@ -18,7 +18,7 @@ from iotsolve.marginals import AT_MOST, FIXED, FREE, KL, L2, TV, Between, ChiSqu
 from iotsolve.problem import Problem
 from iotsolve.solve import solve
 from iotsolve.testing.references import Numbers, numbers
-from iotsolve.testing.solvers import LAWS, Answer, Judgement, Solver, judge
+from iotsolve.testing.solvers import LAWS, Answer, Case, Judgement, Solver, judge
 from iotsolve.testing.strategies import problems
 
 __all__ = ["REGIMES", "Failure", "RegimeReport", "Report", "iotsolve_solver", "verify"]
@@ -62,14 +62,18 @@ class Failure:
         law: the first of the laws broken.
         found: what was found there, with the numbers.
         problem: the problem; ``str(failure)`` is a program that makes it.
+        causes: of the laws broken in the regime, common mistakes that lead to just these numbers on the first problems that
+            break them.
     """
 
     law: str
     found: str
     problem: Problem
+    causes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"# {self.law}: {self.found}\n{as_code(self.problem)}"
+        causes = [f"# {law}: the same numbers come of {'; or of '.join(found)}" for law, found in self.causes.items()]
+        return "\n".join([f"# {self.law}: {self.found}", *causes, as_code(self.problem)])
 
 
 @dataclass(frozen=True)
@@ -210,11 +214,20 @@ def _regime(
         law = next(iter(ranked))
         problem, judgement = next((p, j) for p, j in judged if law in j.broken)
         problem = _smallest(REGIMES[name], solver, law, examples, seed, tolerance, shrink) or problem
-        failure = Failure(
-            law, judge(problem, solver, tolerance=tolerance).broken.get(law, judgement.broken[law]), problem
-        )
+        found = judge(problem, solver, tolerance=tolerance).broken.get(law, judgement.broken[law])
+        causes = {law: _causes([p for p, j in judged if law in j.broken][:_FEW], solver, law, tolerance) for law in ranked}
+        failure = Failure(law, found, problem, {law: found for law, found in causes.items() if found})
     offered, converged = (sum(getattr(j, of) for _, j in judged) for of in ("offered", "converged"))
     return RegimeReport(name, len(judged), offered, converged, ranked, failure)
+
+
+_FEW = 3  # problems that a cause has to explain: where one bin meets one bin, most mistakes are the same
+
+
+def _causes(found: list[Problem], solver: Solver, law: str, tolerance: float) -> tuple[str, ...]:
+    """What explains a law's breach on all of these problems."""
+    explained = [Case(problem, solver, tolerance).causes(law) for problem in found]
+    return tuple(cause for cause in explained[0] if all(cause in others for others in explained))
 
 
 def _rank(law: str) -> int:
