@@ -46,7 +46,7 @@ def ends(features, counts, columns):
     it is below somewhere; all such together empty cells. A coefficient is told if it is 0 in every direction that is 0 elsewhere.
     """
     n, m = counts.shape
-    filled = np.flatnonzero(np.outer(counts.sum(1), counts.sum(0)) > 0)
+    filled = np.flatnonzero(np.outer(counts.sum(1), counts.sum(0) if columns is FIXED else np.ones(m)) > 0)
     effects = [np.kron(np.eye(n), np.ones((m, 1)))] + [np.kron(np.ones((n, 1)), np.eye(m))] * (columns is FIXED)
     design = np.hstack([features.block(slice(None)).reshape(n * m, -1), *effects])
     seen = counts.ravel() > 0
@@ -177,7 +177,7 @@ def test_a_known_coefficient_tells_those_that_its_unknown_effect_had_left_open()
     assert np.isinf(open_.standard_errors).all()  # scores of a row up to a constant
     told = fitted(inverse.InverseOT(inverse.FreeCost(3, 4), columns=FREE, fixed={0: 1.0, 4: 0.0, 8: -1.0}), counts)
     assert told.converged and told.steps <= 10 and not told.unseen.size
-    logs = np.log(counts / counts.sum(0))
+    logs = np.log(counts)
     np.testing.assert_allclose(told.matrix, logs - logs[:, :1] + np.array([[1.0], [0.0], [-1.0]]), atol=1e-7)
     errors = np.sqrt(1 / counts + 1 / counts[:, :1])[:, 1:]  # of log odds
     np.testing.assert_allclose(told.standard_errors.reshape(3, 4)[:, 1:], errors, rtol=1e-6)

@@ -35,7 +35,8 @@ class InverseOT:
     Args:
         features: what the score is made of, a :class:`FeatureMap`; for a panel a list of them, or one for all.
         epsilon: strength of the entropy. The data tell ``theta / epsilon`` and no more, so that it is a unit: leave it 1.
-        rows: marginal object of the rows; the weights are the observed ones unless the coupling has its own.
+        rows: marginal object of the rows; the weights are the observed ones unless the coupling has its own, all the same of a
+            FREE side.
         columns: marginal object of the columns.
         penalty: :class:`L1`, :class:`Ridge`, :class:`Group`, :class:`Nuclear`; or a pair of a ridge and another one.
         nonnegative: whether coefficients must not be negative.
@@ -66,7 +67,7 @@ class InverseOT:
     fixed: Mapping[Any, float] | None = None
     equalities: tuple[Any, Any] | None = None
     tolerance: float = 1e-9
-    max_steps: int = 60
+    max_steps: int = 100
 
     # -- scikit-learn's conventions ----------------------------------------------------------------------------------
 
@@ -111,7 +112,8 @@ class InverseOT:
             raise ValueError(
                 f"epsilon = {self.epsilon!r}: must be positive and finite; for epsilon = 0 see inverse.ExactInverse."
             )
-        tables = [coupling.table(features.shape) for coupling, features in zip(couplings, maps, strict=True)]
+        sides = self.rows, self.columns
+        tables = [coupling.table(features.shape, *sides) for coupling, features in zip(couplings, maps, strict=True)]
         for table in tables:
             check_totals(table, self.rows, self.columns)
         sizes = np.array([table.scale for table in tables])
