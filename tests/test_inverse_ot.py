@@ -765,6 +765,33 @@ def test_errors_are_what_the_estimate_does_when_a_cell_changes(mode):
         np.testing.assert_allclose(fit.covariance(kind), covariance, rtol=2e-4, atol=1e-7)
 
 
+def with_singles(score, n, m):
+    """The market of Choo and Siow by its own equations: who is with whom, and who alone."""
+    gain, first, second = np.exp(score / 2), np.sqrt(n), np.sqrt(m)
+    for _ in range(5000):
+        half = gain @ second / 2
+        first = np.sqrt(n + half**2) - half
+        half = gain.T @ first / 2
+        second = np.sqrt(m + half**2) - half
+    return first[:, None] * second * gain, first**2, second**2
+
+
+def test_couples_and_singles_are_a_table_in_which_everybody_is_a_row_and_a_column():
+    theta, values = np.array([-1.0, 0.8]), np.stack([np.ones((5, 4)), traits(5, 4, 0)])
+    n, m = weights(5, 1), 1.2 * weights(4, 2)
+
+    def everybody(couples, first, second):
+        return np.block([[np.diag(first), couples], [couples.T, np.diag(second)]])
+
+    halves = inverse.Features([everybody(x / 2, np.zeros(5), np.zeros(4)) for x in values])
+    table = everybody(*with_singles(np.tensordot(theta, values, 1), n, m))
+    fit = inverse.InverseOT(halves).fit(inverse.Coupling(plan=table, mask=table > 0))
+    np.testing.assert_allclose(fit.coefficients, theta, atol=1e-8)
+    n, m = n * np.linspace(0.8, 1.3, 5), m * np.linspace(1.4, 0.7, 4)
+    expected = everybody(*with_singles(np.tensordot(theta, values, 1), n, m))
+    np.testing.assert_allclose(fit.predict(*2 * [np.concatenate([n, m])]), expected, atol=1e-8)
+
+
 def test_errors_of_rows_that_are_full_are_those_of_choices_and_of_others_those_of_counts():
     rng = np.random.default_rng(0)
     values, a, b = rng.standard_normal((2, 4, 5)), np.array([300.0, 260.0, 200.0, 240.0]), 160 * np.ones(5)
