@@ -439,6 +439,61 @@ def test_wald_is_the_square_of_a_ratio():
     assert fit.wald([[0.0, 1.0]], fit.coefficients[1]).p_value == pytest.approx(1.0)
 
 
+def test_hypotheses_of_which_the_data_say_nothing_are_refused():
+    features, counts = counted()
+    values = np.concatenate([features.values, np.arange(12.0)[:, None] * np.ones((1, 12, 9))])
+    with pytest.warns(inverse.IdentifiabilityWarning):
+        fit = inverse.InverseOT(inverse.Features(values, ["far", "same", "row"])).fit(counts)
+    alone = inverse.InverseOT(features).fit(counts)
+    assert fit.wald([[1.0, -2.0, 0.0]]).statistic == pytest.approx(alone.wald([[1.0, -2.0]]).statistic, rel=1e-6)
+    with pytest.raises(ValueError, match=r"equation 1 of R is about far \+ row"):
+        fit.wald([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+
+
+def test_what_is_said_of_an_affinity_that_is_not_told_whole_is_no_more_than_is_known():
+    x = traits(30, 2, 0)
+    with pytest.warns(inverse.IdentifiabilityWarning):
+        fit = inverse.affinity(np.hstack([x, x[:, :1]]), x + traits(30, 2, 1))
+    assert fit.saliency().intervals is None and inverse.affinity(x, x + traits(30, 2, 1)).saliency().intervals is not None
+    with pytest.raises(ValueError, match="do not tell all entries"):
+        fit.rank_test(1)
+    with pytest.raises(ValueError, match="level = 95"):
+        fit.confidence_intervals(95)
+
+
+def test_nested_lists_are_a_table():
+    features, counts = counted()
+    model = inverse.InverseOT(features)
+    np.testing.assert_array_equal(model.fit(counts.tolist()).coefficients, model.fit(counts).coefficients)
+    both = model.fit([counts, inverse.Coupling(counts)]), model.fit([counts, counts])
+    np.testing.assert_allclose(both[0].coefficients, both[1].coefficients)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": -1.0}, "tolerance = -1"), ({"max_steps": 0}, "max_steps = 0"), ({"rows": "fixed"}, "rows = 'fixed'"),
+        ({"fixed": {0: np.nan}}, "fixed coefficient 0 = nan"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_none_are_refused(options, message):
+    features, counts = counted()
+    with pytest.raises(ValueError, match=message):
+        inverse.InverseOT(features, **options).fit(counts)
+
+
+def test_errors_that_nothing_tells_are_refused():
+    fit = inverse.InverseOT(inverse.Features({"one": [[0.0, 1.0], [0.0, 0.0]]})).fit(
+        inverse.Coupling([[3, 4], [5, 6]], cluster=np.zeros((2, 2)))
+    )
+    with pytest.raises(ValueError, match="4 cells and 4 coefficients"):
+        fit.errors(small_sample=True)
+    with pytest.raises(ValueError, match="one cluster"):
+        fit.errors("clustered")
+    with pytest.raises(ValueError, match="matrix of numbers"):
+        inverse.Coupling([["a", "b"], ["c", "d"]]).table((2, 2))
+
+
 @pytest.mark.parametrize(
     "options, data, message",
     [

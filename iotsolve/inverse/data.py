@@ -143,7 +143,12 @@ class Coupling:
                 )
             return np.eye(n)
         if self.pairs is None:
-            return np.array(self.counts if self.plan is None else self.plan, dtype=np.float64)
+            try:
+                return np.array(self.counts if self.plan is None else self.plan, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the coupling must be a matrix of numbers. Are there strings in it, or rows of unequal length? ({error})"
+                ) from error
         i, j, weight = self._listed(n, m)
         flows = np.zeros((n, m))
         np.add.at(flows, (i, j), weight)

@@ -105,9 +105,18 @@ class InverseOT:
             A :class:`Fit`. Coefficients that the data cannot tell apart get the smallest values that explain them, and an
             :class:`IdentifiabilityWarning` names them.
         """
-        couplings = list(data) if isinstance(data, list | tuple) else [data]
+        panel = isinstance(data, list | tuple) and any(isinstance(x, Coupling) or np.ndim(x) > 1 for x in data)
+        couplings = list(data) if panel else [data]
         couplings = [x if isinstance(x, Coupling) else Coupling(x) for x in couplings]
         maps = self._maps(len(couplings))
+        for name, side in (("rows", self.rows), ("columns", self.columns)):
+            if not isinstance(side, Marginal):
+                raise ValueError(f"{name} = {side!r}: must be a marginal object, such as FIXED, FREE or KL(1.0).")
+        if not 0 < self.tolerance < math.inf or not self.max_steps >= 1:
+            raise ValueError(
+                f"tolerance = {self.tolerance!r}, max_steps = {self.max_steps!r}: the one must be positive and finite, such as "
+                "1e-9, the other at least 1."
+            )
         if not 0 < self.epsilon < math.inf:
             raise ValueError(
                 f"epsilon = {self.epsilon!r}: must be positive and finite; for epsilon = 0 see inverse.ExactInverse."

@@ -180,7 +180,8 @@ class Fit:
             small_sample: multiply by ``cells / (cells - K - n - m + 1)``, as for least squares with two-way effects.
 
         Raises:
-            ValueError: without a number of observations, with a penalty that biases the coefficients, or without clusters.
+            ValueError: without a number of observations, with a penalty that biases the coefficients, without two clusters, or
+                with ``small_sample`` and no more cells than coefficients and effects.
         """
         if kind not in _KINDS:
             raise ValueError(f"kind = {kind!r}: must be one of {', '.join(_KINDS)}.")
@@ -200,6 +201,8 @@ class Fit:
         factor = 1.0
         if kind == "clustered":
             scores = self._clustered()
+            if len(scores) < 2:
+                raise ValueError("kind = 'clustered' with one cluster: nothing tells how clusters vary. Give finer labels.")
             bread = bread @ scores.T @ scores @ bread
             factor *= len(scores) / (len(scores) - 1)
         elif kind == "robust":
@@ -212,6 +215,11 @@ class Fit:
                 for p in self.points
             )
             used = len(self.coefficients) + sum(sum(p.plan.shape) - 1 for p in self.points)
+            if cells <= used:
+                raise ValueError(
+                    f"small_sample=True with {cells} cells and {used} coefficients and effects: nothing is left to estimate a "
+                    "variance from. Leave it out."
+                )
             factor *= cells / (cells - used)
         return factor * bread
 
@@ -284,17 +292,31 @@ class Fit:
         self, level: float = 0.95, kind: str = "model", *, small_sample: bool = False
     ) -> np.ndarray:
         """Shape ``(K, 2)``: lower and upper ends."""
-        if not 0 < level < 1:
-            raise ValueError(f"level = {level!r}: must be between 0 and 1, such as 0.95.")
-        half = _quantile(0.5 + level / 2) * self.errors(kind, small_sample=small_sample)
+        half = _half(level) * self.errors(kind, small_sample=small_sample)
         return np.stack([self.coefficients - half, self.coefficients + half], -1)
 
     def wald(self, matrix: Any, right: Any = 0.0, kind: str = "model") -> Test:
-        """Whether ``R theta = r`` (Wald)."""
+        """Whether ``R theta = r`` (Wald).
+
+        Args:
+            matrix: ``R``, one row per equation, shape ``(q, K)``.
+            right: ``r``, shape ``(q,)``, or one number for all.
+            kind: of covariance.
+
+        Raises:
+            ValueError: where an equation is about coefficients of which the data say nothing, or that have no end.
+        """
         matrix = np.atleast_2d(np.asarray(matrix, dtype=np.float64))
         if matrix.shape[1] != len(self.coefficients):
             raise ValueError(
                 f"R of shape {matrix.shape}: must have one column for each of {len(self.coefficients)} coefficients."
+            )
+        open_ = abs(matrix @ self._open).max(1, initial=0.0) > 1e-8 * np.maximum(abs(matrix).max(1), 1e-300)
+        if open_.any():
+            k = int(open_.argmax())
+            raise ValueError(
+                f"equation {k} of R is about {_combination(self._named(matrix[k][:, None])[0])}, of which the data say nothing, or "
+                "that has no end: there is no test of it. See fit.null_vectors and fit.endless."
             )
         apart = matrix @ self.coefficients - np.broadcast_to(np.asarray(right, dtype=np.float64), len(matrix))
         spread = matrix @ self.covariance(kind) @ matrix.T
@@ -315,18 +337,20 @@ class Fit:
     def saliency(self, level: float = 0.95, kind: str = "model") -> Saliency:
         """Along which combinations of traits people sort, and how much each matters (Dupuy and Galichon, JPE 2014).
 
-        Intervals of the shares by the delta method, without a penalty and with a number of observations.
+        Intervals of the shares by the delta method, without a penalty, with a number of observations, and where the data tell
+        all coefficients.
         """
         affinity, root_x, root_y = self._whitened()
         u, s, v = np.linalg.svd(affinity, full_matrices=False)
         shares = s / s.sum()
         intervals = None
-        if self.observations is not None and self.model.penalty is None and not self.model.nonnegative:
+        biased = self.model.penalty is not None or self.model.nonnegative
+        if self.observations is not None and not biased and not self._open.shape[1]:
             slopes = np.stack(
                 [(root_x @ np.outer(u[:, k], v[k]) @ root_y).ravel() for k in range(len(s))]
             )  # of s in theta
             slopes = (slopes - shares[:, None] * slopes.sum(0)) / s.sum()
-            half = _quantile(0.5 + level / 2) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
+            half = _half(level) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
             intervals = np.clip(np.stack([shares - half, shares + half], -1), 0.0, 1.0)
         return Saliency(s, shares, intervals, root_x @ u, root_y @ v.T)
 
@@ -337,6 +361,11 @@ class Fit:
         if not 0 <= rank < min(p, q):
             raise ValueError(
                 f"rank = {rank}: must be from 0 to {min(p, q) - 1}, less than the affinity {p} x {q} can have."
+            )
+        if self._open.shape[1]:
+            raise ValueError(
+                "the data do not tell all entries of the affinity, and so not its rank: see fit.null_vectors and fit.endless. "
+                "Leave traits out that others determine."
             )
         u, _, v = np.linalg.svd(affinity)
         left, right = u[:, rank:], v[rank:].T
@@ -499,11 +528,13 @@ def predicted(
     return unit * np.array(solve(problem, gradient=Implicit(), tolerance=1e-12).plan)
 
 
-def _quantile(share: float) -> float:
-    """Of the normal distribution."""
+def _half(level: float) -> float:
+    """Half the width of a normal interval, in standard errors."""
     from scipy.special import ndtri  # scipy is imported where it is needed
 
-    return float(ndtri(share))
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level!r}: must be between 0 and 1, such as 0.95.")
+    return float(ndtri(0.5 + level / 2))
 
 
 def _beyond(degrees: int, statistic: float) -> float:

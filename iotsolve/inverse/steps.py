@@ -37,6 +37,8 @@ class Constraints:
                 raise ValueError(
                     f"fixed coefficient {key!r}: must be one of {', '.join(names[:8])}, ... or its number."
                 )
+            if not np.isfinite(value):
+                raise ValueError(f"fixed coefficient {key!r} = {value!r}: must be finite.")
             row = np.zeros(count)
             row[names.index(key) if key in names else key] = 1.0
             matrix, right = np.vstack([matrix, row]), np.append(right, float(value))
