@@ -315,8 +315,8 @@ class Fit:
         if open_.any():
             k = int(open_.argmax())
             raise ValueError(
-                f"equation {k} of R is about {_combination(self._named(matrix[k][:, None])[0])}, of which the data say nothing, or "
-                "that has no end: there is no test of it. See fit.null_vectors and fit.endless."
+                f"equation {k} of R is about {_combination(self._named(matrix[k][:, None])[0])}, of which the data say nothing, "
+                "or that has no end: there is no test of it. See fit.null_vectors and fit.endless."
             )
         apart = matrix @ self.coefficients - np.broadcast_to(np.asarray(right, dtype=np.float64), len(matrix))
         spread = matrix @ self.covariance(kind) @ matrix.T
