@@ -483,3 +483,16 @@ def test_a_bar_is_shown_on_a_terminal_once_it_takes_long(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_PATIENCE", 0.0)
     shown = said()
     assert "path" in shown and "9/9" in shown and "training" in shown
+
+
+def test_what_was_not_possible_is_not_predicted():
+    x, y, data = market()
+    counts = np.array(data.plan)
+    mask = np.ones(counts.shape, bool)
+    mask[0, 0] = mask[2, 1] = False
+    fit = inverse.Module(Affinity(2, 3), x, y).fit(inverse.Coupling(plan=counts * mask, mask=mask))
+    a, b = ((counts * mask).sum(k) for k in (1, 0))
+    predicted = fit.predict(a, b)
+    assert (predicted[~mask] == 0).all() and (fit.predict(a, b, mask=mask | True) > 0).all()
+    np.testing.assert_allclose(predicted, fit.plan * a.sum(), rtol=1e-5)
+    assert (fit.predict(a, b, x=x) > 0).all()

@@ -530,6 +530,61 @@ def test_wald_is_the_square_of_a_ratio():
     assert fit.wald([[0.0, 1.0]], fit.coefficients[1]).p_value == pytest.approx(1.0)
 
 
+def test_hypotheses_of_which_the_data_say_nothing_are_refused():
+    features, counts = counted()
+    values = np.concatenate([features.values, np.arange(12.0)[:, None] * np.ones((1, 12, 9))])
+    with pytest.warns(inverse.IdentifiabilityWarning):
+        fit = inverse.InverseOT(inverse.Features(values, ["far", "same", "row"])).fit(counts)
+    alone = inverse.InverseOT(features).fit(counts)
+    assert fit.wald([[1.0, -2.0, 0.0]]).statistic == pytest.approx(alone.wald([[1.0, -2.0]]).statistic, rel=1e-6)
+    with pytest.raises(ValueError, match=r"equation 1 of R is about far \+ row"):
+        fit.wald([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+
+
+def test_what_is_said_of_an_affinity_that_is_not_told_whole_is_no_more_than_is_known():
+    x = traits(30, 2, 0)
+    with pytest.warns(inverse.IdentifiabilityWarning):
+        fit = inverse.affinity(np.hstack([x, x[:, :1]]), x + traits(30, 2, 1))
+    assert fit.saliency().intervals is None and inverse.affinity(x, x + traits(30, 2, 1)).saliency().intervals is not None
+    with pytest.raises(ValueError, match="do not tell all entries"):
+        fit.rank_test(1)
+    with pytest.raises(ValueError, match="level = 95"):
+        fit.confidence_intervals(95)
+
+
+def test_nested_lists_are_a_table():
+    features, counts = counted()
+    model = inverse.InverseOT(features)
+    np.testing.assert_array_equal(model.fit(counts.tolist()).coefficients, model.fit(counts).coefficients)
+    both = model.fit([counts, inverse.Coupling(counts)]), model.fit([counts, counts])
+    np.testing.assert_allclose(both[0].coefficients, both[1].coefficients)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": -1.0}, "tolerance = -1"), ({"max_steps": 0}, "max_steps = 0"), ({"rows": "fixed"}, "rows = 'fixed'"),
+        ({"fixed": {0: np.nan}}, "fixed coefficient 0 = nan"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_none_are_refused(options, message):
+    features, counts = counted()
+    with pytest.raises(ValueError, match=message):
+        inverse.InverseOT(features, **options).fit(counts)
+
+
+def test_errors_that_nothing_tells_are_refused():
+    fit = inverse.InverseOT(inverse.Features({"one": [[0.0, 1.0], [0.0, 0.0]]})).fit(
+        inverse.Coupling([[3, 4], [5, 6]], cluster=np.zeros((2, 2)))
+    )
+    with pytest.raises(ValueError, match="4 cells and 4 coefficients"):
+        fit.errors(small_sample=True)
+    with pytest.raises(ValueError, match="one cluster"):
+        fit.errors("clustered")
+    with pytest.raises(ValueError, match="matrix of numbers"):
+        inverse.Coupling([["a", "b"], ["c", "d"]]).table((2, 2))
+
+
 @pytest.mark.parametrize(
     "options, data, message",
     [
@@ -756,7 +811,6 @@ def test_soft_sides_are_recovered_and_predicted_in_any_unit(sides, unit):
     fit = model.fit(inverse.Coupling(plan=plan, a=a, b=b, observations=5000))
     np.testing.assert_allclose(fit.coefficients, theta, atol=1e-7)
     np.testing.assert_allclose(fit.predict(a, b), plan, rtol=1e-6)
-    np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(np.linalg.inv(fit.information))), rtol=1e-8)
     assert fit.score(inverse.Coupling(plan=plan, a=a, b=b)) == pytest.approx(fit.log_likelihood / 5000)
 
 
@@ -782,6 +836,184 @@ def test_predictions_and_scores_of_other_data():
     expected = solve(Problem(-others.apply(fit.coefficients), a / 7, b / 7, epsilon=1.0), tolerance=1e-12).plan
     np.testing.assert_allclose(fit.predict(a, b, others), 7 * expected, atol=1e-9)
     assert fit.score(inverse.Coupling(plan=plan)) == pytest.approx(fit.log_likelihood)
+
+# -- sides whose totals are not those of the data ------------------------------------------------------------------------
+
+
+def alternatives(seed, n=200, m=5):
+    """Choices among alternatives that differ in their mean price."""
+    rng = np.random.default_rng(seed)
+    price = np.linspace(1, 4, m) + 0.3 * rng.standard_normal((n, m))
+    chance = np.exp(-0.8 * price)
+    chosen = (rng.random((n, 1)) > (chance / chance.sum(1, keepdims=True)).cumsum(1)[:, :-1]).sum(1)
+    return inverse.Features({"price": price}), chosen, inverse.Coupling(pairs=(np.arange(n), chosen))
+
+
+def test_choices_are_conditional_logit_without_weights_of_the_alternatives():
+    features, chosen, data = alternatives(0)
+    theta, information = logit(features.values, chosen, np.ones(5))
+    fit = inverse.InverseOT(features, columns=FREE).fit(data)
+    np.testing.assert_allclose(fit.coefficients, theta, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(fit.standard_errors, 1 / np.sqrt(200 * information[0]), rtol=1e-8)
+    chance = np.exp(theta * features.values[0])
+    expected = np.log(chance / chance.sum(1, keepdims=True))[np.arange(200), chosen].mean() - np.log(200)
+    assert fit.score(data) == pytest.approx(expected, abs=1e-8)
+    turned = inverse.InverseOT(inverse.Features({"price": features.values[0].T}), rows=FREE)
+    np.testing.assert_allclose(turned.fit(inverse.Coupling(pairs=(chosen, np.arange(200)))).coefficients, theta, atol=1e-8)
+
+
+def test_an_alternative_that_nobody_chose_is_one_all_the_same():
+    price = np.arange(12.0).reshape(4, 3) % 5
+    chosen = np.array([0, 1, 0, 1])
+    fit = inverse.InverseOT(inverse.Features({"price": price}), columns=FREE).fit(
+        inverse.Coupling(pairs=(np.arange(4), chosen))
+    )
+    theta, _ = logit(price[None], chosen, np.ones(3))
+    np.testing.assert_allclose(fit.coefficients, theta, atol=1e-8)
+    assert (fit.plan > 0.01).all()
+
+
+UNCERTAIN = {
+    "fixed": (FIXED, FIXED, {}), "fixed, known": (FIXED, FIXED, {"a": 1.0, "b": 1.0}), "fixed and free": (FIXED, FREE, {}),
+    "free": (FREE, FREE, {}), "soft": (KL(1.0), KL(10.0), {}), "soft, known": (KL(1.0), KL(10.0), {"a": 1.0, "b": 1.1}),
+    "one soft": (FIXED, KL(1.0), {}), "one soft, known": (FIXED, KL(1.0), {"b": 0.9}),
+    "one known": (KL(2.0), FIXED, {"b": 1.0}), "others": (ChiSquared(1.0), L2(0.5), {"a": 1.0, "b": 1.0}),
+    "a price with a kink": (TV(0.2), FIXED, {"a": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", UNCERTAIN)
+def test_errors_are_what_the_estimate_does_when_a_cell_changes(mode):
+    """The delta method by differences: one more match in every cell in turn, with its share of the weights that are known."""
+    rows, columns, known = UNCERTAIN[mode]
+    rng = np.random.default_rng(3)
+    n, m = 4, 5
+    values = rng.standard_normal((2, n, m)) + rng.standard_normal((n, 1)) + 0.3
+    counts = rng.poisson(40.0, (n, m)).astype(float)
+    size = {"a": n, "b": m}
+    shares = {name: scale * weights(size[name], 5) for name, scale in known.items()}
+    total = counts.sum()
+    model = inverse.InverseOT(inverse.Features(values), rows=rows, columns=columns)
+
+    def estimate(counts):
+        pinned = (rows.is_fixed and "a" in known) or (columns.is_fixed and "b" in known)
+        own = {name: (counts.sum() if pinned else total) * share for name, share in shares.items()}
+        return model.fit(inverse.Coupling(counts, **own))
+
+    fit, moves = estimate(counts), np.zeros((n, m, 2))
+    for i, j in np.ndindex(n, m):
+        step = np.zeros((n, m))
+        step[i, j] = 0.02
+        moves[i, j] = (estimate(counts + step).coefficients - estimate(counts - step).coefficients) / 0.04
+    expected = counts.sum() / fit.points[0].market.table.plan.sum() * fit.plan
+    for kind, variance in (("model", expected), ("robust", (counts - expected) ** 2)):
+        covariance = np.einsum("ij,ijk,ijl->kl", variance, moves, moves)
+        np.testing.assert_allclose(fit.covariance(kind), covariance, rtol=2e-4, atol=1e-7)
+
+
+def with_singles(score, n, m):
+    """The market of Choo and Siow by its own equations: who is with whom, and who alone."""
+    gain, first, second = np.exp(score / 2), np.sqrt(n), np.sqrt(m)
+    for _ in range(5000):
+        half = gain @ second / 2
+        first = np.sqrt(n + half**2) - half
+        half = gain.T @ first / 2
+        second = np.sqrt(m + half**2) - half
+    return first[:, None] * second * gain, first**2, second**2
+
+
+def test_couples_and_singles_are_a_table_in_which_everybody_is_a_row_and_a_column():
+    theta, values = np.array([-1.0, 0.8]), np.stack([np.ones((5, 4)), traits(5, 4, 0)])
+    n, m = weights(5, 1), 1.2 * weights(4, 2)
+
+    def everybody(couples, first, second):
+        return np.block([[np.diag(first), couples], [couples.T, np.diag(second)]])
+
+    halves = inverse.Features([everybody(x / 2, np.zeros(5), np.zeros(4)) for x in values])
+    table = everybody(*with_singles(np.tensordot(theta, values, 1), n, m))
+    fit = inverse.InverseOT(halves).fit(inverse.Coupling(plan=table, mask=table > 0))
+    np.testing.assert_allclose(fit.coefficients, theta, atol=1e-8)
+    n, m = n * np.linspace(0.8, 1.3, 5), m * np.linspace(1.4, 0.7, 4)
+    expected = everybody(*with_singles(np.tensordot(theta, values, 1), n, m))
+    np.testing.assert_allclose(fit.predict(*2 * [np.concatenate([n, m])]), expected, atol=1e-8)
+
+
+def test_errors_of_rows_that_are_full_are_those_of_choices_and_of_others_those_of_counts():
+    rng = np.random.default_rng(0)
+    values, a, b = rng.standard_normal((2, 4, 5)), np.array([300.0, 260.0, 200.0, 240.0]), 160 * np.ones(5)
+    model = inverse.InverseOT(inverse.Features(values), rows=AT_MOST, columns=FREE)
+    plan = model.plan([0.7, -0.5], a, b)
+    full = plan.sum(1) > a * (1 - 1e-9)
+    assert full.any() and not full.all()
+    fit = model.fit(inverse.Coupling(counts=plan, a=a, b=b))
+    np.testing.assert_allclose(fit.coefficients, [0.7, -0.5], atol=1e-6)
+    apart = values - np.where(full, np.einsum("kij,ij->ki", values, plan) / plan.sum(1), 0.0)[:, :, None]
+    information = np.einsum("ij,kij,lij->kl", plan, apart, apart)
+    np.testing.assert_allclose(fit.covariance(), np.linalg.inv(information), rtol=1e-5)
+
+
+def test_intervals_cover_where_totals_are_known_and_soft():
+    rng = np.random.default_rng(1)
+    features = inverse.Features(rng.standard_normal((1, 6, 7)) + rng.standard_normal((6, 1)))
+    model, a, b = inverse.InverseOT(features, rows=KL(10.0), columns=KL(10.0)), weights(6, 0), weights(7, 1)
+    plan = model.plan([0.5], a, b)
+    fits = [model.fit(inverse.Coupling(rng.poisson(4000 * plan), a=4000 * a, b=4000 * b)) for _ in range(200)]
+    inside = [low <= 0.5 <= high for low, high in (fit.confidence_intervals()[0] for fit in fits)]
+    assert 0.90 <= np.mean(inside) <= 0.99
+
+
+def test_a_plan_is_solved_for_where_a_search_has_nothing_to_do():
+    rng = np.random.default_rng(0)
+    mask = rng.random((7, 5)) < 0.7
+    counts = rng.poisson(3.0, (7, 5)) * mask + np.eye(7, 5)
+    data, features = inverse.Coupling(counts, mask=counts + mask > 0), inverse.Features(rng.standard_normal((2, 7, 5)))
+    largest = inverse.largest_strength(inverse.InverseOT(features, penalty=inverse.L1(1.0)), data)
+    for options in ({"penalty": inverse.L1(2 * largest)}, {"fixed": {0: 0.5, 1: -0.5}}):
+        plan = inverse.InverseOT(features, **options).fit(data).plan
+        np.testing.assert_allclose(plan.sum(1), counts.sum(1) / counts.sum(), rtol=1e-9)
+    assert (inverse.InverseOT(features, penalty=inverse.L1((1 - 1e-6) * largest)).fit(data).coefficients != 0).any()
+
+
+def alternated(cost, a, b):
+    """Iterative proportional fitting."""
+    plan = np.exp(-cost)
+    for _ in range(5000):
+        plan *= (a / plan.sum(1))[:, None]
+        plan *= b / plan.sum(0)
+    return plan
+
+
+def test_what_was_not_possible_is_not_predicted_unless_it_is_said_to_be():
+    features, counts = counted()
+    n, m = features.shape
+    mask = np.ones((n, m), bool)
+    mask[0, 0] = mask[1, 2] = False
+    fit = inverse.InverseOT(features).fit(inverse.Coupling(counts * mask, mask=mask))
+    np.testing.assert_allclose(
+        fit.predict(*((counts * mask).sum(k) for k in (1, 0))), fit.plan * (counts * mask).sum(), rtol=1e-7
+    )
+    score = features.apply(fit.coefficients)
+    closed = mask.copy()
+    closed[2, 0] = False
+    a, b = counts.sum(1) + 1.0, counts.sum(0) + n / m
+    for given, possible, others in ((None, mask, None), (closed, closed, None), (None, mask | True, features)):
+        expected = alternated(np.where(possible, -score, np.inf), a, b)
+        np.testing.assert_allclose(fit.predict(a, b, others, mask=given), expected, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="mask of shape"):
+        fit.predict(a, b, mask=mask[1:])
+
+
+def test_folds_keep_known_weights():
+    features, _, data = alternatives(1)
+    b = np.array([5.0, 1.0, 1.0, 1.0, 1.0])
+    model = inverse.InverseOT(features, columns=FREE, penalty=inverse.L1(1.0))
+    path = inverse.path(model, inverse.Coupling(pairs=data.pairs, b=b), strengths=[1e-9], folds=2)
+    of_none = inverse.path(model, data, strengths=[1e-9], folds=2)
+    chosen, price = data.pairs[1], features.values[0]
+    theta, _ = logit(price[None], chosen, b)
+    chance = b * np.exp(theta * price)
+    mean = np.log(chance / chance.sum(1, keepdims=True))[np.arange(200), chosen].mean() - np.log(100)
+    assert path.scores.mean() == pytest.approx(mean, abs=0.05) and of_none.scores.mean() > path.scores.mean() + 0.1
 
 
 # -- without entropy ---------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def ends(features, counts, columns):
     it is below somewhere; all such together empty cells. A coefficient is told if it is 0 in every direction that is 0 elsewhere.
     """
     n, m = counts.shape
-    filled = np.flatnonzero(np.outer(counts.sum(1), counts.sum(0)) > 0)
+    filled = np.flatnonzero(np.outer(counts.sum(1), counts.sum(0) if columns is FIXED else np.ones(m)) > 0)
     effects = [np.kron(np.eye(n), np.ones((m, 1)))] + [np.kron(np.ones((n, 1)), np.eye(m))] * (columns is FIXED)
     design = np.hstack([features.block(slice(None)).reshape(n * m, -1), *effects])
     seen = counts.ravel() > 0
@@ -170,6 +170,18 @@ def test_a_price_decides_where_the_data_do_not_and_soon(kind, columns, nonnegati
         assert held.converged and held.coefficients[1] == pytest.approx(0.7, abs=1e-12)
         assert violation(held, counts, price=strength, nonnegative=nonnegative, free=known) < 1e-7
 
+def test_signs_are_kept_in_any_unit_of_the_features():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4, 7, 6))
+    mean = np.exp(np.tensordot(rng.normal(size=4), values, 1))
+    counts, units = rng.poisson(30 * mean / mean.sum()).astype(float), 10.0 ** rng.uniform(-3, 3, 4)
+    one = fitted(inverse.InverseOT(inverse.Features(values), nonnegative=True, epsilon=0.3), counts)
+    other = inverse.Features(values * units[:, None, None])
+    other = fitted(inverse.InverseOT(other, nonnegative=True, epsilon=0.3), counts)
+    assert one.converged and other.converged and (one.coefficients > 0).any()
+    np.testing.assert_allclose(other.coefficients * units, one.coefficients, rtol=0, atol=1e-8)
+    assert violation(other, counts, nonnegative=True) < 1e-8
+
 
 def test_a_known_coefficient_tells_those_that_its_unknown_effect_had_left_open():
     counts = drawn(inverse.FreeCost(3, 4), 0, total=2000) + 1.0
@@ -177,7 +189,7 @@ def test_a_known_coefficient_tells_those_that_its_unknown_effect_had_left_open()
     assert np.isinf(open_.standard_errors).all()  # scores of a row up to a constant
     told = fitted(inverse.InverseOT(inverse.FreeCost(3, 4), columns=FREE, fixed={0: 1.0, 4: 0.0, 8: -1.0}), counts)
     assert told.converged and told.steps <= 10 and not told.unseen.size
-    logs = np.log(counts / counts.sum(0))
+    logs = np.log(counts)
     np.testing.assert_allclose(told.matrix, logs - logs[:, :1] + np.array([[1.0], [0.0], [-1.0]]), atol=1e-7)
     errors = np.sqrt(1 / counts + 1 / counts[:, :1])[:, 1:]  # of log odds
     np.testing.assert_allclose(told.standard_errors.reshape(3, 4)[:, 1:], errors, rtol=1e-6)

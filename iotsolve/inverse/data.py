@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Coupling", "Table"]
+from iotsolve.marginals import FIXED, Marginal
+
+__all__ = ["Coupling", "Table", "possible"]
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """An observed plan with what belongs to it, per unit of the rows' weights: ``a`` sums to 1, and ``unit`` is what it was."""
+    """An observed plan with what belongs to it, per unit of the rows' weights: ``a`` sums to 1, and ``unit`` is what it was.
+
+    ``known`` says of rows and of columns whether their weights were given.
+    """
 
     plan: np.ndarray
     a: np.ndarray
@@ -21,6 +26,7 @@ class Table:
     observations: float | None
     cluster: Clusters | None
     unit: float
+    known: tuple[bool, bool] = (False, False)
 
     def observed(self) -> np.ndarray:
         """The plan."""
@@ -59,8 +65,9 @@ class Coupling:
             ``observations`` for standard errors.
         pairs: ``(i, j)`` or ``(i, j, weight)``: index of the row, of the column, and how often, 1 by default.
         matched: True where row ``i`` met column ``i``, once each.
-        a: weights of the rows in the same unit, if they are not the sums of what was observed: of a population, say.
-        b: weights of the columns.
+        a: weights of the rows in the same unit, if they are not the sums of what was observed: of a population, say. Of a FREE
+            side, whose totals are the outcome of choices, all weights are the same by default; the total is that of the data.
+        b: weights of the columns, likewise.
         mask: cells that were possible, boolean, shape ``(n, m)``; all by default.
         cluster: labels whose cells vary together: ``"rows"``, ``"columns"``, one label per cell ``(n, m)``, or one per pair. In
             a panel the same label is the same cluster in every table; rows and columns are their table's own.
@@ -94,8 +101,8 @@ class Coupling:
         if self.observations is not None and not 0 < self.observations < np.inf:
             raise ValueError(f"observations = {self.observations!r}: must be a positive number of matches.")
 
-    def table(self, shape: tuple[int, int]) -> Table:
-        """The coupling between ``n`` rows and ``m`` columns, per unit of the rows' weights."""
+    def table(self, shape: tuple[int, int], rows: Marginal = FIXED, columns: Marginal = FIXED) -> Table:
+        """The coupling between ``n`` rows and ``m`` columns with these sides, per unit of the rows' weights."""
         n, m = shape
         flows = self._flows(n, m)
         if flows.shape != (n, m):
@@ -112,22 +119,21 @@ class Coupling:
             raise ValueError(f"the coupling has total {total}: nothing was observed, or it overflows.")
         allowed = None
         if self.mask is not None:
-            allowed = np.asarray(self.mask, dtype=bool)
-            if allowed.shape != (n, m):
-                raise ValueError(f"mask of shape {allowed.shape}: must be {(n, m)}, True where a match is possible.")
+            allowed = possible(self.mask, (n, m))
             if (flows[~allowed] > 0).any():
                 i, j = np.argwhere((flows > 0) & ~allowed)[0]
                 raise ValueError(f"coupling[{i}, {j}] = {flows[i, j]} where the mask forbids it. Is the mask inverted?")
             allowed = None if allowed.all() else allowed
         a, b = (
-            sums if given is None else self._weights(name, given, len(sums))
-            for name, given, sums in (("a", self.a, flows.sum(1)), ("b", self.b, flows.sum(0)))
+            self._weights(name, given, sums, side)
+            for name, given, sums, side in (("a", self.a, flows.sum(1), rows), ("b", self.b, flows.sum(0), columns))
         )
+        known = self.a is not None, self.b is not None
         observations = self.observations
         if observations is None and self.plan is None:
             observations = total
         unit = float(a.sum())
-        return Table(flows / unit, a / unit, b / unit, allowed, observations, self._labels(n, m), unit)
+        return Table(flows / unit, a / unit, b / unit, allowed, observations, self._labels(n, m), unit, known)
 
     def _flows(self, n: int, m: int) -> np.ndarray:
         if self.matched:
@@ -137,7 +143,12 @@ class Coupling:
                 )
             return np.eye(n)
         if self.pairs is None:
-            return np.array(self.counts if self.plan is None else self.plan, dtype=np.float64)
+            try:
+                return np.array(self.counts if self.plan is None else self.plan, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the coupling must be a matrix of numbers. Are there strings in it, or rows of unequal length? ({error})"
+                ) from error
         i, j, weight = self._listed(n, m)
         flows = np.zeros((n, m))
         np.add.at(flows, (i, j), weight)
@@ -156,7 +167,10 @@ class Coupling:
             )
         return i, j, weight
 
-    def _weights(self, name: str, given: Any, size: int) -> np.ndarray:
+    def _weights(self, name: str, given: Any, sums: np.ndarray, side: Marginal) -> np.ndarray:
+        size = len(sums)
+        if given is None:
+            return np.full(size, sums.sum() / size) if side.is_free else sums
         weights = np.asarray(given, dtype=np.float64)
         if weights.shape != (size,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.sum() > 0:
             raise ValueError(
@@ -183,3 +197,11 @@ class Coupling:
             raise ValueError(f"cluster of shape {labels.shape}: must be one label per cell {(n, m)}, or one per pair.")
         names, codes = np.unique(labels, return_inverse=True)
         return Clusters(codes.reshape(n, m), names)
+
+
+def possible(mask: Any, shape: tuple[int, int]) -> np.ndarray:
+    """A mask of the cells of a table."""
+    allowed = np.asarray(mask, dtype=bool)
+    if allowed.shape != shape:
+        raise ValueError(f"mask of shape {allowed.shape}: must be {shape}, True where a match is possible.")
+    return allowed

@@ -35,7 +35,8 @@ class InverseOT:
     Args:
         features: what the score is made of, a :class:`FeatureMap`; for a panel a list of them, or one for all.
         epsilon: strength of the entropy. The data tell ``theta / epsilon`` and no more, so that it is a unit: leave it 1.
-        rows: marginal object of the rows; the weights are the observed ones unless the coupling has its own.
+        rows: marginal object of the rows; the weights are the observed ones unless the coupling has its own, all the same of a
+            FREE side.
         columns: marginal object of the columns.
         penalty: :class:`L1`, :class:`Ridge`, :class:`Group`, :class:`Nuclear`; or a pair of a ridge and another one.
         nonnegative: whether coefficients must not be negative.
@@ -66,7 +67,7 @@ class InverseOT:
     fixed: Mapping[Any, float] | None = None
     equalities: tuple[Any, Any] | None = None
     tolerance: float = 1e-9
-    max_steps: int = 60
+    max_steps: int = 100
 
     # -- scikit-learn's conventions ----------------------------------------------------------------------------------
 
@@ -104,14 +105,24 @@ class InverseOT:
             A :class:`Fit`. Coefficients that the data cannot tell apart get the smallest values that explain them, and an
             :class:`IdentifiabilityWarning` names them.
         """
-        couplings = list(data) if isinstance(data, list | tuple) else [data]
+        panel = isinstance(data, list | tuple) and any(isinstance(x, Coupling) or np.ndim(x) > 1 for x in data)
+        couplings = list(data) if panel else [data]
         couplings = [x if isinstance(x, Coupling) else Coupling(x) for x in couplings]
         maps = self._maps(len(couplings))
+        for name, side in (("rows", self.rows), ("columns", self.columns)):
+            if not isinstance(side, Marginal):
+                raise ValueError(f"{name} = {side!r}: must be a marginal object, such as FIXED, FREE or KL(1.0).")
+        if not 0 < self.tolerance < math.inf or not self.max_steps >= 1:
+            raise ValueError(
+                f"tolerance = {self.tolerance!r}, max_steps = {self.max_steps!r}: the one must be positive and finite, such as "
+                "1e-9, the other at least 1."
+            )
         if not 0 < self.epsilon < math.inf:
             raise ValueError(
                 f"epsilon = {self.epsilon!r}: must be positive and finite; for epsilon = 0 see inverse.ExactInverse."
             )
-        tables = [coupling.table(features.shape) for coupling, features in zip(couplings, maps, strict=True)]
+        sides = self.rows, self.columns
+        tables = [coupling.table(features.shape, *sides) for coupling, features in zip(couplings, maps, strict=True)]
         for table in tables:
             check_totals(table, self.rows, self.columns)
         sizes = np.array([table.scale for table in tables])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iotsolve.gradient import Implicit
-from iotsolve.inverse.data import Coupling, Table
+from iotsolve.inverse.data import Coupling, Table, possible
 from iotsolve.inverse.features import Bilinear, FeatureMap
 from iotsolve.inverse.market import Market, Point
 from iotsolve.inverse.steps import Constraints
@@ -166,19 +167,24 @@ class Fit:
 
     @property
     def information(self) -> np.ndarray:
-        """Fisher information of the coefficients, ``(K, K)``: of all observations, of one where their number is not known."""
+        """Fisher information of the coefficients, ``(K, K)``: of all observations, of one where their number is not known.
+
+        With soft sides, where the loss is no likelihood, its curvature.
+        """
         return self.hessian * self.weight / self.model.epsilon
 
     def covariance(self, kind: str = "model", *, small_sample: bool = False) -> np.ndarray:
         """Covariance matrix of the coefficients.
 
         Args:
-            kind: ``"model"``: the inverse information, for independent matches. ``"robust"``: cells whose variance is not their
-                mean. ``"clustered"``: cells that vary together by the coupling's ``cluster``, times ``G / (G - 1)``.
+            kind: ``"model"``: for independent matches; between FIXED and FREE sides the inverse information. ``"robust"``: cells
+                whose variance is not their mean. ``"clustered"``: cells that vary together by the coupling's ``cluster``, times
+                ``G / (G - 1)``.
             small_sample: multiply by ``cells / (cells - K - n - m + 1)``, as for least squares with two-way effects.
 
         Raises:
-            ValueError: without a number of observations, with a penalty that biases the coefficients, or without clusters.
+            ValueError: without a number of observations, with a penalty that biases the coefficients, without two clusters, or
+                with ``small_sample`` and no more cells than coefficients and effects.
         """
         if kind not in _KINDS:
             raise ValueError(f"kind = {kind!r}: must be one of {', '.join(_KINDS)}.")
@@ -196,18 +202,27 @@ class Fit:
             basis @ np.linalg.inv(basis.T @ self.information @ basis) @ basis.T if basis.shape[1] else 0 * self.hessian
         )
         factor = 1.0
-        if kind != "model":
-            scores = self._clustered() if kind == "clustered" else None
-            meat = self._squares() if scores is None else scores.T @ scores
-            bread = bread @ meat @ bread
-            if scores is not None:
-                factor *= len(scores) / (len(scores) - 1)
+        if kind == "clustered":
+            scores = self._clustered()
+            if len(scores) < 2:
+                raise ValueError("kind = 'clustered' with one cluster: nothing tells how clusters vary. Give finer labels.")
+            bread = bread @ scores.T @ scores @ bread
+            factor *= len(scores) / (len(scores) - 1)
+        elif kind == "robust":
+            bread = bread @ self._squares(lambda k: self._error(k) ** 2) @ bread
+        elif not self._is_likelihood:
+            bread = bread @ self._squares(self._variance) @ bread
         if small_sample:
             cells = sum(
                 p.plan.size if p.market.table.allowed is None else int(p.market.table.allowed.sum())
                 for p in self.points
             )
             used = len(self.coefficients) + sum(sum(p.plan.shape) - 1 for p in self.points)
+            if cells <= used:
+                raise ValueError(
+                    f"small_sample=True with {cells} cells and {used} coefficients and effects: nothing is left to estimate a "
+                    "variance from. Leave it out."
+                )
             factor *= cells / (cells - used)
         return factor * bread
 
@@ -227,21 +242,36 @@ class Fit:
         table = self.points[k].market.table
         return table.scale * (table.plan - self.points[k].plan) / self.model.epsilon
 
-    def _squares(self) -> np.ndarray:
-        """``sum e^2 phi~ phi~'`` over cells."""
+    def _variance(self, k: int) -> np.ndarray:
+        """The same error's, squared, of independent observations."""
+        point = self.points[k]
+        return point.market.table.scale * point.plan / self.model.epsilon**2
+
+    @cached_property
+    def _felt(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What a match does to the gradient beside its features, in every coupling."""
+        return [point.felt(*own) for point, own in zip(self.points, self.effects, strict=True)]
+
+    @property
+    def _is_likelihood(self) -> bool:
+        """Whether the loss is one, so that its curvature is the information: sides are FREE, or fixed at what was observed."""
+        both = zip(self._felt, self.effects, strict=True)
+        return all(x is y for own, effects in both for x, y in zip(own, effects, strict=True))
+
+    def _squares(self, weights: Callable[[int], np.ndarray]) -> np.ndarray:
+        """``sum w psi psi'`` over cells, ``psi`` what a match does to the gradient."""
         return sum(
-            _residual_gram(point.market.features, self._error(k) ** 2, *self.effects[k])
-            for k, point in enumerate(self.points)
+            _residual_gram(point.market.features, weights(k), *self._felt[k]) for k, point in enumerate(self.points)
         )
 
     def _clustered(self) -> np.ndarray:
-        """Sums of ``e phi~`` over the clusters that have a cell which was possible, ``(G, K)``."""
+        """Sums of ``e psi`` over the clusters that have a cell which was possible, ``(G, K)``."""
         tables = [point.market.table for point in self.points]
         if any(table.cluster is None for table in tables):
             raise ValueError("kind = 'clustered': the coupling has no cluster. Give Coupling(..., cluster=labels).")
         codes = _joined(tables)
         scores = np.zeros((int(max(c.max() for c in codes)) + 1, len(self.coefficients)))
-        for k, (point, (over_rows, over_columns)) in enumerate(zip(self.points, self.effects, strict=True)):
+        for k, (point, (over_rows, over_columns)) in enumerate(zip(self.points, self._felt, strict=True)):
             error = self._error(k)
             for rows, block in point.market.features.blocks():
                 left = error[rows, :, None] * (block + over_rows[rows, None] + over_columns[None])
@@ -265,17 +295,31 @@ class Fit:
         self, level: float = 0.95, kind: str = "model", *, small_sample: bool = False
     ) -> np.ndarray:
         """Shape ``(K, 2)``: lower and upper ends."""
-        if not 0 < level < 1:
-            raise ValueError(f"level = {level!r}: must be between 0 and 1, such as 0.95.")
-        half = _quantile(0.5 + level / 2) * self.errors(kind, small_sample=small_sample)
+        half = _half(level) * self.errors(kind, small_sample=small_sample)
         return np.stack([self.coefficients - half, self.coefficients + half], -1)
 
     def wald(self, matrix: Any, right: Any = 0.0, kind: str = "model") -> Test:
-        """Whether ``R theta = r`` (Wald)."""
+        """Whether ``R theta = r`` (Wald).
+
+        Args:
+            matrix: ``R``, one row per equation, shape ``(q, K)``.
+            right: ``r``, shape ``(q,)``, or one number for all.
+            kind: of covariance.
+
+        Raises:
+            ValueError: where an equation is about coefficients of which the data say nothing, or that have no end.
+        """
         matrix = np.atleast_2d(np.asarray(matrix, dtype=np.float64))
         if matrix.shape[1] != len(self.coefficients):
             raise ValueError(
                 f"R of shape {matrix.shape}: must have one column for each of {len(self.coefficients)} coefficients."
+            )
+        open_ = abs(matrix @ self._open).max(1, initial=0.0) > 1e-8 * np.maximum(abs(matrix).max(1), 1e-300)
+        if open_.any():
+            k = int(open_.argmax())
+            raise ValueError(
+                f"equation {k} of R is about {_combination(self._named(matrix[k][:, None])[0])}, of which the data say nothing, "
+                "or that has no end: there is no test of it. See fit.null_vectors and fit.endless."
             )
         apart = matrix @ self.coefficients - np.broadcast_to(np.asarray(right, dtype=np.float64), len(matrix))
         spread = matrix @ self.covariance(kind) @ matrix.T
@@ -296,18 +340,20 @@ class Fit:
     def saliency(self, level: float = 0.95, kind: str = "model") -> Saliency:
         """Along which combinations of traits people sort, and how much each matters (Dupuy and Galichon, JPE 2014).
 
-        Intervals of the shares by the delta method, without a penalty and with a number of observations.
+        Intervals of the shares by the delta method, without a penalty, with a number of observations, and where the data tell
+        all coefficients.
         """
         affinity, root_x, root_y = self._whitened()
         u, s, v = np.linalg.svd(affinity, full_matrices=False)
         shares = s / s.sum()
         intervals = None
-        if self.observations is not None and self.model.penalty is None and not self.model.nonnegative:
+        biased = self.model.penalty is not None or self.model.nonnegative
+        if self.observations is not None and not biased and not self._open.shape[1]:
             slopes = np.stack(
                 [(root_x @ np.outer(u[:, k], v[k]) @ root_y).ravel() for k in range(len(s))]
             )  # of s in theta
             slopes = (slopes - shares[:, None] * slopes.sum(0)) / s.sum()
-            half = _quantile(0.5 + level / 2) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
+            half = _half(level) * np.sqrt(np.einsum("kp,pq,kq->k", slopes, self.covariance(kind), slopes))
             intervals = np.clip(np.stack([shares - half, shares + half], -1), 0.0, 1.0)
         return Saliency(s, shares, intervals, np.linalg.pinv(root_x) @ u, np.linalg.pinv(root_y) @ v.T)
 
@@ -319,6 +365,11 @@ class Fit:
             raise ValueError(
                 f"rank = {rank}: must be from 0 to {min(p, q) - 1}, less than the affinity {p} x {q} can have."
             )
+        if self._open.shape[1]:
+            raise ValueError(
+                "the data do not tell all entries of the affinity, and so not its rank: see fit.null_vectors and fit.endless. "
+                "Leave traits out that others determine."
+            )
         u, _, v = np.linalg.svd(affinity)
         left, right = u[:, rank:], v[rank:].T
         lever = np.einsum("pa,qb->abpq", root_x @ left, root_y @ right).reshape(-1, p * q)
@@ -329,21 +380,32 @@ class Fit:
 
     # -- other data --------------------------------------------------------------------------------------------------
 
-    def predict(self, a: Any, b: Any, features: FeatureMap | None = None) -> np.ndarray:
-        """The optimal plan between other weights, of other types if their features are given; in the unit of the data."""
-        features = self.features[0] if features is None else features
+    def predict(self, a: Any, b: Any, features: FeatureMap | None = None, mask: Any = None) -> np.ndarray:
+        """The optimal plan between other weights, in the unit of the data; of a panel, that of its first coupling.
+
+        Args:
+            a: weights of the rows, shape ``(n,)``.
+            b: weights of the columns, shape ``(m,)``.
+            features: of other types, or of the same after a change: the same names, other numbers.
+            mask: cells that are possible, boolean, shape ``(n, m)``; by default those of the data, or all between other types.
+
+        Raises:
+            ValueError: on features of another meaning, another shape, or weights that no plan can have.
+        """
+        if features is None:
+            features, mask = self.features[0], self.points[0].market.table.allowed if mask is None else mask
         if features.names != self.names:
             raise ValueError(
                 "the new features must have the names, and so the meaning, of those the coefficients are for."
             )
         unit = self.points[0].market.table.unit
-        return predicted(self.model, -features.apply(self.coefficients), a, b, unit=unit)
+        return predicted(self.model, -features.apply(self.coefficients), a, b, unit=unit, mask=mask)
 
     def score(self, held_out: Coupling | Any, features: FeatureMap | None = None) -> float:
         """Mean log-likelihood of an observation of another coupling, between its own marginals."""
         features = self.features[0] if features is None else features
         held_out = held_out if isinstance(held_out, Coupling) else Coupling(held_out)
-        table = held_out.table(features.shape)
+        table = held_out.table(features.shape, self.model.rows, self.model.columns)
         market = Market(features, table, self.model.epsilon, self.model.rows, self.model.columns)
         return log_likelihood(table.plan, market.at(self.coefficients, 1e-10).plan) / float(table.plan.sum())
 
@@ -457,19 +519,25 @@ class Fit:
         return self.report()
 
 
-def predicted(model: InverseOT | Module, cost: np.ndarray, a: Any, b: Any, *, unit: float) -> np.ndarray:
-    """The optimal plan between weights, of the problem that is posed per ``unit`` of them."""
+def predicted(
+    model: InverseOT | Module, cost: np.ndarray, a: Any, b: Any, *, unit: float, mask: Any = None
+) -> np.ndarray:
+    """The optimal plan between weights on the cells of a mask, of the problem that is posed per ``unit`` of them."""
+    if mask is not None:
+        cost = np.where(possible(mask, cost.shape), cost, np.inf)
     Problem(cost, a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)  # errors in the caller's unit
     a, b = (np.asarray(x, dtype=np.float64) / unit for x in (a, b))
     problem = Problem(cost, a, b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)
     return unit * np.array(solve(problem, gradient=Implicit(), tolerance=1e-12).plan)
 
 
-def _quantile(share: float) -> float:
-    """Of the normal distribution."""
+def _half(level: float) -> float:
+    """Half the width of a normal interval, in standard errors."""
     from scipy.special import ndtri  # scipy is imported where it is needed
 
-    return float(ndtri(share))
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level!r}: must be between 0 and 1, such as 0.95.")
+    return float(ndtri(0.5 + level / 2))
 
 
 def _beyond(degrees: int, statistic: float) -> float:

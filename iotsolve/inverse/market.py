@@ -21,7 +21,7 @@ from iotsolve.costs import Dense
 from iotsolve.gradient import Implicit
 from iotsolve.inverse.data import Table
 from iotsolve.inverse.features import FeatureMap
-from iotsolve.marginals import Marginal
+from iotsolve.marginals import Marginal, number
 from iotsolve.problem import Potentials, Problem
 from iotsolve.solution import Solution
 from iotsolve.solve import attainable, solve
@@ -106,6 +106,36 @@ class Point:
         over_rows, over_columns = self._solved(plan, r, c)
         found = features.gram(plan) + r.T @ over_rows + c.T @ over_columns
         return (found + found.T) / (2 * self.market.epsilon), over_rows, over_columns
+
+    def felt(self, over_rows: np.ndarray, over_columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a match does to the gradient beside its features: of its row ``(n, K)`` and of its column ``(m, K)``.
+
+        Weights made of the data move with it, between fixed sides by the effects themselves, which are returned as they are.
+        Weights that are known do not, but for the total where it is that of the data; nor does a bin that a hard side pins.
+        """
+        market, plan, table = self.market, self.plan, self.market.table
+        r, c = market.features.sums(plan)
+        moved = r + plan @ over_columns, c + plan.T @ over_rows  # the gradient in the logarithms of weights
+        sides, weights, effects = (market.rows, market.columns), (table.a, table.b), (over_rows, over_columns)
+        known, totals = table.known, (table.plan.sum(1), table.plan.sum(0))
+        found, whole = list(effects), np.zeros(r.shape[1])
+        for k, side in enumerate(sides):
+            ends = [number(end) * weights[k] for end in side.bounds if side.is_hard and np.isfinite(number(end))]
+            pinned = np.any([abs(totals[k] - end) <= 1e-9 * weights[k] for end in ends] or [weights[k] < 0], axis=0)
+            if (side.is_fixed and pinned.all()) or (side.is_free and (known[k] or sides[1 - k].is_fixed)):
+                continue
+            if side.is_fixed or (side.is_free and not known[k]):  # known shares of the data's total
+                found[k] = np.zeros_like(effects[k])
+                whole -= moved[k].sum(0) / weights[k].sum()
+            elif known[k]:
+                found[k] = np.where(pinned[:, None], effects[k], 0.0)
+            else:
+                found[k] = -moved[k] / np.where(weights[k] > 0, weights[k], np.inf)[:, None]
+        if found[0] is over_rows and found[1] is over_columns:
+            return over_rows, over_columns
+        if market.rows.is_fixed or not known[0]:  # and so is the unit that the problem is posed in
+            whole -= (r.sum(0) - moved[0].sum(0) - moved[1].sum(0)) / table.a.sum()
+        return found[0] + whole, found[1]
 
     def _solved(self, plan: np.ndarray, r: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``(F, G)`` for right-hand sides ``-(r, c)``; by the Schur complement of the longer side."""

@@ -230,7 +230,9 @@ class Module:
                 "training loop of your own."
             )
         x, y = self._inputs(self.x, self.y)
-        table = (data if isinstance(data, Coupling) else Coupling(data)).table((len(x), len(y)))
+        table = (data if isinstance(data, Coupling) else Coupling(data)).table(
+            (len(x), len(y)), self.rows, self.columns
+        )
         check_totals(table, self.rows, self.columns)
         task = _Task(self, table, x, y)
         _ = task.constant  # refuses totals that violate a hard side
@@ -403,7 +405,7 @@ class ModuleFit:
         """Twice what the log-likelihood lacks of that of a plan equal to the data."""
         return 2 * (self.table.scale * log_likelihood(self.table.plan, self.table.plan) - self.log_likelihood)
 
-    def predict(self, a: Any, b: Any, x: Any = None, y: Any = None) -> np.ndarray:
+    def predict(self, a: Any, b: Any, x: Any = None, y: Any = None, mask: Any = None) -> np.ndarray:
         """The optimal plan between other weights, in the unit of the data, of other rows or columns if they are given.
 
         Args:
@@ -411,17 +413,20 @@ class ModuleFit:
             b: weights of the columns, shape ``(m,)``.
             x: what the module is told of other rows.
             y: the same of other columns.
+            mask: cells that are possible, boolean, shape ``(n, m)``; by default those of the data, or all if others are given.
         """
-        return predicted(self.model, self._cost_between(x, y), a, b, unit=self.table.unit)
+        if mask is None and x is None and y is None:
+            mask = self.table.allowed
+        return predicted(self.model, self._cost_between(x, y), a, b, unit=self.table.unit, mask=mask)
 
     def score(self, held_out: Coupling | Any, x: Any = None, y: Any = None) -> float:
         """Mean log-likelihood of an observation of another coupling, between its own marginals; of other rows or columns if
         they are given."""
-        cost = self._cost_between(x, y)
-        table = (held_out if isinstance(held_out, Coupling) else Coupling(held_out)).table(cost.shape)
+        cost, model = self._cost_between(x, y), self.model
+        held_out = held_out if isinstance(held_out, Coupling) else Coupling(held_out)
+        table = held_out.table(cost.shape, model.rows, model.columns)
         if table.allowed is not None:
             cost = np.where(table.allowed, cost, np.inf)
-        model = self.model
         problem = Problem(cost, table.a, table.b, epsilon=model.epsilon, rows=model.rows, columns=model.columns)
         plan = solve(problem, gradient=Implicit(), tolerance=1e-10).plan
         return log_likelihood(table.plan, plan) / float(table.plan.sum())

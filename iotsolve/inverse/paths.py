@@ -54,7 +54,7 @@ def largest_strength(model: InverseOT, data: Coupling | Any) -> float:
         raise ValueError("a path needs a penalty that can leave nothing: L1, Group or Nuclear.")
     coupling = data if isinstance(data, Coupling) else Coupling(data)
     features = model._maps(1)[0]
-    market = Market(features, coupling.table(features.shape), model.epsilon, model.rows, model.columns)
+    market = Market(features, coupling.table(features.shape, model.rows, model.columns), model.epsilon, model.rows, model.columns)
     return penalty.largest(market.at(np.zeros(features.count), 1e-12).gradient, features)
 
 
@@ -88,7 +88,7 @@ def path(
     if strengths is None:
         strengths = largest * np.geomspace(1.0, ratio, count)
     strengths = np.sort(np.asarray(strengths, dtype=np.float64))[::-1]
-    dealt = _dealt(coupling, model._maps(1)[0].shape, folds, seed) if folds else []
+    dealt = _dealt(coupling, model, folds, seed) if folds else []
     with bar("path", (1 + len(dealt)) * len(strengths)) as advance:
         fits = _along(model, coupling, strengths, advance)
         held_out = [[fit.score(held) for fit in _along(model, kept, strengths, advance)] for kept, held in dealt]
@@ -113,11 +113,11 @@ def _at(model: InverseOT, strength: float) -> InverseOT:
     return replace(model, penalty=(*others, given))
 
 
-def _dealt(coupling: Coupling, shape: tuple[int, int], folds: int, seed: int) -> list[tuple[Coupling, Coupling]]:
-    """Observations dealt into folds, as pairs of what is kept and what is held out."""
+def _dealt(coupling: Coupling, model: InverseOT, folds: int, seed: int) -> list[tuple[Coupling, Coupling]]:
+    """Observations dealt into folds, as pairs of what is kept and what is held out, each with its share of known weights."""
     if folds < 2:
         raise ValueError(f"folds = {folds}: must be at least 2, or 0 for none.")
-    table = coupling.table(shape)
+    table = coupling.table(model._maps(1)[0].shape, model.rows, model.columns)
     counts = table.plan * (table.observations or 0.0)
     whole = np.rint(counts).astype(np.int64)
     if table.observations is None or not np.allclose(counts, whole, atol=1e-6) or whole.sum() < folds:
@@ -129,5 +129,14 @@ def _dealt(coupling: Coupling, shape: tuple[int, int], folds: int, seed: int) ->
         parts.append(part)
         left = left - part
     parts.append(left)
-    mask = table.allowed
-    return [(Coupling(whole - part, mask=mask), Coupling(part, mask=mask)) for part in parts]
+
+    def dealt(part: np.ndarray) -> Coupling:
+        share = part.sum() / whole.sum()
+        known = {
+            name: share * np.asarray(weights, dtype=np.float64)
+            for name, weights, side in (("a", coupling.a, model.rows), ("b", coupling.b, model.columns))
+            if weights is not None and not side.is_fixed
+        }
+        return Coupling(part, mask=table.allowed, **known)
+
+    return [(dealt(whole - part), dealt(part)) for part in parts]

@@ -137,6 +137,9 @@ class Search:
             # where what is left of the gradient is what forward problems leave open
             blurred = decrement <= _NEAR and residual <= _TIGHT * math.sqrt(model.epsilon) * float(size.max())
             ended = decrement <= model.tolerance or blurred
+            if ended and here.tolerance > _SURE:  # at the start, where nobody has asked for more
+                here = self._at(here.theta, [p.solution.found for p in here.points], _TIGHT)
+                continue
             converged = ended and all(p.solution.converged for p in here.points)
             if ended or not math.isfinite(decrement) or steps == model.max_steps:
                 break
@@ -290,6 +293,7 @@ class Search:
 
 
 _LOOSE, _TIGHT = 1e-3, 1e-12  # tolerances of the forward problem
+_SURE = 1e-9  # of the forward problem, above which no plan is a result
 _NEAR = 1e-6  # a last step, in standard deviations, from which on rounding may be what is left
 _TRIES, _DAMPED = 24, 1e-6  # of one step; least damping, of a coefficient's own curvature
 _LITTLE, _ALMOST_NOTHING = 1e-6, 1e-10  # curvature where there is none, of a feature's size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Constraints:
                 raise ValueError(
                     f"fixed coefficient {key!r}: must be one of {', '.join(names[:8])}, ... or its number."
                 )
+            if not np.isfinite(value):
+                raise ValueError(f"fixed coefficient {key!r} = {value!r}: must be finite.")
             row = np.zeros(count)
             row[names.index(key) if key in names else key] = 1.0
             matrix, right = np.vstack([matrix, row]), np.append(right, float(value))
@@ -102,7 +104,12 @@ def quadratic(
         slope = basis.T @ gradient
         step = _solved(basis.T @ hessian @ basis, slope) if basis.shape[1] else slope
         return theta - basis @ step, float(abs(slope).max(initial=0.0))
-    fresh, multiplier = _split(theta, gradient, hessian, price, features, constraints)
+    # in units in which all features are alike; a price has units of its own
+    size = np.sqrt(np.maximum(np.diag(hessian), 1e-300)) if price is None else np.ones(len(theta))
+    scaled = replace(constraints, matrix=constraints.matrix / size)
+    bent = hessian / np.outer(size, size)
+    fresh, multiplier = _split(theta * size, gradient / size, bent, price, features, scaled)
+    fresh = fresh / size
     slope = gradient + constraints.matrix.T @ multiplier
     residual = _natural(theta, slope, hessian, price, features, constraints)
     return fresh, residual
