@@ -105,7 +105,8 @@ def _picture(metrics: dict[str, dict[str, np.ndarray]]) -> bytes:
         width = max(1, len(columns["loss"]) // 50)
         if len(columns["loss"]) >= width:
             smooth = np.convolve(columns["loss"], np.ones(width) / width, "valid")
-            loss.plot(columns["step"][width - 1 :], smooth, color=line.get_color(), label=name)
+            middle = columns["step"][: len(smooth)] + (width - 1) / 2
+            loss.plot(middle, smooth, color=line.get_color(), label=name)
         known = np.isfinite(columns["loss_minus_ln_n"])
         excess.plot(columns["step"][known], columns["loss_minus_ln_n"][known], color=line.get_color(), label=name)
     loss.set(xlabel="step", ylabel="loss (nats)", title="Loss, and its mean over a fiftieth of the run")
