@@ -174,9 +174,9 @@ def _fashion_folder() -> Path:
     from urllib.error import URLError
     from urllib.request import urlopen
 
-    cache.mkdir(parents=True, exist_ok=True)
     for name in _FASHION:
         try:
+            cache.mkdir(parents=True, exist_ok=True)
             with urlopen(f"{_FASHION_AT}/{name}.gz", timeout=20) as answer:
                 content = answer.read()
         except (URLError, TimeoutError, OSError) as error:

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,13 @@ def _metrics(path: Path) -> dict[str, np.ndarray]:
     file = path / METRICS
     if not file.is_file():
         return {}
-    table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    return {name: table[name] for name in table.dtype.names}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="genfromtxt: Empty input file")
+            table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
+        return {name: table[name] for name in ("step", "loss", "loss_minus_ln_n")}
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): it is damaged; restore it from a copy.") from error
 
 
 def _rows(configs: dict[str, TrainConfig], scores: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:

@@ -319,7 +319,9 @@ def _criterion(config: TrainConfig, criterion: nn.Module | None) -> nn.Module:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    if isinstance(error, UnpicklingError):  # torch's page about its flag weights_only
+        reason = "no file of tensors and numbers"
     return f"{path} cannot be read ({reason}): it is damaged or not ours; restore it from a copy or train again."
 
 

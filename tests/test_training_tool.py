@@ -622,6 +622,11 @@ def test_a_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch):
         ValueError, match="install Debian's package dataset-fashion-mnist, or put the four published files"
     ):
         load("fashion-mnist")
+    monkeypatch.delenv("FASHION_MNIST")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # where nobody may write
+    monkeypatch.setattr("contrastive.data._DEBIAN_FASHION", tmp_path)
+    with pytest.raises(ValueError, match=r"Fashion-MNIST is not on this machine .*/proc/nowhere.*install"):
+        load("fashion-mnist")
     with pytest.raises(ValueError, match="install Debian's package trans-de-en"):
         german_english(tmp_path / "nowhere")
 
