@@ -122,6 +122,8 @@ def train(
     from contrastive.fitting import fit  # Lightning takes seconds to import: only training pays
 
     with _threads(config.threads), _alone(out):
+        if not resume and not int(os.environ.get("RANK", "0")):
+            _check_directory(out, config, resume, data)  # another may have begun and ended since
         fit(config, batches, model, criterion, out, progress=progress)
     return load_run(out, data=data)
 

@@ -484,6 +484,21 @@ def test_scores_are_shown_where_they_cannot_be_written(tmp_path, monkeypatch):
     assert_one_sentence(result, r"contrastive: .*evaluation\.json: Read-only file system$")
 
 
+def test_a_run_that_begins_and_ends_while_another_starts_is_kept(tmp_path, monkeypatch):
+    """As two jobs of an array with one --out do, of which one is slow to import."""
+    alone = trainer._alone
+
+    def late(out):
+        monkeypatch.undo()
+        train(SHORT, out, progress=False)
+        return alone(out)
+
+    monkeypatch.setattr(trainer, "_alone", late)
+    with pytest.raises(ValueError, match="already holds a run, which is kept"):
+        train(dataclasses.replace(SHORT, seed=5), tmp_path / "run", progress=False)
+    assert trainer.load_config(tmp_path / "run") == SHORT
+
+
 def test_a_full_disk_is_told_by_the_command_with_what_was_kept(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
