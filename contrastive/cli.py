@@ -8,6 +8,7 @@ import errno
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,10 +68,8 @@ def train(
             known["data"] = _absolute(known["data"])
         run = trainer.train(dataclasses.replace(start, **(known | given)), out, resume=resume)
         if int(os.environ.get("RANK", 0)) == 0:
-            typer.echo(
-                f"{out}: {run.epochs} epochs in {run.seconds:.1f} s, loss {run.history[-1]:.4f} at the last step."
-            )
-            typer.echo(f"Next: contrastive evaluate {out}")
+            took = f"{run.epochs} epochs in {run.seconds:.1f} s, loss {run.history[-1]:.4f} at the last step."
+            typer.echo(f"{out}: {took}\nNext: contrastive evaluate {out}")
 
 
 @app.command()
@@ -89,9 +88,9 @@ def evaluate(
         trained, given = _trained(run, data)
         rows = compare(trained.model, trainer.initial_model(trained.config, given), given, layer=layer)
         content = {"layer": layer, "data": given.name, "steps": trained.steps, "scores": rows}
-        trainer.write_atomically(run / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode())
         title = f"{run}: {trained.config.loss}, {trained.epochs} of {trained.config.epochs} epochs, {layer}"
-        _print_table(rows, title)
+        _print_table(rows, title)  # first: what took its time is seen where it cannot be written too
+        trainer.write_atomically(run / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 @app.command()
@@ -176,19 +175,23 @@ def _absolute(name: str) -> str:
     """The paths in a name of data, so that a run finds them from anywhere; what is no path is left."""
     from contrastive.data import DATASETS
 
-    parts = [Path(part.strip()) for part in name.split(",")]
-    if name in DATASETS:
+    if not isinstance(name, str) or name in DATASETS:  # of a file: the setting's rule says what it must be
         return name
+    parts = [Path(part.strip()) for part in name.split(",")]
     return ",".join(str(part.absolute()) for part in parts) if all(part.exists() for part in parts) else name
 
 
 def _numbers(text: str) -> dict[str, float]:
-    """`rho=0.1,mass=1` as a dictionary."""
+    """`rho=0.1,mass=1` as a dictionary; whole numbers stay whole."""
+    found: dict[str, float] = {}
     try:
-        pairs = [part.split("=") for part in text.split(",") if part]
-        return {name.strip(): float(value) for name, value in pairs}
+        for name, value in (part.split("=") for part in text.split(",") if part):
+            if name.strip() in found:
+                raise ValueError
+            found[name.strip()] = int(value) if value.strip().isdigit() else float(value)
     except ValueError:
-        raise ValueError(f"loss_options={text!r} must be names with numbers, as rho=0.1,mass=1.") from None
+        raise ValueError(f"loss_options={text!r} must be names with numbers, each name once, as rho=0.1,mass=1.") from None
+    return found
 
 
 def _print_table(rows: dict[str, dict[str, float]], title: str) -> None:
@@ -206,6 +209,9 @@ def _print_table(rows: dict[str, dict[str, float]], title: str) -> None:
     Console().print(table)
 
 
+_MEMORY = "out of memory|allocate memory|Storage size calculation overflowed"  # torch's words: on a CPU it has no type for it
+
+
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """Say what a user can cause in one line on stderr; exit code 2 for bad input, 1 for divergence, 130 for Ctrl-C."""
@@ -218,9 +224,20 @@ def _one_sentence() -> Iterator[None]:
     except ModuleNotFoundError as error:
         _fail(f"{error}: most likely the training extra is missing; pip install 'iotsolve[train]'.", code=2)
     except OSError as error:
-        full = error.errno == errno.ENOSPC and str(error).startswith("[Errno")
-        where = f" for {error.filename}" if error.filename else ""
-        _fail(f"no space left on the disk{where}: make room and run it again." if full else str(error), code=2)
+        what = error.strerror or str(error)  # of our own it is a whole sentence, with the file in it
+        if what == os.strerror(errno.ENOSPC):
+            where = f" for {error.filename}" if error.filename else ""
+            _fail(f"no space left on the disk{where}: make room and run it again.", code=2)
+        _fail(f"{error.filename}: {what}" if error.filename else what, code=2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(_MEMORY, str(error)):
+            raise
+        what = str(error).partition("\n")[0][:200]
+        _fail(
+            f"there is not enough memory ({what}): show the encoder fewer pairs at once with --chunk, or choose a smaller "
+            "--batch-size, --dim, --queue, --image-size or set of data.",
+            code=2,
+        )
     except ValueError as error:
         _fail(str(error), code=2)
 

@@ -92,7 +92,11 @@ class TrainConfig:
     train_size: int = _setting(0, "Use this many training inputs; 0 is all.", lowest=0, why="0 is all of them")
     augmentation: str = _setting("auto", "auto, affine, photo, noise or none.")
     image_size: int = _setting(
-        32, "Side to which images of a folder are brought.", lowest=8, why="smaller ones show nothing"
+        32,
+        "Side to which images of a folder are brought.",
+        lowest=8,
+        most=4096,
+        why="smaller ones show nothing, and all images are held in memory",
     )
     dim: int = _setting(64, "Length of an embedding.", lowest=1, why="it is the length of an embedding")
     seed: int = _setting(
@@ -109,6 +113,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             _check(setting, getattr(self, setting.name))
+        if own := [name for name in self.loss_options if name in {setting.name for setting in dataclasses.fields(self)}]:
+            raise ValueError(f"loss_options sets {', '.join(own)}, which is a setting of a run: give it as one.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
@@ -135,8 +141,10 @@ _CHOICES = {
 def _check(setting: dataclasses.Field, value: Any) -> None:
     rule, name = setting.metadata, setting.name
     if setting.type is int:
-        if isinstance(value, bool) or not isinstance(value, int) or not rule["lowest"] <= value < 2**63:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {rule['lowest']:g}: {rule['why']}.")
+        most = int(min(rule["most"], 2**63 - 1))
+        if isinstance(value, bool) or not isinstance(value, int) or not rule["lowest"] <= value <= most:
+            words = f" and at most {most}" if rule["most"] < math.inf or (isinstance(value, int) and value > most) else ""
+            raise ValueError(f"{name}={value!r} must be an integer of at least {rule['lowest']:g}{words}: {rule['why']}.")
     elif setting.type is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or value < rule["lowest"] or value > rule["most"] or (rule["above"] and value == rule["lowest"]):
@@ -148,7 +156,7 @@ def _check(setting: dataclasses.Field, value: Any) -> None:
             raise ValueError(f"{name}={value!r} must be true or false.")
     elif setting.type is str:
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{name}={value!r} must be a word.")
+            raise ValueError(f"{name}={value!r} must be a word, in a file with quotation marks.")
     elif not isinstance(value, dict) or not all(isinstance(x, int | float) for x in value.values()):
         raise ValueError(f"{name}={value!r} must be names with numbers, as rho=0.1,mass=1.")
 

@@ -7,6 +7,8 @@ pairs. Whatever is wrong with it is said in one sentence before anything is trai
 import gzip
 import hashlib
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -172,9 +174,9 @@ def _fashion_folder() -> Path:
     from urllib.error import URLError
     from urllib.request import urlopen
 
-    cache.mkdir(parents=True, exist_ok=True)
     for name in _FASHION:
         try:
+            cache.mkdir(parents=True, exist_ok=True)
             with urlopen(f"{_FASHION_AT}/{name}.gz", timeout=20) as answer:
                 content = answer.read()
         except (URLError, TimeoutError, OSError) as error:
@@ -269,7 +271,7 @@ def from_arrays(
 
 def _by_name(files: tuple[str, ...]) -> NDArray[np.int64]:
     """An order that more or fewer files hardly change: who is at the front stays there."""
-    return np.argsort([hashlib.sha256(file.encode()).hexdigest() for file in files], kind="stable")
+    return np.argsort([hashlib.sha256(file.encode(errors="surrogateescape")).hexdigest() for file in files], kind="stable")
 
 
 def _coded(what: str, values: NDArray | None, name: str) -> tuple[tuple[str, ...] | None, Tensor | None]:
@@ -288,26 +290,34 @@ def _coded(what: str, values: NDArray | None, name: str) -> tuple[tuple[str, ...
 
 
 def from_folder(folder: str | Path, *, size: int = 32) -> Dataset:
-    """Return a folder of images as data: cut to their central square, brought to one size, in the colours most of them have.
+    """Return a folder of images as data: cut to their central square, brought to one size, in colour if any has some.
 
     Args:
-        folder: Subfolders are classes; without them there are no labels. Subfolders `train` and `test` are the split, each with
-            classes or without; else a fifth of the images is held out.
+        folder: Subfolders are classes; without them there are no labels. Subfolders `train` and `test` (or `val`, if there is no
+            `test`) are the split, each with classes or without; else a fifth of the images is held out. Links are followed.
         size: Side of the images in pixels.
 
     Raises:
-        ValueError: There is no such folder, it holds no image, or a file cannot be read as one.
+        ValueError: There is no such folder, it holds no image or nothing but `train`, or a file cannot be read as an image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is not a folder: give one with images, or with a subfolder of images for every class."
         )
-    halves = [folder / half for half in ("train", "test")]
-    if not all(half.is_dir() for half in halves):
+    subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
+    if subfolders == {"train"}:
+        raise ValueError(
+            f"{folder} has a subfolder train and no test or val to hold out: add one, or give {folder / 'train'}, a fifth of "
+            "which is then held out."
+        )
+    held = "test" if "test" in subfolders else "val"
+    if not {"train", held} <= subfolders:
         images, labels, files = _read_folder(folder, size)
         return from_arrays(images, labels=labels, name=str(folder), files=files)
-    (train, train_labels, own), (test, test_labels, others) = (_read_folder(half, size) for half in halves)
+    (train, train_labels, own), (test, test_labels, others) = (
+        _read_folder(folder / half, size) for half in ("train", held)
+    )
     if train.shape[1] != test.shape[1]:
         train, test = (np.repeat(x, 3, axis=1) if x.shape[1] == 1 else x for x in (train, test))
     classes = codes = None
@@ -315,7 +325,7 @@ def from_folder(folder: str | Path, *, size: int = 32) -> Dataset:
         classes, codes = _coded("labels", np.concatenate([train_labels, test_labels]), str(folder))
     parts = (None, None) if codes is None else codes.split([len(train), len(test)])
     rows = torch.arange(len(train) + len(test)).split([len(train), len(test)])
-    files = tuple(f"train/{file}" for file in own) + tuple(f"test/{file}" for file in others)
+    files = tuple(f"train/{file}" for file in own) + tuple(f"{held}/{file}" for file in others)
     made = (_inputs(x, str(folder)) for x in (train, test))
     return Dataset(
         next(made),
@@ -337,7 +347,7 @@ def _read_folder(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray | 
     """Images, the names of their classes, and their own."""
     from PIL import Image, UnidentifiedImageError
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    paths = sorted(path for path in _files(folder) if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(_SUFFIXES)}): is it the right folder?")
     pictures = []
@@ -346,7 +356,7 @@ def _read_folder(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray | 
             try:
                 with Image.open(path) as image:
                     pictures.append(_picture(image, size))
-            except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(
                     f"{path} cannot be read as an image ({error}): repair it or take it out of the folder."
                 ) from error
@@ -362,6 +372,17 @@ def _read_folder(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray | 
     )
 
 
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files below a folder, behind links too, unless they lead back up."""
+    here = folder.resolve()
+    if here not in above:
+        for path in folder.iterdir():
+            if path.is_dir():
+                yield from _files(path, (*above, here))
+            else:
+                yield path
+
+
 def _picture(image: Any, size: int) -> NDArray[np.uint8]:
     """The central square of an image at a size, (size, size, 1 or 3); of 16 bit, which Pillow cuts off, the upper byte."""
     from PIL import Image
@@ -370,7 +391,7 @@ def _picture(image: Any, size: int) -> NDArray[np.uint8]:
         raise ValueError(f"mode {image.mode}: greys of 32 bit have no known white; save them with 8 or 16")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -386,7 +407,10 @@ def _inputs(x: NDArray, name: str) -> Tensor:
         raise ValueError(
             f"{name!r} has shape {x.shape}: vectors are (N, D), images (N, H, W), (N, channels, H, W) or (N, H, W, channels)."
         )
-    values = torch.from_numpy(x.astype(np.float32)).div(255.0 if x.dtype == np.uint8 else 1.0)
+    if not np.prod(x.shape[1:]):
+        raise ValueError(f"{name!r} has shape {x.shape}: an input without a single value tells nothing.")
+    with np.errstate(over="ignore"):  # it is said below
+        values = torch.from_numpy(x.astype(np.float32)).div(255.0 if x.dtype == np.uint8 else 1.0)
     if values.ndim == 3:
         values = values.unsqueeze(1)
     if values.ndim == 4 and values.shape[1] not in (1, 2, 3, 4) and values.shape[-1] in (1, 2, 3, 4):
@@ -404,7 +428,7 @@ def _check_finite(values: Tensor, words: str) -> None:
         bad = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0]
         raise ValueError(
             f"{words.format(len(bad))} with NaN or infinite values, the first in row {int(bad[0])}: remove or repair them; a "
-            "loss would be NaN from the first batch on."
+            "loss would be NaN from the first batch on. Numbers above 3e38 are infinite in float32, and must be rescaled."
         )
 
 
@@ -416,18 +440,23 @@ _KEYS = {
 }
 
 
-def _array(path: Path) -> NDArray:
+def _array(path: Path) -> Any:
+    """The array in a file, or of an archive all by name."""
     try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as error:  # what NumPy says of pickles and of anything else
+        found = np.load(path, allow_pickle=False)
+        if path.suffix == ".npy":
+            return found
+        with found:
+            return {key: found[key] for key in found.files}
+    except (ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:  # what NumPy says of pickles and all else
         raise ValueError(
-            f"{path} is no whole array of numbers saved by NumPy: save it with numpy.save, or copy it again if it was cut."
+            f"{path} holds no whole arrays of numbers or strings saved by NumPy: save them with numpy.save or savez, without "
+            "Python objects, or copy the file again if it was cut."
         ) from error
 
 
 def _from_npz(path: Path) -> Dataset:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
+    arrays = _array(path)
     one = next((key for key in ("x", "left", "images") if key in arrays), None)
     if one is None:
         known = "; ".join(f"{key}: {what}" for key, what in _KEYS.items())

@@ -253,6 +253,10 @@ def _imported(name: str, example: Tensor, dim: int) -> Any:
         raise ValueError(
             f"encoder={name!r} cannot be imported ({error}): is it on PYTHONPATH, and spelled package.module:Name?"
         ) from error
+    if not callable(build):
+        raise ValueError(
+            f"encoder={name!r} is of type {type(build).__name__}, which cannot be called: give a class or a function."
+        )
     if isinstance(build, nn.Module):
         raise ValueError(
             f"encoder={name!r} is a module already, whose weights no seed decides: give its class, or a function."

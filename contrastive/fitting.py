@@ -334,7 +334,7 @@ class _Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / SPEED
-        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        rows = self.path.read_text(errors="replace").splitlines()[1:] if self.path.exists() else []
         before = [row for row in rows if (number := row.split(",")[0]).isdigit() and int(number) <= step]  # others come again
         write_atomically(self.path, "\n".join([f"step,pairs_per_second,{','.join(self.PARTS)}", *before, ""]).encode())
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

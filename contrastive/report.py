@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,13 @@ def _metrics(path: Path) -> dict[str, np.ndarray]:
     file = path / METRICS
     if not file.is_file():
         return {}
-    table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    return {name: table[name] for name in table.dtype.names}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="genfromtxt: Empty input file")
+            table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
+        return {name: table[name] for name in ("step", "loss", "loss_minus_ln_n")}
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): it is damaged; restore it from a copy.") from error
 
 
 def _rows(configs: dict[str, TrainConfig], scores: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
@@ -105,7 +111,8 @@ def _picture(metrics: dict[str, dict[str, np.ndarray]]) -> bytes:
         width = max(1, len(columns["loss"]) // 50)
         if len(columns["loss"]) >= width:
             smooth = np.convolve(columns["loss"], np.ones(width) / width, "valid")
-            loss.plot(columns["step"][width - 1 :], smooth, color=line.get_color(), label=name)
+            middle = columns["step"][: len(smooth)] + (width - 1) / 2
+            loss.plot(middle, smooth, color=line.get_color(), label=name)
         known = np.isfinite(columns["loss_minus_ln_n"])
         excess.plot(columns["step"][known], columns["loss_minus_ln_n"][known], color=line.get_color(), label=name)
     loss.set(xlabel="step", ylabel="loss (nats)", title="Loss, and its mean over a fiftieth of the run")

@@ -122,6 +122,8 @@ def train(
     from contrastive.fitting import fit  # Lightning takes seconds to import: only training pays
 
     with _threads(config.threads), _alone(out):
+        if not resume and not int(os.environ.get("RANK", "0")):
+            _check_directory(out, config, resume, data)  # another may have begun and ended since
         fit(config, batches, model, criterion, out, progress=progress)
     return load_run(out, data=data)
 
@@ -319,7 +321,9 @@ def _criterion(config: TrainConfig, criterion: nn.Module | None) -> nn.Module:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    if isinstance(error, UnpicklingError):  # torch's page about its flag weights_only
+        reason = "no file of tensors and numbers"
     return f"{path} cannot be read ({reason}): it is damaged or not ours; restore it from a copy or train again."
 
 

@@ -97,12 +97,12 @@ def solve(
         accepted = bool(solution.converged) or allow_unconverged
         if accepted and out is not None:
             _write(out, solution)
-    if not accepted:
-        typer.echo(f"iotsolve: {solution.status.value}\n{solution.certificate}", err=True)
-        raise typer.Exit(1)
-    _print_table(solution)
-    if not solution.converged:
-        typer.echo(f"iotsolve: {solution.status.value}", err=True)
+        if not accepted:
+            typer.echo(f"iotsolve: {solution.status.value}\n{solution.certificate}", err=True)
+            raise typer.Exit(1)
+        _print_table(solution)
+        if not solution.converged:
+            typer.echo(f"iotsolve: {solution.status.value}", err=True)
 
 
 @app.command()

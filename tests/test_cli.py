@@ -237,6 +237,11 @@ def test_the_installed_command(folder):
     assert failed.returncode == 2 and failed.stderr == "iotsolve: absent.npy: No such file or directory\n"
     assert "solve" in run("--help").stdout
 
+    with open("/dev/full", "w") as full:
+        call = [sys.executable, "-m", "iotsolve", "solve", "cost.npy"]
+        failed = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert failed.returncode == 2 and failed.stderr.startswith("iotsolve: file: No space left"), failed.stderr
+
 
 # -- invert ------------------------------------------------------------------------------------------------------------
 

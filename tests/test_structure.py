@@ -31,6 +31,7 @@ ORDER = (
     ("divergence", "inverse"),
     ("testing",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, line in enumerate(ORDER) for room in line}
 HEAVY = ("ot", "cvxpy", "lightning", "pytorch_lightning", "matplotlib", "sklearn", "hypothesis", "pandas")

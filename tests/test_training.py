@@ -534,6 +534,14 @@ def test_a_checkpoint_of_another_kind_is_one_sentence(tmp_path, whole):
     (tmp_path / "config.json").write_bytes((whole.out / "config.json").read_bytes())
     torch.save([1, 2], tmp_path / "last.ckpt")
     assert_one_sentence(command("evaluate", tmp_path), "last.ckpt cannot be read")
+    (tmp_path / "last.ckpt").write_bytes(b"x" * 100)
+    assert_one_sentence(command("evaluate", tmp_path), r"last.ckpt cannot be read (no file of tensors and numbers)")
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    assert_one_sentence(command("evaluate", tmp_path), "last.ckpt cannot be read (EOFError)")
+    for damaged in ("", "no table"):
+        (tmp_path / "metrics.csv").write_text(damaged)
+        result = command("report", tmp_path, "--out", tmp_path / "page.md")
+        assert_one_sentence(result, "metrics.csv cannot be read")
     (tmp_path / "config.json").write_text('{"speed": 3}')
     assert_one_sentence(command("evaluate", tmp_path), "config.json cannot be read")
 

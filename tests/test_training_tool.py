@@ -354,6 +354,15 @@ def test_what_is_wrong_with_data_is_one_sentence(folder, tmp_path):
     values[7, 1] = np.nan
     np.save(tmp_path / "nan.npy", values)
     assert_one_sentence(trained(tmp_path / "nan.npy"), "1 inputs with NaN or infinite values, the first in row 7:")
+    np.save(tmp_path / "large.npy", np.full((50, 4), 1e39))
+    assert_one_sentence(trained(tmp_path / "large.npy"), "50 inputs .* above 3e38 are infinite in float32")
+    np.save(tmp_path / "bare.npy", np.ones((50, 0)))
+    assert_one_sentence(trained(tmp_path / "bare.npy"), r"bare.npy' has shape \(50, 0\)")
+    np.savez(tmp_path / "objects.npz", x=np.ones((50, 3)), labels=np.array([None] * 50))
+    assert_one_sentence(trained(tmp_path / "objects.npz"), "objects.npz holds no whole arrays .* without Python objects")
+    np.savez(tmp_path / "cut.npz", x=np.ones((50, 3)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:700])
+    assert_one_sentence(trained(tmp_path / "cut.npz"), "cut.npz holds no whole arrays .* if it was cut")
     np.save(tmp_path / "short.npy", np.ones((40, 4)))
     assert_one_sentence(trained(f"{tmp_path / 'nan.npy'},{tmp_path / 'short.npy'}"), "50 inputs and 40 partners")
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
@@ -404,6 +413,99 @@ def test_images_of_16_bit_keep_their_greys(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "real.tif")
     with pytest.raises(ValueError, match=r"real\.tif cannot be read as an image \(mode F: greys of 32 bit"):
         from_folder(tmp_path)
+
+
+def test_folders_as_they_come(tmp_path):
+    from PIL import Image
+
+    def pictures(where, count, grey):
+        where.mkdir(parents=True)
+        for k in range(count):
+            Image.new("L", (9, 9), grey + k).save(where / f"{k}.png")
+
+    pictures(tmp_path / "elsewhere", 6, 100)
+    pictures(tmp_path / "classes" / "one", 6, 0)
+    (tmp_path / "classes" / "two").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "classes" / "one" / "back").symlink_to(tmp_path / "classes")  # ends
+    os.rename(tmp_path / "elsewhere" / "0.png", os.fsencode(tmp_path / "elsewhere") + b"/\xff.png")  # a name in Latin-1
+    data = from_folder(tmp_path / "classes", size=8)
+    assert data.classes == ("one", "two") and len(data.train) + len(data.test) == 12
+
+    pictures(tmp_path / "split" / "train" / "one", 5, 0)
+    with pytest.raises(ValueError, match="split has a subfolder train and no test or val to hold out"):
+        from_folder(tmp_path / "split", size=8)
+    pictures(tmp_path / "split" / "val" / "one", 3, 50)
+    data = from_folder(tmp_path / "split", size=8)
+    assert data.classes == ("one",) and len(data.train) == 5 and data.files[-1] == "val/one/2.png"
+    torch.testing.assert_close(data.test[:, 0, 0, 0] * 255, torch.tensor([50.0, 51.0, 52.0]))
+
+    Image.new("1", (20000, 10000)).save(tmp_path / "split" / "val" / "one" / "vast.png")
+    with pytest.raises(ValueError, match=r"vast\.png cannot be read as an image .*limit"):
+        from_folder(tmp_path / "split", size=8)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--loss-options", "temperature=1"), "loss_options sets temperature, which is a setting of a run"),
+        (("--loss-options", "learn_temperature=1"), "loss_options sets learn_temperature"),
+        (("--loss", "unbalanced", "--loss-options", "rho=1,rho=2"), "names with numbers, each name once"),
+        (("--encoder", "os:path"), "encoder='os:path' is of type module, which cannot be called"),
+        (("--seed", 2**63), "seed=9223372036854775808 must be an integer of at least 0 and at most 9223372036854775807"),
+        (("--image-size", 100_000), "image_size=100000 must be .* at most 4096: .* held in memory"),
+        (("--dim", 10**15), "not enough memory .*--chunk.*--dim"),
+        (("--config", "list.toml"), r"data=\['a'\] must be a word"),
+        (("--config", "bare.toml"), "precision=32 must be a word, in a file with quotation marks"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_one_sentence(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.toml").write_text("data = ['a']")
+    (tmp_path / "bare.toml").write_text("precision = 32")
+    assert_one_sentence(command("train", "--out", tmp_path / "run", "--epochs", 1, *words), said)
+
+
+def test_whole_numbers_among_the_options_of_a_loss_stay_whole(tmp_path):
+    given = "--loss", "sinkhorn", "--loss-options", "max_steps=7,tolerance=0.01"
+    result = command("train", "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 400, *given)
+    assert result.exit_code == 0, result.output
+    assert trainer.load_config(tmp_path / "run").loss_options == {"max_steps": 7, "tolerance": 0.01}
+
+
+def test_scores_are_shown_where_they_cannot_be_written(tmp_path, monkeypatch):
+    train(SHORT, tmp_path / "run", progress=False)
+
+    def read_only(path, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(trainer, "write_atomically", read_only)
+    result = command("evaluate", tmp_path / "run")
+    assert "R@10" in result.stdout
+    assert_one_sentence(result, r"contrastive: .*evaluation\.json: Read-only file system$")
+
+
+def test_a_run_that_begins_and_ends_while_another_starts_is_kept(tmp_path, monkeypatch):
+    """As two jobs of an array with one --out do, of which one is slow to import."""
+    alone = trainer._alone
+
+    def late(out):
+        monkeypatch.undo()
+        train(SHORT, out, progress=False)
+        return alone(out)
+
+    monkeypatch.setattr(trainer, "_alone", late)
+    with pytest.raises(ValueError, match="already holds a run, which is kept"):
+        train(dataclasses.replace(SHORT, seed=5), tmp_path / "run", progress=False)
+    assert trainer.load_config(tmp_path / "run") == SHORT
+
+
+def test_a_full_disk_is_told_by_the_command_with_what_was_kept(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = command("train", "--out", tmp_path / "run", "--epochs", 1)
+    assert_one_sentence(result, r"no space left for .*config\.json .*: nothing was written; make room and run it again")
 
 
 def test_a_new_image_moves_at_most_one_other_across_the_split(folder):
@@ -534,6 +636,11 @@ def test_a_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="install Debian's package dataset-fashion-mnist, or put the four published files"
     ):
+        load("fashion-mnist")
+    monkeypatch.delenv("FASHION_MNIST")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # where nobody may write
+    monkeypatch.setattr("contrastive.data._DEBIAN_FASHION", tmp_path)
+    with pytest.raises(ValueError, match=r"Fashion-MNIST is not on this machine .*/proc/nowhere.*install"):
         load("fashion-mnist")
     with pytest.raises(ValueError, match="install Debian's package trans-de-en"):
         german_english(tmp_path / "nowhere")
