@@ -32,7 +32,7 @@ from iotsolve.validation import check_steps
 if TYPE_CHECKING:
     from scipy.sparse import spmatrix
 
-__all__ = ["Exact"]
+__all__ = ["Exact", "is_line"]
 
 _Answer = tuple[np.ndarray, np.ndarray, np.ndarray, float, Status, int]
 _Answers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Status], list[int]]
@@ -61,7 +61,7 @@ class Exact:
 
     def run(self, problem: Problem) -> Outcome:
         """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
-        matched = _on_a_line(problem) if _is_line(problem) else None
+        matched = _on_a_line(problem) if is_line(problem) else None
         if matched is not None:
             return matched
         if isinstance(problem.cost, Points):  # whatever solves it reads it many times
@@ -221,10 +221,10 @@ def _ends(ends: tuple[float, float], cost: np.ndarray) -> tuple[float, float]:
     return (low, high) if math.isfinite(high) else (low, float(cost[np.isfinite(cost)].max(initial=low)))
 
 
-def _is_line(problem: Problem) -> bool:
-    """One balanced problem between points of the line, at a cost that is or may be convex in their difference."""
+def is_line(problem: Problem) -> bool:
+    """One balanced problem between points of the line, no pair barred, whose cost is or may be convex in the difference."""
     cost, ordinary = problem.cost, problem.rows.bounds == problem.columns.bounds == (1.0, 1.0) and problem.mass is None
-    on_line = isinstance(cost, Points) and cost.x.shape[-1] == 1 and cost.metric != "cosine"
+    on_line = isinstance(cost, Points) and cost.x.shape[-1] == 1 and cost.metric != "cosine" and cost.barred is None
     return ordinary and on_line and problem.batch_shape[0] == 1
 
 

@@ -16,7 +16,7 @@ from iotsolve.certificate import Certificate
 from iotsolve.costs import Dense, Points, quiet
 from iotsolve.direct import Direct
 from iotsolve.distributed import Ranks, Sharded, ranks_of
-from iotsolve.exact import Exact
+from iotsolve.exact import Exact, is_line
 from iotsolve.gradient import Envelope, Gradient, Implicit, Unroll
 from iotsolve.interior import Interior
 from iotsolve.kernels.once import check_reverse
@@ -139,7 +139,7 @@ def solve(
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.found, tolerance)
     unjudged = unjudged or (flat.cost.device.type != "cpu" and not problem.is_exact and _is_coarse(flat, tolerance))
-    if (problem.is_exact and isinstance(problem.cost, Dense)) or unjudged or doubtful or missed:
+    if (problem.is_exact and not is_line(flat)) or unjudged or doubtful or missed:
         # nobody else has judged what the solvers claim
         solution = _told(solution, _judged(solution.status, solution.certificate))
     if (beyond := _beyond(solution)).any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -228,10 +228,10 @@ def _check_function(points: Points) -> None:
             f"{says} makes of a tensor of shape {tuple(apart.shape)}, {apart.dtype}: {given}. It must give one cost for each "
             "difference, in the same dtype. Does it sum, or count?"
         )
-    if not float(points.range().max()) < math.inf:
+    if not float(replace(points, barred=None).range().max()) < math.inf:
         raise ValueError(
             f"{says} is infinite or NaN at some difference: it must be finite at all. Is it a root or a logarithm of what may "
-            f"be negative, or does it overflow {points.dtype}? Forbidden arcs need the cost as a matrix."
+            f"be negative, or does it overflow {points.dtype}? Forbidden arcs are what barred= is for."
         )
 
 

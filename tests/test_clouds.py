@@ -401,3 +401,25 @@ def test_the_derivative_of_points_in_epsilon_is_the_divergence_of_their_plan():
     solution.value.backward()
     due = kl_div(solution.plan.detach().numpy(), np.outer(a, b)).sum()
     assert float(epsilon.grad) == pytest.approx(due, rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", lambda apart: apart.abs() ** 1.5], ids=str)
+@pytest.mark.parametrize("listed", [False, True])
+def test_barred_pairs_of_the_line_are_those_of_the_matrix(metric, listed):
+    """Sorted points would be matched in order, barred or not."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        x, y, a = torch.from_numpy(rng.random((6, 1))).requires_grad_(), torch.from_numpy(rng.random((7, 1))), rng.random(6)
+        barred = rng.integers(0, 7, (6, 1)) if listed else rng.random((6, 7)) < 0.15
+        mask = np.zeros((6, 7), bool)
+        np.put_along_axis(mask, barred, True, 1) if listed else np.copyto(mask, barred)
+        apart = x - y.mT
+        cost = {"sqeuclidean": apart.square, "euclidean": apart.abs}.get(metric, lambda apart=apart: metric(apart))()
+        cost = torch.where(torch.from_numpy(mask), math.inf, cost)
+        for options in ({}, {"epsilon": 0.05}, {"columns": AT_MOST, "rows": AT_MOST, "mass": 0.5}):
+            known = {"a": a / a.sum(), **options}
+            found, expected = solve(Problem(Points(x, y, metric, barred), **known)), solve(Problem(cost, **known))
+            assert found.certificate.holds and float(found.plan.detach()[mask].sum()) == 0
+            assert float(found.value.detach()) == pytest.approx(float(expected.value.detach()), rel=1e-7, abs=1e-10)
+            (of_points,), (of_matrix,) = (torch.autograd.grad(s.value, x, retain_graph=True) for s in (found, expected))
+            torch.testing.assert_close(of_points, of_matrix, rtol=1e-4, atol=1e-6)
