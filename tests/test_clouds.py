@@ -403,7 +403,10 @@ def test_the_derivative_of_points_in_epsilon_is_the_divergence_of_their_plan():
     assert float(epsilon.grad) == pytest.approx(due, rel=1e-6)
 
 
-@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", lambda apart: apart.abs() ** 1.5], ids=["squared", "distance", "function"])
+METRICS_OF_A_LINE = {"squared": "sqeuclidean", "distance": "euclidean", "function": lambda apart: apart.abs() ** 1.5}
+
+
+@pytest.mark.parametrize("metric", METRICS_OF_A_LINE.values(), ids=METRICS_OF_A_LINE)
 @pytest.mark.parametrize("listed", [False, True])
 def test_barred_pairs_of_the_line_are_those_of_the_matrix(metric, listed):
     """Sorted points would be matched in order, barred or not."""
