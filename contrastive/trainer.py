@@ -255,6 +255,11 @@ def _check_directory(out: Path, config: TrainConfig, resume: bool, data: Dataset
         if (out / CHECKPOINT).exists():
             load_run(out, data=data)  # a damaged checkpoint is reported here, before anything is trained
             check_unchanged(data, out)
+        elif (out / METRICS).exists():  # which is begun after the first checkpoint
+            raise ValueError(
+                f"{out} has a {METRICS} and no {CHECKPOINT}, which was there: going on would be starting anew, over what is left "
+                "of the run. Put it back, or choose another directory."
+            )
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: a run needs a directory; choose another.")

@@ -499,6 +499,18 @@ def test_a_run_that_begins_and_ends_while_another_starts_is_kept(tmp_path, monke
     assert trainer.load_config(tmp_path / "run") == SHORT
 
 
+def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path):
+    out = tmp_path / "run"
+    train(SHORT, out, progress=False)
+    kept = (out / "metrics.csv").read_bytes()
+    (out / "last.ckpt").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"has a metrics\.csv and no last\.ckpt, which was there.*Put it back"):
+        train(SHORT, out, resume=True, progress=False)
+    assert (out / "metrics.csv").read_bytes() == kept
+    (tmp_path / "elsewhere").rename(out / "last.ckpt")
+    train(SHORT, out, resume=True, progress=False)
+
+
 def test_a_full_disk_is_told_by_the_command_with_what_was_kept(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
