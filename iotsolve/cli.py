@@ -239,10 +239,15 @@ def _affinity(path: Path, rows: list[str], columns: list[str]) -> _Estimate:
 
     def sorting(fit: Fit, kind: str) -> str:
         found, each = fit.saliency(kind=kind), [""]
-        for k, (share, ends) in enumerate(zip(found.shares, found.intervals, strict=True)):
+        for k, share in enumerate(found.shares):
+            said = f"dimension {k + 1}: share {share:.3f}"
+            if found.intervals is None:
+                each.append(f"{said}, without an interval or a test, since the data do not tell all of the affinity")
+                continue
+            low, high = found.intervals[k]
             test = fit.rank_test(k, kind)
             each.append(
-                f"dimension {k + 1}: share {share:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]; p = {test.p_value:.2g} that there "
+                f"{said} [{low:.3f}, {high:.3f}]; p = {test.p_value:.2g} that there "
                 f"{'is none' if k == 0 else f'are only {k}' if k > 1 else 'is only 1'}"
             )
         return "\n" + "\n".join(each)
@@ -353,10 +358,11 @@ def _draw_affinity(fit: Fit, kind: str, rows: list[str], columns: list[str]) -> 
     left.set_title(f"affinity, traits in standard deviations, 95 % ({kind})", fontsize=10)
     figure.colorbar(image, ax=left)
     sorting = fit.saliency(kind=kind)
-    off = abs(sorting.intervals.T - sorting.shares)
+    off = None if sorting.intervals is None else abs(sorting.intervals.T - sorting.shares)
     right.bar(range(1, len(sorting.shares) + 1), sorting.shares, yerr=off, capsize=4, alpha=0.8)
     right.set_xticks(range(1, len(sorting.shares) + 1))
-    right.set(xlabel="dimension of sorting", ylabel="share of the affinity, 95 %", ylim=(0, None))
+    told = "" if off is None else ", 95 %"
+    right.set(xlabel="dimension of sorting", ylabel=f"share of the affinity{told}", ylim=(0, None))
     figure.get_layout_engine().set(wspace=0.06)
     _tell_separation(figure, fit)
     return figure

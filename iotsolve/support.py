@@ -36,7 +36,7 @@ def fits(
     """Whether so much fits from ``supply`` to ``demand``, by plans that some scalings find: True proves it, False says nothing.
 
     Example:
-        >>> fits(np.array([[[True, False], [True, True]]]), np.array([[0.4, 0.6]]), np.array([[0.5, 0.5]]), np.array([1.0]))
+        >>> fits(np.array([[[True, False], [True, True]]]), np.array([[0.4, 0.6]]), np.array([[0.5, 0.5]]), np.array([0.999]))
         array([ True])
     """
     kernel = allowed * supply[:, :, None] * demand[:, None, :]

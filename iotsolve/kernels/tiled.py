@@ -234,7 +234,7 @@ def _pull_columns(
         if not EVEN:
             tile = tile * tl.load(UNIT_Y + j)[None, :]
         each = scale
-        if BARRED > 0:  # of which no scale, that may be 0, makes another number
+        if BARRED > 0:  # what is barred is so whatever the scale, which may be 0
             tile, each = tile * scale, 1.0
             tile = _less_barred(tile, B, i, j, n, m, k, low, high, start, stride_i, stride_j, BARRED, COLUMNS)
         v, up = 0.0, 0.0
