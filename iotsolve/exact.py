@@ -21,7 +21,7 @@ from torch import Tensor
 
 from iotsolve.costs import Dense, Points
 from iotsolve.interior import interior_point
-from iotsolve.marginals import Marginal, number
+from iotsolve.marginals import FIXED, Marginal, number
 from iotsolve.outsides import Answers, with_outsides
 from iotsolve.plans import in_batch
 from iotsolve.problem import Potentials, Problem
@@ -61,6 +61,7 @@ class Exact:
 
     def run(self, problem: Problem) -> Outcome:
         """Solve every problem of a flat batch, in float64 on the CPU whatever the dtype."""
+        problem = _by_weights(problem)
         matched = _on_a_line(problem) if is_line(problem) else None
         if matched is not None:
             return matched
@@ -159,6 +160,15 @@ class Exact:
             plan, g = _nearest(cost.T, b * number(columns.bounds[0]), a)
             return plan.T, np.zeros_like(a), g, 0.0, Status.CONVERGED, 0
         return _linear_program(problem, cost, a, b)
+
+
+def _by_weights(problem: Problem) -> Problem:
+    """Two fixed sides as what their weights say, which have the same potentials."""
+    rows, columns = problem.rows, problem.columns
+    if problem.mass is not None or not (rows.is_fixed and columns.is_fixed) or _is_ordinary(problem):
+        return problem
+    a, b = (number(side.bounds[0]) * weights for side, weights in ((rows, problem.a), (columns, problem.b)))
+    return problem.with_tensors({"a": a, "b": b}).with_sides(FIXED, FIXED)
 
 
 def _are_many(cost: np.ndarray) -> bool:

@@ -329,7 +329,9 @@ def _lagrangian(problem: Problem, p: Potentials, plan: Tensor | None) -> Tensor:
     lifted = p.f + p.lam.unsqueeze(-1)
     if plan.is_sparse:
         i, j = plan.indices()
-        spent = (plan.values() * (lifted[i] + p.g[j] - problem.cost.entries((i, j)))).sum()
+        only = (torch.zeros_like(i),) * len(problem.batch_shape)  # the one problem of a batch that has a sparse plan
+        slack = lifted[(*only, i)] + p.g[(*only, j)] - problem.cost.entries((*only, i, j))
+        spent = (plan.values() * slack).sum()
     else:
         spent = (problem.cost.slack(lifted, p.g)[0] * plan).sum((-2, -1))
     return _dual_sides(problem, p) - spent

@@ -50,9 +50,18 @@ def times(x: Tensor, factor: Scalar) -> Tensor:
     return torch.where(finite, torch.where(finite, x, 0.0) * factor, x.detach())
 
 
+def _settle(side: Marginal) -> list[float]:
+    """The parameters' values; those that are no tensors are floats from here on, whatever kind of number they came as."""
+    values = {name: _given(type(side).__name__, x) for name, x in vars(side).items()}
+    for name, value in values.items():
+        if not isinstance(getattr(side, name), Tensor):
+            object.__setattr__(side, name, value)
+    return list(values.values())
+
+
 def _given(name: str, x: Scalar) -> float:
     try:
-        if isinstance(x, str | bytes):
+        if isinstance(x, str | bytes) or (isinstance(x, Tensor) and x.dim()):
             raise TypeError
         return number(x)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -259,7 +268,7 @@ class Between(Marginal):
     hi: Scalar
 
     def __post_init__(self) -> None:
-        lo, hi = _given("Between", self.lo), _given("Between", self.hi)
+        lo, hi = _settle(self)
         if not (0 <= lo <= hi and hi > 0 and not math.isinf(lo)):
             raise ValueError(
                 f"Between(lo={lo}, hi={hi}): needs 0 <= lo <= hi, lo finite and hi > 0. The two are ratios to the "
@@ -389,7 +398,7 @@ class KL(Marginal):
     rho: Scalar
 
     def __post_init__(self) -> None:
-        _check_rho("KL", self.rho)
+        _check_rho(self)
 
     @property
     def softness(self) -> Scalar | None:
@@ -442,7 +451,7 @@ class TV(Marginal):
     rho: Scalar
 
     def __post_init__(self) -> None:
-        _check_rho("TV", self.rho)
+        _check_rho(self)
 
     @property
     def recession(self) -> float:
@@ -523,7 +532,7 @@ class ChiSquared(Marginal):
     rho: Scalar
 
     def __post_init__(self) -> None:
-        _check_rho("ChiSquared", self.rho)
+        _check_rho(self)
 
     def pieces(self, a: np.ndarray) -> tuple[np.ndarray, list[Piece]]:
         rho = np.asarray(self.rho.detach().cpu().numpy() if isinstance(self.rho, Tensor) else self.rho)
@@ -600,7 +609,7 @@ class L2(Marginal):
     rho: Scalar
 
     def __post_init__(self) -> None:
-        _check_rho("L2", self.rho)
+        _check_rho(self)
 
     def at(self, a: Tensor) -> Marginal:
         side = object.__new__(ChiSquared)  # one strength per bin: nothing a user could have asked for
@@ -634,11 +643,11 @@ def _wright_omega(x: Tensor) -> Tensor:
     return torch.where(there, safe - (safe + safe.log() - target) * (safe / (1 + safe)), w)
 
 
-def _check_rho(name: str, rho: Scalar) -> None:
-    value = _given(name, rho)
+def _check_rho(side: Marginal) -> None:
+    (value,) = _settle(side)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(
-            f"{name}(rho={value}): rho must be positive and finite, in the units of the cost. "
+            f"{type(side).__name__}(rho={value}): rho must be positive and finite, in the units of the cost. "
             "For a side that must match its weights use FIXED, for one that pays nothing use FREE."
         )
 

@@ -786,11 +786,11 @@ def saturated(problem: Problem) -> Problem:
     """The problem with a side held to the end of its bounds that the other's total forces it to, where only rounding is to spare.
 
     Capacities that sum to the demand are no choice; left as bounds they have a dual that rises forever if rounding has made the
-    one sum the smaller.
+    one sum the smaller, and a linear program has no answer.
     """
     rows, columns = problem.rows, problem.columns
     bounded = all(isinstance(side, Between) for side in (rows, columns))
-    if problem.is_exact or problem.mass is not None or not bounded or (rows.is_fixed and columns.is_fixed):
+    if problem.mass is not None or not bounded or (rows.is_fixed and columns.is_fixed):
         return problem
     totals = [w.sum(-1) for w in (problem.a, problem.b)]
     (lo_r, hi_r), (lo_c, hi_c) = (

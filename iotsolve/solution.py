@@ -161,7 +161,7 @@ class Solution:
         self.watch.check()
         if self.exact_plan is not None:
             dense = self.exact_plan.to_dense() if self.exact_plan.is_sparse else self.exact_plan.clone()
-            return self.differentiation.plan(self.problem, dense)
+            return self.differentiation.plan(self.problem, dense.reshape(self.problem.shape))
         problem, p = self.problem, self._live
         with calm(problem.cost):
             if p.f.dtype == problem.working_dtype or p.f.requires_grad:

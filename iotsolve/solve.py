@@ -555,7 +555,10 @@ def attainable(problem: Problem) -> Problem:
     n, m = problem.shape[-2:]
     filled = ((problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2)).reshape(-1, n, m)
     allowed = (matrix.detach().isfinite().reshape(-1, n, m) & filled).cpu().numpy()
-    a, b = (x.detach().double().cpu().numpy().reshape(len(allowed), -1) for x in (problem.a, problem.b))
+    a, b = (  # what each side asks for, which is not its weights where both ends are another number than 1
+        number(side.bounds[0]) * weights.detach().double().cpu().numpy().reshape(len(allowed), -1)
+        for side, weights in ((problem.rows, problem.a), (problem.columns, problem.b))
+    )
     kept = np.stack([carrying_arcs(*arcs) for arcs in zip(allowed, a, b, strict=True)])
     keep = (torch.as_tensor(kept, device=matrix.device) | ~filled).reshape(matrix.shape)
     if bool((keep | ~matrix.isfinite()).all()):

@@ -517,7 +517,7 @@ def _check_feasible(problem: Problem, allowed: Tensor) -> None:
     arcs = allowed.reshape(-1, n, m).cpu().numpy()
     a, b = (w.detach().reshape(-1, w.shape[-1]).double().cpu().numpy() for w in (problem.a, problem.b))
     (lo_r, hi_r), (lo_c, hi_c) = ([number(x) for x in side.bounds] for side in (problem.rows, problem.columns))
-    enough = np.maximum(np.maximum(a.sum(1), b.sum(1)), number(problem.mass or 0.0))[:, None]
+    enough = np.maximum(np.maximum(lo_r * a.sum(1), lo_c * b.sum(1)), number(problem.mass or 0.0))[:, None]
     limit_r, limit_c = (enough + 0 * w if math.isinf(hi) else hi * w for hi, w in ((hi_r, a), (hi_c, b)))
     demands = [(lo_r * a, limit_c, lo_r * a.sum(1), "rows"), (limit_r, lo_c * b, lo_c * b.sum(1), "columns")]
     if problem.mass is not None:

@@ -426,3 +426,33 @@ def test_barred_pairs_of_the_line_are_those_of_the_matrix(metric, listed):
             assert float(found.value.detach()) == pytest.approx(float(expected.value.detach()), rel=1e-7, abs=1e-10)
             (of_points,), (of_matrix,) = (torch.autograd.grad(s.value, x, retain_graph=True) for s in (found, expected))
             torch.testing.assert_close(of_points, of_matrix, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("size, features", [(4, 1), (150, 1), (150, 2), (300, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rows": AT_MOST, "columns": AT_MOST, "mass": 0.5}], ids=["fixed", "mass"])
+def test_a_batch_of_one_exact_problem_is_that_problem(batch, size, features, options):
+    """Whose plan may be a list of arcs, which has no batch."""
+    rng = np.random.default_rng(0)
+    x, y, a, z = rng.random((size, features)), rng.random((size, features)), rng.random(size), rng.random((size, 3))
+    options = {"a": a / a.sum(), **options}
+    for lone in (Points(x, y), ((x[:, None] - y[None]) ** 2).sum(-1)):
+        lifted = lone.reshape(*batch, size, size) if isinstance(lone, np.ndarray) else Points(x.reshape(*batch, *x.shape), y)
+        one, many = solve(Problem(lone, **options)), solve(Problem(lifted, **options))
+        for name in ("value", "plan", "f", "g", "row_marginal", "column_marginal", "mass", "transport_cost"):
+            given, found = np.asarray(getattr(one, name)), np.asarray(getattr(many, name))
+            assert found.shape == (*batch, *given.shape)
+            np.testing.assert_allclose(found.reshape(given.shape), given, atol=1e-12)
+        np.testing.assert_allclose(many.apply(np.broadcast_to(z, (*batch, *z.shape))).reshape(z.shape), one.apply(z), atol=1e-12)
+        np.testing.assert_allclose(many.gradient().cost, many.plan, atol=1e-12)
+        assert many.certificate.holds.all() and many.certificate.holds.shape == batch
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_the_value_of_a_batch_of_one_leads_back_to_its_points(features):
+    rng = np.random.default_rng(1)
+    x, y = torch.from_numpy(rng.random((150, features))), torch.from_numpy(rng.random((150, features)))
+    x.requires_grad_()
+    (lone,) = torch.autograd.grad(solve(Problem(Points(x, y))).value, x)
+    (found,) = torch.autograd.grad(solve(Problem(Points(x[None], y[None]))).value.sum(), x)
+    torch.testing.assert_close(found, lone)

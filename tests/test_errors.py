@@ -127,6 +127,8 @@ MISUSE = {
     "infinite KL rho": (lambda: KL(INF), r"KL\(rho=inf\).*finite.*use FIXED"),
     "NaN TV rho": (lambda: TV(NAN), r"TV\(rho=nan\)"),
     "word rho": (lambda: KL("strong"), r"KL\('strong'\).*single numbers, or tensors without dimensions"),
+    "rho of one dimension": (lambda: KL(torch.ones(1)), r"KL\(tensor.*tensors without dimensions"),
+    "bound of one dimension": (lambda: Between(0.0, torch.ones(1)), r"Between\(tensor.*tensors without dimensions"),
     "array rho": (lambda: TV(np.ones(2)), r"TV\(array.*single numbers"),
     "unbounded": (
         lambda: problem(COST - 3, rows=FREE, columns=TV(0.5)),

@@ -1,5 +1,8 @@
 """What must not matter, and what must come out in the limit: laws that need no solver to compare with."""
 
+from decimal import Decimal
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from catalogue import CASES, PLAIN, UNORDERED, WITH_MASS, over, select, with_lea
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iotsolve import FIXED, FREE, KL, TV, Between, Potentials, Problem, Sinkhorn, solve
+from iotsolve import FIXED, FREE, KL, L2, TV, Between, ChiSquared, Potentials, Problem, Sinkhorn, solve
 from iotsolve.testing import problems
 from iotsolve.testing.references import numbers
 
@@ -104,6 +107,48 @@ def test_masses_scale(case):
     mass = None if data.mass is None else 2 * data.mass
     doubled = rebuilt(problem, cost=data.cost + data.epsilon * np.log(2), a=2 * data.a, b=2 * data.b, mass=mass)
     np.testing.assert_allclose(solve(doubled, TIGHT).plan, 2 * solve(problem, TIGHT).plan, atol=1e-9)
+
+
+@pytest.mark.parametrize("ratios", [(2.0, 1.0), (0.5, 1.0), (1.0, 3.0), (4.0, 4.0)], ids=str)
+@pytest.mark.parametrize("epsilon", [0.1, 0.0])
+def test_a_ratio_that_is_no_choice_is_another_weight_beside_forbidden_arcs(ratios, epsilon):
+    """Of arcs that can carry nothing, too, which are told by what the sides ask for and not by the weights."""
+    triangle, by = np.array([[0.0, np.inf], [1.0, 0.0]]), np.array([0.3, 0.7])
+    rows, columns = (Between(ratio, ratio) for ratio in ratios)
+    found = solve(Problem(triangle, by / ratios[0], by / ratios[1], epsilon=epsilon, rows=rows, columns=columns))
+    np.testing.assert_allclose(found.plan, np.diag(by), atol=1e-7)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        cost = np.where(rng.random((5, 4)) < 0.4, np.inf, rng.random((5, 4)))
+        given = np.where(np.isfinite(cost), rng.integers(0, 3, (5, 4)), 0.0)
+        a, b = given.sum(1), given.sum(0)
+        one = solve(Problem(cost, a / ratios[0], b / ratios[1], epsilon=epsilon, rows=rows, columns=columns))
+        two = solve(Problem(cost, a, b, epsilon=epsilon))
+        assert one.transport_cost == pytest.approx(two.transport_cost, rel=1e-6, abs=1e-6)
+        np.testing.assert_allclose(one.row_marginal, a, atol=1e-6)
+        if epsilon:  # without it there may be many
+            np.testing.assert_allclose(one.plan, two.plan, atol=1e-6 * a.sum())
+
+
+@pytest.mark.parametrize("side", [FREE, Between(0.5, np.inf), KL(1e-9), TV(1e-9)], ids=str)
+def test_a_side_without_an_upper_bound_takes_more_than_the_weights_beside_forbidden_arcs(side):
+    """Each column has three times its weight, from where it costs least: no forbidden arc keeps a row from giving it."""
+    cost = np.array([[0.1, np.inf, 0.9], [0.4, 0.3, 0.2]])
+    a, b = np.array([0.2, 0.3]), np.array([0.1, 0.3, 0.1])
+    found = solve(Problem(cost, a, b, rows=side, columns=Between(3.0, 3.0)))
+    np.testing.assert_allclose(found.plan, [[0.3, 0.0, 0.0], [0.0, 0.9, 0.3]], atol=1e-7)
+    turned = solve(Problem(cost.T, b, a, rows=Between(3.0, 3.0), columns=side))
+    np.testing.assert_allclose(turned.plan, found.plan.T, atol=1e-7)
+    assert solve(Problem(cost, a, b, epsilon=0.1, rows=side, columns=Between(3.0, 3.0))).certificate.holds
+
+
+@pytest.mark.parametrize("number", [np.array, np.float32, Fraction, Decimal, torch.tensor, bool], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("side", [KL, TV, ChiSquared, L2, Between], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("epsilon", [0.1, 0.0])
+def test_the_kind_of_a_number_does_not_matter(number, side, epsilon):
+    problem, value = CASES["kl-kl"].problem(epsilon=epsilon), 1.0 if number is bool else 0.5
+    one, two = (side(*[x] * (1 + (side is Between))) for x in (value, number(value)))
+    assert_alike(*(solve(rebuilt(problem, rows=x, columns=FREE)) for x in (two, one)), tolerance=1e-7)
 
 
 @over(UNORDERED)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from catalogue import CASES, answer, over, select
 from hypothesis import given, settings
 from scipy import sparse
 from scipy.optimize import linprog
 
-from iotsolve import FREE, KL, L2, ChiSquared, Problem, solve
+from iotsolve import AT_MOST, FIXED, FREE, KL, L2, Between, ChiSquared, Problem, solve
 from iotsolve.testing import check_certificate, problems, reference
 from iotsolve.testing.references import dual_objective, objective, repaired, rounding, terms, violation
 from iotsolve.testing.verification import REGIMES
@@ -216,3 +217,19 @@ def test_what_is_drawn_is_awkward():
 
     look()
     assert seen == set(AWKWARD)
+
+
+@pytest.mark.parametrize(
+    "sides", [(FIXED, AT_MOST), (AT_MOST, FIXED), (FIXED, Between(0.3, 1.0)), (AT_MOST, Between(1.0, np.inf))], ids=str
+)
+@pytest.mark.parametrize("size", [(6, 5), (30, 30)], ids=str)
+def test_capacities_that_sum_to_the_demand_but_for_rounding_are_no_contradiction(sides, size):
+    """In float32 either total is the larger, by a rounding that a linear program would not forgive."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        cost, a, b = rng.random(size), rng.random(size[0]), rng.random(size[1])
+        given = [torch.tensor(x, dtype=torch.float32) for x in (cost, a / a.sum(), b / b.sum())]
+        found = solve(Problem(*given, rows=sides[0], columns=sides[1]))
+        equal = np.vstack([np.kron(np.eye(size[0]), np.ones(size[1])), np.kron(np.ones(size[0]), np.eye(size[1]))])
+        due = linprog(cost.ravel(), A_eq=equal, b_eq=np.r_[a / a.sum(), b / b.sum()], method="highs").fun
+        assert found.certificate.holds and float(found.value) == pytest.approx(due, rel=1e-5)
