@@ -665,6 +665,21 @@ def test_many_small_exact_problems_are_solved_as_one_by_one(name, empty, monkeyp
         np.testing.assert_allclose(together.plan, np.stack([x.plan for x in alone]), atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [(8, 9), (200, 210)], ids=["many small", "one large"])
+def test_exact_potentials_in_single_precision_are_off_by_their_own_rounding(size):
+    """Not by that of a shift between rows and columns, which a simplex takes as large as it likes."""
+    count, unit = 400 if size[0] < 10 else 1, np.finfo(np.float32).eps
+    rng = np.random.default_rng(0)
+    costs, a, b = (rng.random((count, *s), np.float32) for s in (size, size[:1], size[1:]))
+    a, b = (x / x.sum(-1, keepdims=True) for x in (a + 0.1, b + 0.1))
+    found = solve(Problem(costs, a, b))
+    excess = found.f.astype(float)[:, :, None] + found.g.astype(float)[:, None] - costs.astype(float)
+    assert excess.max() <= 0.75 * unit
+    alike = solve(Problem(np.full((20, 7, 1), 1e-9, np.float32), a[:1, :7] / a[:1, :7].sum(), np.ones(1, np.float32)))
+    np.testing.assert_allclose(alike.f + alike.g, 1e-9, rtol=2 * unit)
+    assert alike.certificate.holds.all()
+
+
 def test_many_small_assignments_are_scipys():
     costs = np.stack([plane(n=17, m=17, seed=k) for k in range(20)])
     found = solve(Problem(costs))
