@@ -77,7 +77,7 @@ class Exact:
         status, steps = ([x for part in found for x in part[k]] for k in (4, 5))
         p = double.gauge(_tighten(double, Potentials(f, g, lam)))  # here, since in float32 a large shift would take digits
         plan = plan.to_sparse().coalesce() if problem.batch_shape[0] == 1 and like.numel() >= _LARGE else plan
-        return Outcome(p.to(like.dtype), status, steps, plan.to(like.dtype))
+        return Outcome(p.to(like.dtype), status, steps, plan)
 
     def _together(self, problem: Problem, part: slice, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answers:
         """One problem of a flat batch, or many: what compiled code can do of these at once, and the others one by one."""
