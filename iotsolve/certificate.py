@@ -283,8 +283,11 @@ def _round(plan: Plan, p: Potentials, enough: Tensor) -> tuple[Factors, Tensor, 
     """
     problem, identity = plan.problem, Factors.identity(plan.problem)
     fixed = problem.rows.is_fixed and problem.columns.is_fixed and problem.mass is None
-    if bool(_exactly(problem, *plan.marginals()).all()):
-        return identity, _feasible(problem, *plan.marginals()), _gap(plan, None, plan.marginals(), p)
+    exactly, feasible = (bool(near(problem, *plan.marginals()).all()) for near in (_exactly, _feasible))
+    if exactly or (feasible and problem.is_exact):  # as near as unequal totals of the weights let it be
+        gap = _gap(plan, None, plan.marginals(), p)
+        if exactly or bool((gap.abs() <= enough).all()):
+            return identity, _feasible(problem, *plan.marginals()), gap
     corrected = _linear_correction(plan, p)
     best = None
     for start in [corrected] if fixed else [corrected, identity]:

@@ -76,9 +76,9 @@ class Exact:
         found = [self._together(double, x, *(given[x] for given in (cost, *weights))) for x in starmap(slice, pairwise(cuts))]
         plan, f, g, lam = (_tensor(_joined([x[k] for x in found]), like) for k in range(4))
         status, steps = ([x for part in found for x in part[k]] for k in (4, 5))
-        p = _tighten(double, Potentials(f, g, lam))
+        p = double.gauge(_tighten(double, Potentials(f, g, lam)))  # here, since in float32 a large shift would take digits
         plan = plan.to_sparse().coalesce() if problem.batch_shape[0] == 1 and like.numel() >= _LARGE else plan
-        return Outcome(p.to(like.dtype), status, steps, plan.to(like.dtype))
+        return Outcome(p.to(like.dtype), status, steps, plan)
 
     def _together(self, problem: Problem, part: slice, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answers:
         """One problem of a flat batch, or many: what compiled code can do of these at once, and the others one by one."""
@@ -88,7 +88,8 @@ class Exact:
             found = Answers(plan, f, g, np.zeros(count), steps, known, known)
         elif _has_outsides(problem) and (_are_many(cost) or _is_finite(cost[0], a[0], b[0])):
             found = with_outsides(problem, cost, a, b, self._balanced)
-            found = found and replace(found, known=found.known & (found.proved | _is_proved(problem, part, found)))
+            if found is not None and not found.proved.all():
+                found = replace(found, known=found.known & (found.proved | _is_proved(problem, part, found)))
         if found is not None and found.known.all():
             return found.plan, found.f, found.g, found.lam, [Status.CONVERGED] * count, found.steps.tolist()
         plan, f, g, lam = (np.zeros((count, *size)) for size in (cost.shape[1:], a.shape[1:], b.shape[1:], ()))
@@ -142,7 +143,8 @@ class Exact:
         p = Potentials(torch.from_numpy(f)[None], torch.from_numpy(g)[None], torch.zeros(1, dtype=torch.float64, device="cpu"))
         if not whole:
             p = _tighten(problem, p)
-        return Outcome(p.to(problem.dtype), [Status.CONVERGED], [found.steps], plan.to(problem.dtype))
+        p = problem.gauge(p).to(problem.dtype)
+        return Outcome(p, [Status.CONVERGED], [found.steps], plan.to(problem.dtype))
 
     def _one(self, problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> _Answer:
         rows, columns = problem.rows, problem.columns

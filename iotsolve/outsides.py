@@ -105,9 +105,10 @@ def with_outsides(problem: Problem, cost: np.ndarray, a: np.ndarray, b: np.ndarr
     column, row = used.argmin(2), used.argmin(1)  # the nearest
     out = columns.beyond + rows.added + used.min(2)[:, None], rows.left
     into = rows.beyond + columns.added + used.min(1)[:, None], columns.left
+    del used  # no copies of the cost are held while others work
     whole = np.zeros((count, down * n + 1, across * m + 1))
-    inner = cost[:, None, :, None, :] + rows.added[:, :, :, None, None] + columns.added[:, None, None]
-    whole[:, :-1, :-1] = inner.reshape(count, down * n, across * m)
+    prices = rows.added[:, :, :, None, None] + columns.added[:, None, None]
+    whole[:, :-1, :-1] = (cost[:, None, :, None, :] + prices).reshape(count, down * n, across * m)
     whole[:, :-1, -1], whole[:, -1, :-1] = (rows.flat(np.minimum(*x)) for x in (out, into))
     whole[:, -1, -1] = 0.0 if problem.mass is None else math.inf
     stays = 0.0 if problem.mass is None else number(problem.mass)

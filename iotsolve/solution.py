@@ -111,7 +111,7 @@ class Solution:
     @_remembered
     def _value(self) -> Tensor:
         self.watch.check()
-        return self.differentiation.value(self.problem, self.found, self.exact_plan, self.excess)
+        return self.differentiation.value(self.problem, self.found, self._given_plan, self.excess)
 
     def _given(self, x: Tensor) -> Any:
         """Numbers and vectors as the caller is to have them: in memory of their own, to do with as one likes."""
@@ -160,8 +160,9 @@ class Solution:
     def _made(self) -> Tensor:
         self.watch.check()
         if self.exact_plan is not None:
-            dense = self.exact_plan.to_dense() if self.exact_plan.is_sparse else self.exact_plan.clone()
-            return self.differentiation.plan(self.problem, dense.reshape(self.problem.shape))
+            plan = self.exact_plan.to(self.found.f.dtype, copy=True)
+            plan = plan.to_dense() if plan.is_sparse else plan
+            return self.differentiation.plan(self.problem, plan.reshape(self.problem.shape))
         problem, p = self.problem, self._live
         with calm(problem.cost):
             if p.f.dtype == problem.working_dtype or p.f.requires_grad:
@@ -183,7 +184,12 @@ class Solution:
         flat = self.problem.detach().to(dtype).flat()
         frozen = zip(self._frozen, (flat.a, flat.b, flat.a[:, 0]), strict=True)
         p = Potentials(*(x.reshape(y.shape).to(dtype) for x, y in frozen))
-        return plan_of(flat, p, in_batch(self.exact_plan) if sparse else None)
+        return plan_of(flat, p, in_batch(self._given_plan) if sparse else None)
+
+    @property
+    def _given_plan(self) -> Tensor | None:
+        """The plan of a solver that has one, in the precision of the data: its certificate is that of the plan in float64."""
+        return None if self.exact_plan is None else self.exact_plan.to(self.found.f.dtype)
 
     @property
     def _frozen(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +250,8 @@ class Solution:
                 f"sparse_plan of a batch of shape {self.problem.batch_shape}: sparse arrays have two dimensions. "
                 "Take the plan, or solve the problems one by one."
             )
-        plan = (self._plan if self.exact_plan is None else self.exact_plan.clone()).detach().to_sparse().coalesce()
+        plan = self._plan if self.exact_plan is None else self.exact_plan.to(self.found.f.dtype, copy=True)
+        plan = plan.detach().to_sparse().coalesce()
         if not self.problem.as_numpy:
             return plan
         from scipy.sparse import coo_array

@@ -139,7 +139,8 @@ def solve(
     doubtful = not solution.all_converged and not (isinstance(solver, Exact) or solver.stationary)
     unjudged = _is_stiff(problem, tolerance) or _is_blunt(problem, solution.found, tolerance)
     unjudged = unjudged or (flat.cost.device.type != "cpu" and not problem.is_exact and _is_coarse(flat, tolerance))
-    if (problem.is_exact and not is_line(flat)) or unjudged or doubtful or missed:
+    sorted_ = problem.is_exact and is_line(flat) and not callable(flat.cost.metric)  # whose order is the answer
+    if (problem.is_exact and not sorted_) or unjudged or doubtful or missed:
         # nobody else has judged what the solvers claim
         solution = _told(solution, _judged(solution.status, solution.certificate))
     if (beyond := _beyond(solution)).any():

@@ -39,6 +39,9 @@ def fits(
         >>> fits(np.array([[[True, False], [True, True]]]), np.array([[0.4, 0.6]]), np.array([[0.5, 0.5]]), np.array([0.999]))
         array([ True])
     """
+    if len(need) > (each := max(1, _AT_ONCE // allowed[0].size)):  # the kernel is in float64
+        given = allowed, supply, demand, need
+        return np.concatenate([fits(*(x[k : k + each] for x in given)) for k in range(0, len(need), each)])
     kernel = allowed * supply[:, :, None] * demand[:, None, :]
     tight = np.isclose(supply.sum(1), demand.sum(1), rtol=1e-9, atol=0.0)[:, None]
     v, found = np.ones_like(demand), np.zeros(len(need), bool)
@@ -55,6 +58,7 @@ def fits(
 
 
 _SWEEPS = 64
+_AT_ONCE = 2**20  # entries
 
 
 def carrying_arcs(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 from scipy.special import logsumexp
 from test_small_epsilon import INF, PAIRS, assert_certified, drawn, judged, overflows
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +37,7 @@ from iotsolve import (
     Sinkhorn,
     SolveError,
     Status,
+    certificate,
     certify,
     exact,
     solve,
@@ -663,6 +664,61 @@ def test_many_small_exact_problems_are_solved_as_one_by_one(name, empty, monkeyp
         assert together.certificate.holds.all() and (together.certificate.gap <= 1e-12).all()
         np.testing.assert_allclose(together.value, [x.value for x in alone], rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(together.plan, np.stack([x.plan for x in alone]), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(8, 9), (200, 210)], ids=["many small", "one large"])
+def test_exact_potentials_in_single_precision_are_off_by_their_own_rounding(size):
+    """Not by that of a shift between rows and columns, which a simplex takes as large as it likes."""
+    count, unit = 400 if size[0] < 10 else 1, np.finfo(np.float32).eps
+    rng = np.random.default_rng(0)
+    costs, a, b = (rng.random((count, *s), np.float32) for s in (size, size[:1], size[1:]))
+    a, b = (x / x.sum(-1, keepdims=True) for x in (a + 0.1, b + 0.1))
+    found = solve(Problem(costs, a, b))
+    excess = found.f.astype(float)[:, :, None] + found.g.astype(float)[:, None] - costs.astype(float)
+    assert excess.max() <= 0.75 * unit
+    alike = solve(Problem(np.full((20, 7, 1), 1e-9, np.float32), a[:1, :7] / a[:1, :7].sum(), np.ones(1, np.float32)))
+    np.testing.assert_allclose(alike.f + alike.g, 1e-9, rtol=2 * unit)
+    assert alike.certificate.holds.all()
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("side", [AT_MOST, Between(0.5, 1.5)], ids=["at most", "between"])
+def test_a_mass_in_single_precision_is_certified_of_the_plan_before_it_is_rounded(side, count):
+    """No plan in float32 need have that mass and keep to its bounds: a fourth of these had stalled."""
+    rng = np.random.default_rng(0)
+    for _ in range(80 // count):
+        costs, a, b = (rng.random((count, *size), np.float32) for size in ((8, 9), (8,), (9,)))
+        a, b = (x / x.sum(-1, keepdims=True) for x in (a + 0.1, b + 0.1))
+        found = solve(Problem(costs, a, b, rows=side, columns=side, mass=0.6))
+        assert found.certificate.holds.all() and found.plan.dtype == found.value.dtype == np.float32
+        alone = _linear_program_value(costs[0].astype(float), a[0].astype(float), b[0].astype(float), side, 0.6)
+        assert found.value[0] == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_exact_plans_of_weights_in_single_precision_are_not_corrected(count, monkeypatch):
+    """Their totals differ by rounding, which no plan can mend: trying took ten times as long as solving."""
+    rng = np.random.default_rng(0)
+    costs, a, b = (rng.random((count, *size), np.float32) for size in ((30, 31), (30,), (31,)))
+    a, b = (x / x.sum(-1, keepdims=True) for x in (a + 0.1, b + 0.1))
+    monkeypatch.setattr(certificate, "_linear_correction", lambda *_: pytest.fail("there is nothing to correct"))
+    found = solve(Problem(costs, a, b))
+    wide = [x.astype(float) for x in (costs, a, b)]
+    same = solve(Problem(wide[0], *(x / x.sum(-1, keepdims=True) for x in wide[1:])))
+    assert found.certificate.holds.all()
+    np.testing.assert_allclose(found.certificate.primal, same.value, rtol=1e-6)
+    np.testing.assert_allclose(found.certificate.dual, same.value, rtol=1e-6)
+
+
+def _linear_program_value(cost, a, b, side, mass):
+    """Plans between bounds with a mass, by HiGHS and inequalities."""
+    n, m = cost.shape
+    sums = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    low, high = ((bound * np.r_[a, b]) for bound in side.bounds)
+    found = linprog(
+        cost.ravel(), A_ub=np.vstack([sums, -sums]), b_ub=np.r_[high, -low], A_eq=np.ones((1, n * m)), b_eq=[mass]
+    )
+    return found.fun
 
 
 def test_many_small_assignments_are_scipys():

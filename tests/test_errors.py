@@ -155,6 +155,12 @@ MISUSE = {
         lambda: problem([[0, INF, INF], [0, INF, INF], [0, 0, 0]], np.full(3, 1 / 3), np.full(3, 1 / 3), epsilon=0.1),
         r"allowed arcs carry at most 0\.66666\d* but the rows demand 1.*Allow more arcs.*relax",
     ),
+    "too few arcs in one problem of a batch": (
+        lambda: Problem(
+            np.where(np.arange(6).reshape(2, 3, 1, 1) == 4, [[0, INF, INF], [0, INF, INF], [0, 0, 0]], 0.0), epsilon=0.1
+        ),
+        r"allowed arcs of problem \[1, 1\] carry at most 0\.66666\d* but the rows demand 1",
+    ),
     "too few arcs for the mass": (
         lambda: problem([[0, INF], [0, INF]], [1, 1], [1, 1], rows=AT_MOST, columns=AT_MOST, mass=1.5, epsilon=0.1),
         r"carry at most 1 but the mass demands? 1\.5",
