@@ -583,7 +583,7 @@ OUTSIDES = {
     "between": dict(columns=Between(0.5, 1.5)),
     "both between": dict(rows=Between(0.8, 1.1), columns=Between(0.5, 1.5), mass=0.9),
     "at most and tv": dict(rows=AT_MOST, columns=TV(0.1)),
-    "at most and fixed": dict(rows=AT_MOST),
+    "room and fixed": dict(rows=Between(0.0, 1.5)),
     "free and tv": dict(rows=FREE, columns=TV(0.03)),
     "from a half": dict(rows=Between(0.5, INF), columns=Between(0.7, 1.0)),
 }
