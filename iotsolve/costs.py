@@ -138,13 +138,12 @@ class Dense:
         return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (self.matrix, *given))
 
     def _passed(self, given: Tensor, work: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Tensor:
-        """A compiled pass, over one problem, whose rows it cuts into pieces, or over every problem of a batch."""
+        """A compiled pass over every problem of a batch, that takes a vector along an axis and leaves one across it."""
         *batch, n, m = self.matrix.shape
         size, cost = math.prod(batch), self.matrix.detach()
         vectors = given.detach().expand(*batch, given.shape[-1]).reshape(size, -1).double().numpy()
         cost = cost[:1] if len(batch) == 1 and size > 1 and cost.stride(0) == 0 else cost.reshape(size, n, m)
-        found = work(cost[0].numpy(), vectors[0]) if size == 1 else work(cost.numpy(), vectors)
-        return torch.from_numpy(found).to(given.dtype).reshape(*batch, -1)
+        return torch.from_numpy(work(cost.numpy(), vectors)).to(given.dtype).reshape(*batch, -1)
 
     def _less_cost(self, x: Tensor, epsilon: Scalar) -> Tensor:
         """``x - C / epsilon``; in one pass over C where epsilon is a number."""

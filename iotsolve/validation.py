@@ -530,7 +530,7 @@ def _check_feasible(problem: Problem, allowed: Tensor) -> None:
         for k in np.flatnonzero((need > 0) & ~known):
             most, error = largest_mass(arcs[k], supply[k], demand[k])
             if most < need[k] * (1 - rounding(problem.dtype)) - error:
-                here = torch.arange(len(a)).reshape(problem.batch_shape) == k
+                here = torch.arange(len(a), device="cpu").reshape(problem.batch_shape) == k
                 which = f" of problem {_first(here)}" if len(a) > 1 else ""
                 raise ValueError(
                     f"the allowed arcs{which} carry at most {most:.9g} but the {who} demand {need[k]:.9g}: the forbidden arcs "

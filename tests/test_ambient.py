@@ -58,6 +58,20 @@ def of_arrays():
     return found
 
 
+def of_batches():
+    """Sixteen at once; and what is said of one that has no plan."""
+    cost, found = np.random.default_rng(0).random((16, 6, 5)), []
+    cost[:, 0, 1] = np.inf
+    for rows in (FIXED, TV(0.3), ChiSquared(1.0)):
+        for epsilon in (0.0, 0.1):
+            solution = solve(Problem(cost, epsilon=epsilon, rows=rows))
+            found += [float(x) for x in (solution.value.sum(), solution.certificate.dual.sum(), abs(solution.plan[3]).sum())]
+    cost[3, :4, 1:] = np.inf
+    with pytest.raises(ValueError, match=r"of problem 3 carry at most") as said:
+        Problem(cost)
+    return [*found, float(len(str(said.value)))]
+
+
 def of_points():
     x, y, found = drawn(70, 4), drawn(60, 4, seed=1), []
     for metric in ("sqeuclidean", "euclidean", "cosine"):
@@ -98,7 +112,7 @@ def of_estimates():
     return found
 
 
-WORK = {"arrays": of_arrays, "points": of_points, "losses": of_losses, "estimates": of_estimates}
+WORK = {"arrays": of_arrays, "batches": of_batches, "points": of_points, "losses": of_losses, "estimates": of_estimates}
 
 
 @contextmanager

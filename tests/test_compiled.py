@@ -644,6 +644,23 @@ def test_forbidden_arcs_beside_bounds_are_a_linear_programs(monkeypatch):
     assert solve(Problem(cost, rows=AT_MOST, columns=AT_MOST, mass=0.5)).certificate.holds
 
 
+@pytest.mark.parametrize("shape", [(1, 30, 20), (5, 30, 20), (3, 800, 700)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_passes_over_a_batch_are_those_of_torch(shape, shared, axis):
+    """Small problems at once, large ones by their rows; each with a cost of its own, or one for all."""
+    rng = np.random.default_rng(0)
+    matrix = torch.from_numpy(rng.random(shape))
+    matrix[0, 1, 2:5] = INF
+    matrix = matrix[:1].expand(shape) if shared else matrix
+    vector = torch.from_numpy(rng.standard_normal((shape[0], shape[2] if axis == -1 else shape[1])))
+    along = vector.unsqueeze(-2 if axis == -1 else -1)
+    found = Dense(matrix).softmin(vector, 0.1, axis=axis)
+    torch.testing.assert_close(found, -0.1 * torch.logsumexp(along - matrix / 0.1, axis), rtol=1e-12, atol=1e-13)
+    found = Dense(matrix).reduced_min(vector, torch.ones_like(vector), axis=axis)
+    torch.testing.assert_close(found, (matrix - along).amin(axis), rtol=1e-14, atol=0.0)
+
+
 TOGETHER = {"fixed": {}, **OUTSIDES}
 
 
@@ -747,7 +764,7 @@ def test_forbidden_arcs_of_many_small_problems_are_the_linear_programs(name):
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["same totals", "room"])
-def test_what_scalings_say_of_forbidden_arcs_a_maximum_flow_says_too(equal):
+def test_what_scalings_say_of_forbidden_arcs_a_maximum_flow_says_too(equal, monkeypatch):
     """A plan that scalings find is a proof; that they find none is not, and is rare."""
     rng, told, feasible = np.random.default_rng(0), 0, 0
     for turn in range(60):
@@ -758,6 +775,9 @@ def test_what_scalings_say_of_forbidden_arcs_a_maximum_flow_says_too(equal):
             a, b = a / a.sum(1, keepdims=True).clip(1e-9), b / b.sum(1, keepdims=True)
         need = 0.99 * a.sum(1)
         found = fits(allowed, a, b, need)
+        monkeypatch.setattr("iotsolve.support._AT_ONCE", 2 * n * m)
+        assert (fits(allowed, a, b, need) == found).all()  # in pieces
+        monkeypatch.undo()
         most = np.array([largest_mass(*each)[0] for each in zip(allowed, a, b, strict=True)])
         assert (most[found] >= need[found] - 1e-7).all()
         told, feasible = told + found.sum(), feasible + (most >= need).sum()

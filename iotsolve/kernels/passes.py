@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _NONE = np.empty(0)
+_CUT = 2**19  # entries of a problem of which the rows are cut into pieces, and not the batch into problems
 
 
 def logs(weights: np.ndarray, potential: np.ndarray) -> np.ndarray:
@@ -100,6 +101,8 @@ def highest(cost: np.ndarray, potential: np.ndarray, scale: float, *, axis: int)
     n, m = cost.shape[-2:]
     if cost.ndim == 3:
         count = len(potential)
+        if count == 1 or n * m >= _CUT:
+            return np.stack([highest(cost[k % len(cost)], x, scale, axis=axis) for k, x in enumerate(potential)])
         found = np.empty((count, n if axis == -1 else m))
         shared = cost, potential, scale, axis == -1, found
         each_piece(count, 2 * count * n * m, lambda k, *part: tops_each(*shared, *part))
@@ -128,6 +131,8 @@ def softmin(cost: np.ndarray, log_weights: np.ndarray, epsilon: float, *, axis: 
     or of a batch, as :func:`highest`.
     """
     n, m = cost.shape[-2:]
+    if cost.ndim == 3 and (len(log_weights) == 1 or n * m >= _CUT):
+        return np.stack([softmin(cost[k % len(cost)], x, epsilon, axis=axis) for k, x in enumerate(log_weights)])
     logs, scale, size = log_weights * LOG2E, LOG2E / epsilon, n if axis == -1 else m
     if cost.ndim == 3:
         count = len(logs)
